@@ -1,0 +1,1 @@
+"""One operation a file: equation, torch reference, Triton forward and backward, dispatch."""

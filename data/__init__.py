@@ -1,0 +1,1 @@
+"""Makers of data, never data: renderers, worlds and label makers."""
