@@ -1,0 +1,51 @@
+# minocc: every recipe is the real command; run it yourself to change a flag.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu world smoke bench table
+
+# An active virtual environment (or PYTHON=...) is used as it is; otherwise .venv is made from requirements.lock.
+ifdef VIRTUAL_ENV
+PYTHON ?= python
+endif
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+STAMP := .venv/.installed-$(shell { sha256sum requirements.lock 2>/dev/null || shasum -a 256 requirements.lock; } | cut -c1-16)
+READY := $(STAMP)
+endif
+BASE_PYTHON ?= python3
+
+help:  ## show the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## make .venv from requirements.lock (does nothing when it is up to date)
+	@$(PYTHON) -c "import torch; print('python', '$(PYTHON)', 'torch', torch.__version__)"
+
+$(STAMP): requirements.lock
+	$(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -r requirements.lock
+	rm -f .venv/.installed-* && touch $@
+
+demo: $(READY)  ## write a synthetic world, train and evaluate EasyOcc on it, draw pictures (minutes, two CPU cores)
+	$(PYTHON) easyocc.py world --world-size demo
+	$(PYTHON) easyocc.py labels --labeler world --split all --out runs/demo/labels
+	$(PYTHON) easyocc.py train --preset tiny --labels runs/demo/labels --out runs/demo
+	$(PYTHON) easyocc.py eval --ckpt runs/demo --labels-picture runs/demo/labels
+
+test: $(READY)  ## the whole test suite on a CPU
+	$(PYTHON) -m pytest -q
+
+test-gpu: $(READY)  ## the tests that need a CUDA device
+	$(PYTHON) -m pytest -q -m gpu
+
+world: $(READY)  ## write the ten-scene world with the devkit's mini split into data/worlds/mini
+	$(PYTHON) -m data.driving --out data/worlds/mini --seed 0 --size mini
+
+smoke: $(READY)  ## 20 steps of each method
+	$(PYTHON) easyocc.py train --preset tiny --steps 20 --out runs/smoke/easyocc
+
+bench: $(READY)  ## kernels and CPU paths against references and peers, as ratios
+	$(PYTHON) -m tests.bench --out runs/bench.json
+
+table: $(READY)  ## RESULTS.md from results/
+	$(PYTHON) -m common.ablation table
