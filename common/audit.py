@@ -1,0 +1,305 @@
+"""The auditor: one folder of predictions, anybody's, under every protocol, with the name of who reports with which.
+
+    python -m common.metrics audit --pred P --data-root D [--version v] [--split s] [--task occupancy] [--json F]
+    python -m common.metrics audit --pred P --data-root D --task planning
+
+Occupancy predictions: <P>/<sample_token>.npz with key `pred` (uint8 200x200x16, ids 0..17: what --save-pred and
+SparseOcc write), or a label folder <P>/<scene>/<sample_token>/labels.npz with key `semantics`. Planning predictions:
+<P>/<sample_token>.npz with key `trajectory` (6, 2) [m], x right, y forward, 0.5 s apart, in the LIDAR_TOP frame. Each
+file of the split must be there and right, or nothing is scored.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common.files import InputError, exit_on_input_error, read_npz, write_json
+from common.metrics import (
+    FREE,
+    PLANNING_PROTOCOLS,
+    PROTOCOLS,
+    RAY_THRESHOLDS,
+    OccupancyMeter,
+    PlanningMeter,
+    box_corners,
+    protocol_line,
+    rasterize,
+)
+from common.nuscenes import NuScenesOccupancy, find_root, find_version, rigid_inverse
+
+SEED_NOISE = 1.0  # mIoU points: maintainers report 1 to 2 between seeds of one model; a larger gap is the protocol's
+L2_NOISE = 0.05  # [m] at 3 s; ours: no seed study of open-loop planning was found
+
+_RULES = {"zero": "0 if predicted", "skip": "skipped", "one": "counts as 1"}
+_PLANNING_USERS = {"uniad": "UniAD and its followers", "stp3": "ST-P3", "vad": "VAD, OccWorld, OccVLA (assumed)"}
+
+
+# --- reading what others wrote ---------------------------------------------------------------------------------------
+
+
+def occupancy_file(folder: Path, scene: str, token: str, nested: bool) -> np.ndarray:
+    """-> (200, 200, 16) uint8; InputError on a missing, unreadable or wrong file."""
+    path, key = (folder / scene / token / "labels.npz", "semantics") if nested else (folder / f"{token}.npz", "pred")
+    ids = read_npz(path, {key: ((200, 200, 16), "uint8")})[key]
+    if ids.max() > FREE:
+        raise InputError(f"{path}: '{key}' holds id {ids.max()}, expected 0..{FREE}")
+    return ids
+
+
+def trajectory_file(folder: Path, token: str) -> np.ndarray:
+    """-> (6, 2) float64; InputError on a missing, unreadable or wrong file."""
+    path = folder / f"{token}.npz"
+    trajectory = read_npz(path, {"trajectory": ((6, 2), None)})["trajectory"]
+    if trajectory.dtype.kind != "f":
+        raise InputError(f"{path}: 'trajectory' has dtype {trajectory.dtype}, expected a float")
+    if not np.isfinite(trajectory).all():
+        raise InputError(f"{path}: 'trajectory' holds nan or inf")
+    return trajectory.astype(np.float64)
+
+
+def check_all(read: Callable[[int], object], count: int) -> None:
+    """Reads each file once before anything is scored; one line names the first bad one and how many there are."""
+    problems = []
+    for i in tqdm(range(count), "checking files", leave=False):
+        try:
+            read(i)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        bad = f"{len(problems)} of {count} prediction files missing or wrong, nothing scored"
+        raise InputError(f"{problems[0]} ({bad})")
+
+
+def is_nested(folder: Path, dataset: NuScenesOccupancy) -> bool:
+    """Whether the folder is laid out as labels; a folder with neither form counts as flat (and then misses files)."""
+    frames = list(zip(dataset.scene_names, dataset.tokens))
+    if any((folder / f"{token}.npz").is_file() for _, token in frames):
+        return False
+    return any((folder / scene / token / "labels.npz").is_file() for scene, token in frames)
+
+
+# --- occupancy -------------------------------------------------------------------------------------------------------
+
+
+def audit_occupancy(dataset: NuScenesOccupancy, folder: Path, rays: bool = True) -> dict:
+    """-> {"rows": the table, "warnings", "metrics", "per_class"}; scores in rows are percent, in metrics fractions."""
+    if dataset.gts is None:
+        raise InputError(f"{dataset.root}: no gts/ (Occ3D labels) to score against")
+    nested = is_nested(folder, dataset)
+
+    def read(i: int) -> np.ndarray:
+        return occupancy_file(folder, dataset.scene_names[i], dataset.tokens[i], nested)
+
+    check_all(read, len(dataset))
+    meter = OccupancyMeter()
+    for i in tqdm(range(len(dataset)), "scoring", unit="frame"):
+        semantics, camera, lidar = dataset.labels(i)
+        origins = dataset.ray_origins(i) if rays else None
+        meter.add(read(i), semantics, camera, lidar, group=dataset.scene_names[i], origins=origins)
+    metrics = meter.metrics()
+
+    rows = [_row(name, rule.mask, rule, metrics.get(f"miou_{name}"), rule.users) for name, rule in PROTOCOLS.items()]
+    extra = {
+        "selfsup15": ("both", "the same under OccNeRF's mask"),
+        "flashocc": ("none", "EasyOcc's full scene; occupancy without visibility masks"),
+    }
+    for name, (mask, users) in extra.items():
+        key = f"miou15_{mask}" if name == "selfsup15" else f"miou_{mask}"
+        rows.append(_row(name, mask, PROTOCOLS[name], metrics.get(key), users))
+    nobody = "nobody known; the labels carry this mask"
+    rows.append(_row("flashocc", "lidar", PROTOCOLS["flashocc"], metrics.get("miou_lidar"), nobody))
+    warnings = _spread(rows, SEED_NOISE)
+    users = {"camera": "GaussTR", "both": "OccNeRF", "none": "scene completion"}
+    for mask, who in users.items():
+        rows.append(_line("IoU", "geometry", mask, "occupied", "-", metrics.get(f"iou_{mask}"), who))
+    rows.append(_line("IoU", "selfocc", "camera", "1..16 occupied", "-", metrics.get("iou_selfocc"), "SelfOcc"))
+    for key in ("rayiou", *(f"rayiou@{t}" for t in RAY_THRESHOLDS)) if rays else ():
+        rows.append(_line(key.replace("rayiou", "RayIoU"), "rayiou", "rays", "17", "skipped", metrics.get(key),
+                          "SparseOcc, EasyOcc v4"))  # fmt: skip
+    return {"rows": rows, "warnings": warnings, "metrics": metrics, "per_class": meter.per_class()}
+
+
+def _line(score: str, protocol: str, mask: str, classes: str, absent: str, value: float | None, users: str) -> dict:
+    percent = None if value is None else 100 * value
+    return {"score": score, "protocol": protocol, "mask": mask, "classes": classes, "absent": absent,
+            "percent": percent, "reported_by": users}  # fmt: skip
+
+
+def _row(name: str, mask: str, rule, value: float | None, users: str) -> dict:
+    return _line("mIoU", name, mask, str(len(rule.mean)), _RULES[rule.absent], value, users)
+
+
+def _spread(rows: list[dict], threshold: float) -> list[str]:
+    """One line if two mIoU rows are further apart than a seed's noise."""
+    scored = sorted((row for row in rows if row["percent"] is not None), key=lambda row: row["percent"])
+    if len(scored) < 2 or scored[-1]["percent"] - scored[0]["percent"] <= threshold:
+        return []
+    pairs = [(a, b) for k, a in enumerate(scored) for b in scored[k + 1 :] if b["percent"] - a["percent"] > threshold]
+    low, high = ({"name": f"{r['protocol']} ({r['mask']})", "percent": r["percent"]} for r in (scored[0], scored[-1]))
+    return [
+        f"{len(pairs)} pairs of protocols differ by more than a seed's noise ({threshold:.1f} mIoU), the most "
+        f"{low['name']} {low['percent']:.2f} and {high['name']} {high['percent']:.2f}: compare within one row only"
+    ]
+
+
+def occupancy_table(rows: list[dict]) -> list[str]:
+    head = ("score", "protocol", "mask", "classes", "absent class", "%", "reported by")
+    body = [
+        (r["score"], r["protocol"], r["mask"], r["classes"], r["absent"], _shown(r["percent"], 2), r["reported_by"])
+        for r in rows
+    ]
+    return _aligned([head, *body], right=(5,))
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "undefined" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _aligned(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(w) if k in right else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def planning_truth(dataset: NuScenesOccupancy, i: int) -> tuple[np.ndarray, np.ndarray, dict[str, tuple]]:
+    """Keyframe i -> trajectory (6, 2) [m], mask (6,), {protocol: (vehicles, pedestrians)}, each (6, 200, 200) bool.
+
+    All in the LIDAR_TOP frame of i (x right, y forward). Obstacles are all boxes of the future keyframe itself, painted
+    as ST-P3 and VAD paint them; so they also hold those that appear later (VAD follows only the boxes of keyframe i)
+    and those without LiDAR points. Vehicles: categories vehicle.*, bicycles among them; pedestrians: human.*.
+    """
+    future = dataset.future(i)
+    T_lidar_global = rigid_inverse(dataset.calibration(i)[2] @ dataset.T_ego_lidar(i))
+    corners = {"vehicle": [[] for _ in range(6)], "human": [[] for _ in range(6)]}
+    for step in np.flatnonzero(future.mask).tolist():
+        j = i + 1 + step  # a scene's keyframes are consecutive, and the mask ends with the scene
+        boxes = dataset.boxes(j)
+        T = T_lidar_global @ dataset.calibration(j)[2] @ boxes.T_ego_box
+        yaw = np.arctan2(T[:, 1, 0], T[:, 0, 0])
+        for b, name in enumerate(boxes.names):
+            kind = name.split(".")[0]
+            if kind in corners:
+                corners[kind][step].append(box_corners(*T[b, :2, 3], yaw[b], boxes.size[b, 1], boxes.size[b, 0]))
+    rasters = {
+        protocol: tuple(np.stack([rasterize(step, protocol) for step in corners[kind]]) for kind in corners)
+        for protocol in PLANNING_PROTOCOLS
+    }
+    return future.trajectory, future.mask, rasters
+
+
+def audit_planning(dataset: NuScenesOccupancy, folder: Path) -> dict:
+    """-> {"rows", "warnings", "metrics"}: l2 in [m], collisions in percent (rows) and fractions (metrics)."""
+
+    def read(i: int) -> np.ndarray:
+        return trajectory_file(folder, dataset.tokens[i])
+
+    check_all(read, len(dataset))
+    meter = PlanningMeter()
+    for i in tqdm(range(len(dataset)), "scoring", unit="frame"):
+        trajectory, mask, rasters = planning_truth(dataset, i)
+        meter.add(read(i), trajectory.astype(np.float64), mask, rasters, group=dataset.scene_names[i])
+    metrics, rows = meter.metrics(), []
+    for protocol, rule in PLANNING_PROTOCOLS.items():
+        row = {"protocol": protocol, "rule": rule, "samples": meter.counted(protocol)}
+        for name, scale in (("l2", 1), ("obj_col", 100), ("obj_box_col", 100)):
+            for horizon in ("1s", "2s", "3s", "avg"):
+                value = metrics.get(f"{name}_{horizon}_{protocol}")
+                row[f"{name}_{horizon}"] = None if value is None else scale * value
+        rows.append(row | {"reported_by": _PLANNING_USERS[protocol]})
+    return {"rows": rows, "warnings": _planning_spread(rows), "metrics": metrics}
+
+
+def _planning_spread(rows: list[dict]) -> list[str]:
+    scored = sorted((row for row in rows if row["l2_3s"] is not None), key=lambda row: row["l2_3s"])
+    if len(scored) < 2 or scored[-1]["l2_3s"] - scored[0]["l2_3s"] <= L2_NOISE:
+        return []
+    low, high = scored[0], scored[-1]
+    return [
+        f"L2 at 3 s differs by more than {L2_NOISE} m between protocols ({low['protocol']} {low['l2_3s']:.2f}, "
+        f"{high['protocol']} {high['l2_3s']:.2f}): compare within one row only"
+    ]
+
+
+def planning_table(rows: list[dict]) -> list[str]:
+    horizons = ("1s", "2s", "3s", "avg")
+    columns = [f"L2 {h} [m]" for h in horizons] + [f"box col {h} %" for h in horizons]
+    head = ("protocol", "samples", *columns, "reported by")
+    body = [
+        (r["protocol"], str(r["samples"]), *(_shown(r[f"l2_{h}"], 3) for h in horizons),
+         *(_shown(r[f"obj_box_col_{h}"], 2) for h in horizons), r["reported_by"])
+        for r in rows
+    ]  # fmt: skip
+    rules = [f"{r['protocol']}: {r['rule']}" for r in rows]
+    return _aligned([head, *body], right=tuple(range(1, 10))) + rules
+
+
+# --- python -m common.metrics audit ----------------------------------------------------------------------------------
+
+
+def audit(
+    pred: Path | str,
+    data_root: Path | str,
+    version: str | None = None,
+    split: str | None = None,
+    task: str = "occupancy",
+    json_path: Path | str | None = None,
+    cache: Path | str | None = None,
+    rays: bool = True,
+) -> dict:
+    """Scores a folder, prints the table, writes it as JSON if asked; -> what the JSON holds."""
+    folder = Path(pred)
+    if task == "ssc":
+        raise InputError("--task ssc: there is no SemanticKITTI reader in this version; use occupancy or planning")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of predictions; give --pred the folder that holds <token>.npz")
+    root = find_root(data_root)
+    version = find_version(root, version)
+    split = split or ("mini_val" if version.endswith("mini") else "val")
+    dataset = NuScenesOccupancy(data_root, version, split, cache=cache, parts=())
+    result = audit_occupancy(dataset, folder, rays) if task == "occupancy" else audit_planning(dataset, folder)
+
+    # the synthetic world says what it is in exact/world.json
+    name = "synthetic driving world" if (root / "exact" / "world.json").is_file() else "nuScenes"
+    frames = len(dataset)
+    if task == "occupancy":
+        line = protocol_line(name, version, split, frames, train_mask="unknown", eval_mask="as named in each row",
+                             classes="the classes named in each row")  # fmt: skip
+        table = occupancy_table(result["rows"])
+    else:
+        line = f"protocol: {name} {version} {split}, {frames} frames, 6 steps of 0.5 s; obstacles: all boxes then"
+        table = planning_table(result["rows"])
+    print("\n".join([f"predictions: {folder}", line, "", *table]))
+    for warning in result["warnings"]:
+        print(f"warning: {warning}")
+    result = {"task": task, "predictions": str(folder),
+              "dataset": {"name": name, "version": version, "split": split, "frames": frames},
+              "noise": SEED_NOISE if task == "occupancy" else L2_NOISE, **result}  # fmt: skip
+    if json_path is not None:
+        write_json(json_path, result)
+    return result
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m common.metrics", description="scores anybody's predictions")
+    command = parser.add_subparsers(required=True).add_parser("audit", help="one folder under every protocol")
+    command.add_argument("--pred", required=True, help="folder of <token>.npz (key pred or trajectory), or of labels")
+    command.add_argument("--data-root", required=True, help="folder with v1.0-* and gts/")
+    command.add_argument("--version", help="v1.0-mini, v1.0-trainval, ...; default: the only one present")
+    command.add_argument("--split", help="default: the version's val split")
+    command.add_argument("--task", choices=("occupancy", "planning", "ssc"), default="occupancy")
+    command.add_argument("--json", help="also write the table, the flat metrics and the warnings to this file")
+    command.add_argument("--cache", help="folder for the memory-mapped tables; default: the user's cache folder")
+    command.add_argument("--no-rayiou", action="store_true", help="leave RayIoU out (most of the time goes there)")
+    a = parser.parse_args(argv)
+    audit(a.pred, a.data_root, a.version, a.split, a.task, a.json, a.cache, not a.no_rayiou)

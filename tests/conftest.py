@@ -1,0 +1,32 @@
+"""What all tests share: the root on the path, the gpu marker's skip, the count of reference vectors."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+for folder in (ROOT, ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import vectors  # noqa: E402  (needs the path above)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not vectors.PASSED:
+        return
+    sets = ", ".join(f"{name} {count}" for name, count in sorted(vectors.PASSED.items()))
+    terminalreporter.section("reference vectors")
+    terminalreporter.write_line(
+        f"reference vectors: {sum(vectors.PASSED.values())} cases passed, not used here: {'; '.join(vectors.NOT_USED)}")
+    terminalreporter.write_line(f"by set: {sets}")
