@@ -28,9 +28,9 @@ $(STAMP): requirements.lock
 
 demo: $(READY)  ## write a synthetic world, train and evaluate EasyOcc on it, draw pictures (minutes, two CPU cores)
 	$(PYTHON) easyocc.py world --world-size demo
-	$(PYTHON) easyocc.py labels --labeler world --split all --out runs/demo/labels
-	$(PYTHON) easyocc.py train --preset tiny --labels runs/demo/labels --out runs/demo
-	$(PYTHON) easyocc.py eval --ckpt runs/demo --labels-picture runs/demo/labels
+	$(PYTHON) easyocc.py labels --split all --out runs/demo/labels
+	$(PYTHON) easyocc.py train --labels runs/demo/labels --out runs/demo
+	$(PYTHON) easyocc.py eval --ckpt runs/demo
 
 test: $(READY)  ## the whole test suite on a CPU
 	$(PYTHON) -m pytest -q

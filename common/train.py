@@ -1,0 +1,718 @@
+"""What every training loop needs and no paper invents: seeds, ranks, data order, checkpoints, the log line, result.json.
+
+A method keeps its own loop; these are the pieces, in the order in which a loop meets them:
+
+    run = setup(args.device)                                     # torchrun's ranks, or one process
+    start = begin(args.out, run, settings(args, cfg, steps=steps, data=...), resume=args.resume)
+    if start is None: return                                     # finished already
+    seed_everything(args.seed)                                   # the same weights on every rank
+    net, optimizer = ...;  model = wrap(net, run)
+    state = load_checkpoint(args.out, net, optimizer, run) if start else {}
+    order = DataOrder(len(data), cfg.batch, run.world, run.rank, args.seed)
+    log = Log(args.out, run, steps, start, state)
+    for step, batch in prefetch(make_item, order, start, steps, cfg.workers, log):
+        set_lr(optimizer, schedule(step, steps, "cosine", cfg.warmup))
+        ...
+        log(step, {"loss": loss, "ce": ce}, lr)
+        if (step + 1) % every == 0 or step + 1 == steps: save_checkpoint(args.out, run, net, optimizer, step + 1, log.state())
+
+Determinism: the batch of a step depends on (seed, step) alone, every item has its own generator, and a checkpoint holds
+all else, so on a CPU an interrupted run ends bit-equal to an uninterrupted one. Two processes with batch b see the data
+of one process with batch 2b; with group norm and losses that are means over samples they compute the same step.
+"""
+
+import ctypes
+import gc
+import json
+import math
+import os
+import random
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.cli import to_dict
+from common.files import InputError, read_json, write_bytes, write_json
+
+# --- seeds, device, ranks --------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """Where this process stands among those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+    is_main: bool
+
+
+def seed_everything(seed: int) -> None:
+    """python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def setup(device: str, threads: int | None = None) -> Run:
+    """One process, or one of torchrun's (gloo on a CPU, nccl on CUDA). threads: torch's CPU threads, None = its choice.
+
+    On a CPU the operators with a deterministic variant use it: resume is bit-equal there.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"--device cuda: process {local} of this machine, which has {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local)
+        where = torch.device("cuda", local)
+    else:
+        where = torch.device(device)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    if world > 1 and not dist.is_initialized():
+        # Others wait while the main process makes labels; a process that dies is noticed by torchrun, not by a timeout.
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=24), device_id=where if device == "cuda" else None)
+    return Run(rank, world, where, rank == 0)
+
+
+def barrier(run: Run) -> None:
+    """Waits for all processes."""
+    if run.world > 1:
+        dist.barrier()
+
+
+_WRAPPED: list[nn.parallel.DistributedDataParallel] = []
+
+
+def teardown(run: Run) -> None:
+    """Ends the group of processes; safe to call twice. What `wrap` was given still works, what it gave does not.
+
+    gloo's thread needs the GIL to let go of its last tensors, so the group must end while nothing holds the GIL. If the
+    reducer of a DistributedDataParallel is its last owner, torch 2.13 hangs; if the interpreter ends first, it aborts
+    (each seen in about every second run). Hence: first the reducers go, then the group, and that joins the thread.
+    """
+    while _WRAPPED:
+        net = _WRAPPED.pop()
+        for name in ("reducer", "logger", "process_group"):
+            delattr(net, name)
+    if run.world > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(net: nn.Module, run: Run, find_unused: bool = False) -> nn.Module:
+    """net on run.device -> DistributedDataParallel(net) if there is more than one process (SyncBatchNorm on CUDA)."""
+    if run.world == 1:
+        return net
+    if run.device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    ids = [run.device.index] if run.device.type == "cuda" else None
+    _WRAPPED.append(nn.parallel.DistributedDataParallel(net, device_ids=ids, find_unused_parameters=find_unused))
+    return _WRAPPED[-1]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network itself, whether `wrap` wrapped it or not."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def mean_over_ranks(values: dict[str, float], run: Run) -> dict[str, float]:
+    """The mean of each number over the processes; all of them call it with the same names."""
+    if run.world == 1:
+        return {name: float(value) for name, value in values.items()}
+    packed = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=run.device)
+    dist.all_reduce(packed)
+    return dict(zip(values, (packed / run.world).tolist(), strict=True))
+
+
+def sum_over_ranks(tensor: Tensor, run: Run) -> Tensor:
+    """The sum over the processes, such as of confusion matrices that each formed on its share of the frames."""
+    if run.world == 1:
+        return tensor
+    total = tensor.to(run.device, copy=True)
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def autocast(device: torch.device | str, amp: str) -> AbstractContextManager:
+    """amp 'bf16' -> autocast to bfloat16 on a CPU or a GPU (no loss scaling needed); 'off' -> nothing."""
+    if amp not in ("off", "bf16"):
+        raise ValueError(f"amp {amp!r}: off or bf16")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp == "bf16")
+
+
+def peak_gb(device: torch.device) -> float:
+    """Peak memory since `reset_peak` [GB, 1e9 bytes]: the allocator's on CUDA, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts `peak_gb` anew, so that runs in one process do not inherit each other's peak (on a CPU: Linux only)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    gc.collect()
+    if sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: freed memory goes back before the count starts
+        if trim is not None:
+            trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+# --- data order ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """Which samples a process sees at a step: shuffled epochs end to end, cut into global batches of batch * world.
+
+    A pure function of (seed, step): resume needs the step alone, arms of an ablation share it, and two processes of
+    batch b share one process's order of batch 2b (rank r takes the r-th slice of the global batch).
+    """
+
+    n: int  # samples
+    batch: int  # samples per process and step
+    world: int = 1
+    rank: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise InputError("no training samples in this split; check --data-root, --version and --split")
+        if self.batch < 1:
+            raise InputError(f"--batch {self.batch}: must be 1 or more")
+
+    def positions(self, step: int) -> range:
+        """Places in the endless sequence of samples, this process's share of the step."""
+        first = (step * self.world + self.rank) * self.batch
+        return range(first, first + self.batch)
+
+    def sample(self, position: int) -> int:
+        epoch, place = divmod(position, self.n)
+        return int(self._epoch(epoch)[place])
+
+    def __call__(self, step: int) -> list[int]:
+        """Sample indices of this process at this step."""
+        return [self.sample(p) for p in self.positions(step)]
+
+    def generator(self, position: int) -> np.random.Generator:
+        """The generator of one item, the same whichever process or thread makes it."""
+        return np.random.default_rng([self.seed, 1, position])
+
+    def steps(self, epochs: float) -> int:
+        """Optimiser steps that see every sample `epochs` times."""
+        return math.ceil(epochs * self.n / (self.batch * self.world))
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        cached = self.__dict__.get("_last")
+        if cached is None or cached[0] != epoch:
+            cached = (epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(self.n))
+            object.__setattr__(self, "_last", cached)  # one epoch is kept: 20k samples cost 1 ms to shuffle
+        return cached[1]
+
+
+def prefetch(
+    make: Callable[[int, np.random.Generator], Any],
+    order: DataOrder,
+    start: int,
+    steps: int,
+    workers: int = 2,
+    log: "Log | None" = None,
+) -> Iterator[tuple[int, list[Any]]]:
+    """Yields (step, [make(index, generator), ...]) for start <= step < steps, made ahead by `workers` threads.
+
+    `make` must draw from its generator alone. What it raises is raised here, at its step. workers 0: no threads.
+    Time spent waiting goes to log.waited.
+    """
+
+    def wait(get: Callable[[], list[Any]]) -> list[Any]:
+        begun = time.perf_counter()
+        items = get()
+        if log is not None:
+            log.waited += time.perf_counter() - begun
+        return items
+
+    def jobs(step: int) -> list[tuple[int, np.random.Generator]]:
+        return [(order.sample(p), order.generator(p)) for p in order.positions(step)]
+
+    if workers < 1:
+        for step in range(start, steps):
+            yield step, wait(lambda step=step: [make(*job) for job in jobs(step)])
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
+    ahead = max(2, math.ceil(2 * workers / order.batch))  # [batches] enough to keep every thread busy
+    queue: deque = deque()
+    try:
+        for step in range(start, steps):
+            while len(queue) < ahead and step + len(queue) < steps:
+                queue.append([pool.submit(make, *job) for job in jobs(step + len(queue))])
+            futures = queue.popleft()
+            yield step, wait(lambda futures=futures: [future.result() for future in futures])
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# --- learning rate ---------------------------------------------------------------------------------------------------
+
+
+def schedule(step: int, steps: int, kind: str = "cosine", warmup: int = 0, floor: float = 0.0) -> float:
+    """Factor on the learning rate, in (0, 1], for step 0 .. steps - 1."""
+    # 1) linear warm-up, from 1/warmup up
+    if step < warmup:
+        return (step + 1) / warmup
+    # 2) constant, or ten times less for the last sixth of the run (StepLR at epoch 10 of 12)
+    if kind == "constant":
+        return 1.0
+    if kind == "step":
+        return 1.0 if step < steps * 10 / 12 else 0.1
+    # 3) cosine from 1 down to floor at the last step
+    if kind != "cosine":
+        raise ValueError(f"schedule {kind!r}: constant, step or cosine")
+    ratio = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * ratio))
+
+
+def param_groups(net: nn.Module, lr_enc: float, lr_dec: float, weight_decay: float, encoder: str = "encoder") -> list[dict]:
+    """Groups for an optimiser: parameters under `encoder.` learn at lr_enc, the rest at lr_dec; vectors (norms, biases)
+    do not decay. Each group keeps its own rate in `base_lr`, which `set_lr` scales."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            lr = lr_enc if f".{name}".startswith(f".{encoder}.") else lr_dec
+            groups.setdefault((lr, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return [{"params": p, "lr": lr, "base_lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Sets each group's lr to base_lr * factor; -> the largest, for the log line."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
+# --- starting or going on --------------------------------------------------------------------------------------------
+
+# Config fields that change neither weights nor data order: a run may go on with other values of these.
+RUNTIME = ("workers", "eval_frames", "rayiou", "pictures", "world_size")
+
+
+def settings(args: Any, cfg: Any, steps: int, data: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run this run; written as <out>/config.json. data: root, version, split, labels, frames ... (JSON)."""
+    return {
+        "method": args.method,
+        "preset": args.preset,
+        "seed": args.seed,
+        "steps": steps,
+        "config": to_dict(cfg),
+        "data": {name: str(v) if isinstance(v, Path) else v for name, v in data.items()},
+    }
+
+
+def begin(out: Path | str, run: Run, wanted: dict[str, Any], resume: bool = False) -> int | None:
+    """Opens the run folder: -> the step to start from, or None if the run is finished. All ranks call it.
+
+    An empty or absent folder starts a new run. A folder with the same settings goes on from its checkpoint, with or
+    without --resume: the command that was killed is the command that goes on. Other settings: InputError that names
+    them. One exception: `--resume --steps N` with more steps extends a run; its schedule then follows the new length,
+    so it does not equal a run of N steps from the start, and config.json says so (`extended_from`).
+    """
+    out = Path(out)
+    path = out / "config.json"
+    found = checkpoint_step(out)
+    if not path.is_file() and (resume or found is not None):
+        raise InputError(f"{out}: no config.json of a run there; " + ("drop --resume" if resume else "use another --out"))
+    old = read_json(path) if path.is_file() else None
+    barrier(run)  # every rank has looked before the main one writes
+    if old is not None:
+        differ = differences(old, wanted | {"world": run.world})
+        longer = resume and set(differ) <= {"steps", "config.steps", "config.epochs"} and wanted["steps"] > old["steps"]
+        if differ and not longer:
+            shown = ", ".join(f"{name} {there} there, {here} here" for name, (there, here) in list(differ.items())[:4])
+            more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+            hint = "add --resume to extend it" if wanted["steps"] > old.get("steps", 0) and "steps" in differ else ""
+            raise InputError(f"{out}: holds a run with other settings ({shown}{more}); {hint or 'use another --out'}")
+        if not longer and found is not None and found >= wanted["steps"]:
+            if run.is_main:
+                print(f"{out}: finished, {found} steps; nothing to train (another --out trains anew)")
+            return None
+        if run.is_main:
+            length = f", extended from {old['steps']} steps" if longer else ""
+            print(f"{out}: goes on from step {found or 0} of {wanted['steps']}{length}")
+        if longer:
+            wanted = wanted | {"extended_from": [*old.get("extended_from", []), old["steps"]]}
+        elif "extended_from" in old:
+            wanted = wanted | {"extended_from": old["extended_from"]}
+    if run.is_main:
+        write_json(path, wanted | {"world": run.world} | environment(run))
+    barrier(run)
+    return found or 0
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{name: (old, new)} over method, preset, seed, steps, world, config.* and data.*, without RUNTIME fields."""
+
+    def flat(value: dict[str, Any]) -> dict[str, Any]:
+        plain = {k: value.get(k) for k in ("method", "preset", "seed", "steps", "world")}
+        config = {f"config.{k}": v for k, v in value.get("config", {}).items() if k not in RUNTIME}
+        return plain | config | {f"data.{k}": v for k, v in value.get("data", {}).items()}
+
+    a, b = flat(old), flat(json.loads(json.dumps(new)))
+    return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
+
+
+def environment(run: Run) -> dict[str, str]:
+    """What produced a run, for config.json: commit, command, torch version, device name."""
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu"
+    return {"commit": commit(), "command": command(), "torch": torch.__version__, "device": device}
+
+
+def commit() -> str:
+    """The checkout's commit, with `-dirty` if tracked files differ from it; `unknown` outside git."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=root, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("-dirty" if changed.returncode else "")
+
+
+def command() -> str:
+    """The command line; paths inside the working folder are shown relative to it."""
+    here = f"{Path.cwd()}{os.sep}"
+    words = [word.removeprefix(here) for word in sys.argv]
+    return shlex.join(["python", *words])
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+#
+#   <out>/latest.json                 {"folder": "step_000400", "step": 400}; replacing it is the one atomic switch
+#   <out>/step_000400/model.safetensors        parameters and buffers
+#   <out>/step_000400/optimizer.safetensors    optimiser tensors "0.exp_avg", random states "rng0.torch" of each rank
+#   <out>/step_000400/train_state.json         step, parameter groups, and what the method gave
+#
+# A new folder is complete on disk before latest.json names it, and the old one goes only afterwards.
+
+
+def save_checkpoint(
+    out: Path | str, run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]
+) -> None:
+    """Writes the checkpoint after `step` finished steps. All ranks call it; state: JSON values (best, train_s, ...)."""
+    rng = _gather_rng(run)
+    if run.is_main:
+        out = Path(out)
+        _clean(out)
+        folder = out / f"step_{step:06d}"
+        if folder.exists():  # the current checkpoint has this name: it stays until the switch
+            folder = out / f"step_{step:06d}b"
+        temporary = folder.with_name(folder.name + ".tmp")
+        temporary.mkdir(parents=True)
+        packed, groups = _pack(optimizer)
+        _save(temporary / "model.safetensors", {k: v for k, v in unwrap(net).state_dict().items()})
+        _save(temporary / "optimizer.safetensors", packed | rng)
+        write_json(temporary / "train_state.json", {"step": step, "groups": groups, "state": state, "world": run.world})
+        _sync(temporary)
+        os.replace(temporary, folder)
+        _sync(out)
+        write_json(out / "latest.json", {"folder": folder.name, "step": step})
+        _sync(out)
+        _clean(out)
+    barrier(run)
+
+
+def checkpoint_step(out: Path | str) -> int | None:
+    """Finished steps of the folder's checkpoint; None if it has none."""
+    path = Path(out) / "latest.json"
+    return _latest(path)["step"] if path.is_file() else None
+
+
+def load_checkpoint(
+    out: Path | str,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    run: Run | None = None,
+    wanted: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Loads weights (and with an optimiser: its state and this rank's random state); -> the saved state with "step".
+
+    wanted: settings(...) of the caller, so that a checkpoint that does not fit is explained by the fields that differ.
+    Raises InputError: no checkpoint, a damaged one, or one of another architecture.
+    """
+    out = Path(out)
+    if not (out / "latest.json").is_file():
+        raise InputError(f"{out}: no checkpoint there (latest.json); train with --out {out} first")
+    folder = out / _latest(out / "latest.json")["folder"]
+    saved = read_json(folder / "train_state.json")
+    weights = _read(folder / "model.safetensors")
+    there, here = ({k: tuple(v.shape) for k, v in w.items()} for w in (weights, net.state_dict()))
+    if there != here:
+        name = next(k for k in here | there if here.get(k) != there.get(k))
+        detail = f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+        path = out / "config.json"
+        fields = differences(read_json(path), wanted) if wanted is not None and path.is_file() else {}
+        named = ", ".join(f"{n} {a} there, {b} here" for n, (a, b) in fields.items() if n[:5] != "data." and n != "world")
+        raise InputError(f"{out}: a checkpoint of another architecture ({named or detail}); use its own settings")
+    net.load_state_dict(weights)
+    if optimizer is not None:
+        tensors = _read(folder / "optimizer.safetensors")
+        _unpack(optimizer, tensors, saved["groups"], folder)
+        rank, world = (run.rank, run.world) if run else (0, 1)
+        if saved["world"] != world:
+            raise InputError(f"{out}: trained by {saved['world']} processes, not {world}; use the same number")
+        _set_rng({k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"rng{rank}.")})
+    return saved["state"] | {"step": saved["step"]}
+
+
+def _latest(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not (isinstance(value, dict) and isinstance(value.get("step"), int) and isinstance(value.get("folder"), str)):
+        raise InputError(f"{path}: not a checkpoint's latest.json")
+    if Path(value["folder"]).name != value["folder"] or not (path.parent / value["folder"]).is_dir():
+        raise InputError(f"{path}: names the folder {value['folder']}, which is not there; copy the whole run folder")
+    return value
+
+
+def _clean(out: Path) -> None:
+    """Removes checkpoint folders that latest.json does not name: older ones, and what a killed process left."""
+    current = _latest(out / "latest.json")["folder"] if (out / "latest.json").is_file() else None
+    for folder in out.glob("step_*"):
+        if folder.is_dir() and folder.name != current:
+            shutil.rmtree(folder)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Tensors that share memory (tied weights) are written once per name."""
+    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"{path}: file not found; copy the whole run folder")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); truncated? copy it again") from error
+
+
+def _pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Optimiser state -> ({"<parameter>.<name>": tensor}, JSON of the rest)."""
+    state = optimizer.state_dict()
+    tensors, plain = {}, {}
+    for parameter, values in state["state"].items():
+        for name, value in values.items():
+            (tensors if isinstance(value, Tensor) else plain)[f"{parameter}.{name}"] = value
+    return tensors, {"param_groups": state["param_groups"], "plain": plain}
+
+
+def _unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: dict[str, Any], where: Path) -> None:
+    now = optimizer.state_dict()["param_groups"]
+    saved = groups["param_groups"]
+    if [g["params"] for g in saved] != [g["params"] for g in now] or any(a.keys() != b.keys() for a, b in zip(saved, now)):
+        raise InputError(f"{where}: the optimiser has other parameter groups; use the settings of the run")
+    for old, new in zip(saved, now, strict=True):  # JSON has no tuples (betas)
+        old.update({k: tuple(v) for k, v in old.items() if isinstance(new[k], tuple)})
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in (tensors | groups["plain"]).items():
+        parameter, _, name = key.partition(".")
+        if parameter.isdigit():
+            state.setdefault(int(parameter), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": saved})
+
+
+def _rng() -> dict[str, Tensor]:
+    """Random states of python, numpy, torch and this process's GPU as tensors of fixed size."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    states = {
+        "python": torch.tensor([version, *numbers], dtype=torch.int64),
+        "python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+def _set_rng(states: dict[str, Tensor]) -> None:
+    version, *numbers = states["python"].tolist()
+    gauss = states["python_gauss"].item()
+    random.setstate((version, tuple(numbers), None if math.isnan(gauss) else gauss))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, states["numpy_gauss"].item()))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _gather_rng(run: Run) -> dict[str, Tensor]:
+    """{"rng<rank>.<name>": state} of every rank, on all of them."""
+    gathered = {}
+    for name, state in _rng().items():
+        raw = state.contiguous().view(torch.uint8).to(run.device)
+        copies = [torch.empty_like(raw) for _ in range(run.world)]
+        if run.world > 1:
+            dist.all_gather(copies, raw)
+        else:
+            copies = [raw]
+        gathered |= {f"rng{rank}.{name}": copy.cpu().view(state.dtype) for rank, copy in enumerate(copies)}
+    return gathered
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """One greppable line per `every` steps, also as <out>/log.jsonl; lines past the resumed step are dropped.
+
+    Called once per step with tensors; they are summed where they are, and read (one synchronisation) when a line is
+    due, so each line shows means over its steps and over the processes.
+    """
+
+    def __init__(self, out: Path | str, run: Run, steps: int, start: int = 0, state: dict | None = None, every: int = 0):
+        self.path, self.run, self.steps, self.start = Path(out) / "log.jsonl", run, steps, start
+        self.every = every or max(1, min(50, steps // 20))
+        self.waited = 0.0  # [s] for data, since the last line
+        self.trained = float((state or {}).get("train_s", 0.0))  # [s] over all runs of this folder
+        self.peak = float((state or {}).get("peak_gb", 0.0))  # [GB] likewise
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.clock = self.last = self.stepped = time.perf_counter()
+        reset_peak(run.device)
+        if run.is_main:
+            lines = self.path.read_text().splitlines() if self.path.is_file() else []
+            kept = [line + "\n" for line in lines if (_step_of(line) or math.inf) <= start]
+            write_bytes(self.path, "".join(kept).encode())
+
+    def state(self) -> dict[str, float]:
+        """For save_checkpoint: {train_s, peak_gb} so far, for result.json's cost; without pauses and start-up."""
+        now = time.perf_counter()
+        self.trained, self.clock = self.trained + now - self.clock, now
+        self.peak = max(self.peak, peak_gb(self.run.device))
+        return {"train_s": self.trained, "peak_gb": self.peak}
+
+    def pause(self) -> None:
+        """Call after an evaluation inside the loop: the time since the last step is not training's."""
+        gap = time.perf_counter() - self.stepped
+        self.clock, self.last = self.clock + gap, self.last + gap
+
+    def __call__(self, step: int, terms: dict[str, Tensor | float], lr: float) -> None:
+        """terms: "loss" first, then its parts (unweighted or weighted, as the method says)."""
+        for name, value in terms.items():
+            value = value.detach().double() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        self.stepped = time.perf_counter()
+        done = step + 1
+        if done % self.every and done != self.steps and done != self.start + 1:
+            return
+        means = mean_over_ranks({name: float(total) / self.count for name, total in self.sums.items()}, self.run)
+        now = time.perf_counter()
+        seconds, waited = (now - self.last) / self.count, min(1.0, self.waited / max(1e-9, now - self.last))
+        if self.run.is_main:
+            row = {"step": done, **means, "lr": lr, "ms": 1000 * seconds, "data": waited, "gb": peak_gb(self.run.device)}
+            print(format_line(row, self.steps), flush=True)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.sums, self.count, self.waited, self.last = {}, 0, 0.0, now
+        if not math.isfinite(means["loss"]):
+            raise InputError(f"the loss is {means['loss']} at step {done}: diverged; lower the learning rate or --amp off")
+
+
+def format_line(row: dict[str, float], steps: int) -> str:
+    """`step 001200/24000  5.0% | loss 2.314 (ce 1.201 lov 0.902) | lr 1.9e-4 | 412 ms (data 9%) | 18.2 GB | eta 2h37m`"""
+    known = ("step", "loss", "lr", "ms", "data", "gb")
+    parts = " ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in known)
+    mantissa, exponent = f"{row['lr']:.1e}".split("e")
+    left = (steps - row["step"]) * row["ms"] / 1000
+    return (
+        f"step {row['step']:06d}/{steps} {100 * row['step'] / steps:4.1f}% | loss {row['loss']:.3f}"
+        f"{f' ({parts})' if parts else ''} | lr {mantissa}e{int(exponent)} | {row['ms']:.0f} ms (data {row['data']:.0%})"
+        f" | {row['gb']:.1f} GB | eta {duration(left)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """9420 -> '2h37m', 75 -> '1m15s', 8.2 -> '8s'."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a log.jsonl line; None for a half-written one."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+# --- result.json -----------------------------------------------------------------------------------------------------
+
+
+def write_result(
+    folder: Path | str,
+    *,
+    method: str,
+    preset: str,
+    seed: int,
+    dataset: dict[str, Any],
+    protocol: dict[str, Any],
+    metrics: dict[str, float],
+    per_class: dict[str, Any],
+    cost: dict[str, float],
+) -> dict[str, Any]:
+    """Writes <folder>/result.json; -> what it wrote. metrics: flat fractions; an undefined one (NaN) is left out.
+
+    dataset needs name, version, split, frames; cost params, steps, train_s, peak_gb.
+    """
+    for name, wanted, value in (
+        ("dataset", ("name", "version", "split", "frames"), dataset),
+        ("cost", ("params", "steps", "train_s", "peak_gb"), cost),
+    ):
+        if not set(wanted) <= value.keys():
+            raise ValueError(f"result.json: {name} needs {', '.join(sorted(set(wanted) - value.keys()))}")
+    if not protocol:
+        raise ValueError("result.json: a number is written only with its protocol")
+    plain = {}
+    for name, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            raise ValueError(f"result.json: metric {name} is {type(value).__name__}, not a number")
+        if math.isfinite(value):
+            plain[name] = float(value)
+    value = {
+        "method": method, "preset": preset, "seed": seed, "dataset": dataset, "protocol": protocol, "metrics": plain,
+        "per_class": per_class, "cost": cost, "commit": commit(), "command": command(),
+    }  # fmt: skip
+    write_json(Path(folder) / "result.json", value)
+    return value

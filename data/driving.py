@@ -1,0 +1,879 @@
+"""The driving world: a procedural city recorded as nuScenes records one, with Occ3D labels made as Occ3D's are.
+
+    python -m data.driving --out DIR --seed 0                      # ten scenes with the mini split's names, 20 keyframes each
+    python -m data.driving --out DIR --seed 0 --size demo          # 24 training and 10 validation scenes of 5 keyframes, trainval names
+
+What is written: all thirteen v1.0 tables (the unmodified nuscenes-devkit loads them), six cameras as JPEG, LIDAR_TOP keyframes and
+sweeps, lidarseg, map masks, gts/ (Occ3D form), and exact/: depth, semantics and instances of every keyframe image, full solids.
+
+SENSORS     Keyframes at 2 Hz; a LIDAR_TOP timestamp is its sample's. Cameras trigger up to 43 ms before it, in the real order, and every
+            sensor_data has the ego pose of its own time; images show agents *and* ego at the camera's own time. A LiDAR sweep is cast
+            with everything at the sweep's time (nuScenes' sweeps are motion-compensated). `sweeps` LiDAR sweeps lie evenly between two
+            keyframes (2: every 167 ms); `camera_sweeps` 2 adds an image of each camera 83 ms before and after each keyframe's.
+            An image is the 1600x900 camera's, scaled by width / 1600; rows that the given height lacks are cropped evenly above and
+            below (400x224 has half a row less at either end than 400x225), so fx = fy and cy shifts.
+            LiDAR: 32 rings from -30.67 to 10.67 degrees, 1086 azimuths, to 100 m; 1 cm range noise (cut at 3 cm), dropped returns
+            (more when dark, wet or far). No radar; the car does not see itself.
+
+LABELS      gts: a voxel is occupied if the keyframe's world (at its LiDAR time) has a surface in it that some sensor saw at some time
+            of the scene; everything else is 17.
+            * Surfaces are sampled every 0.2 m or closer, edges included, and every sample marks its voxel (overlap, not centre). The
+              voxels of the keyframe's own LiDAR returns, and of its own camera hits on things that never move, are added: so every
+              return lies in an occupied voxel (tolerance zero).
+            * "Saw": the surface's point in that voxel, carried through global (a mover's: through its own frame) to any keyframe of the
+              scene, lies in a voxel that this keyframe's mask_camera or mask_lidar marks.
+            * A voxel with several classes takes the one drawn last: ground, background, annotated things.
+            mask_lidar: the voxels on the segments from the LiDAR to each return of the keyframe's own .pcd.bin, returns included.
+            mask_camera: per camera one ray through every second pixel centre (pixels 0, 2, 4, ... of both axes) from the camera's own
+            pose at its own time, through global into the reference ego, to the depth that exact/depth holds (1/256 m), or out of the
+            grid where it holds none: the voxels on it and the one of its end are seen. So both masks can be recomputed
+            from the files. Ties on faces: common.geometry's rule (float64; a voxel counts if the ray spends a positive length in
+            it, and what runs within a face belongs to the voxel above).
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from common.files import InputError, atomic, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
+from data.city import DRIVEABLE, ID, LIDARSEG_NAMES
+from data.nuscenes_writer import CAMERAS, chain, rounded, token, write_tables
+from data.render import BOX, CYLINDER, ELLIPSOID, GROUND, Primitives, RayGrid, camera_rays, corners, develop, draw, lidar_rays, shade
+from data.traffic import City
+
+FREE, SHAPE, VOXEL, LOWER = 17, (200, 200, 16), 0.4, np.array([-40.0, -40.0, -1.0])
+NATIVE = (1600, 900)
+RING_ELEVATION = np.radians(np.linspace(-30.67, 10.67, 32))
+AZIMUTHS = 1086
+LIDAR_RANGE = 100.0             # [m]
+ANNOTATED = 60.0                # [m] from ego
+# channel: x, y, z [m], yaw [degrees], focal length, cx, cy [px at 1600x900], trigger before the LiDAR [ms]: rounded from public figures
+CAMERA_LAYOUT = {
+    "CAM_FRONT": (1.70, 0.00, 1.51, 0.0, 1266, 816, 491, 35.5),
+    "CAM_FRONT_RIGHT": (1.55, -0.49, 1.50, -56.0, 1261, 808, 495, 27.6),
+    "CAM_BACK_RIGHT": (1.02, -0.48, 1.56, -110.0, 1260, 807, 500, 19.8),
+    "CAM_BACK": (0.03, 0.00, 1.57, 180.0, 809, 829, 482, 10.4),
+    "CAM_BACK_LEFT": (1.04, 0.48, 1.59, 109.0, 1257, 792, 493, 0.5),
+    "CAM_FRONT_LEFT": (1.52, 0.49, 1.51, 55.0, 1273, 827, 480, 43.1),
+}
+LIDAR_LAYOUT = (0.94, 0.0, 1.84, -90.0)
+LOCATIONS = ("boston-seaport", "singapore-onenorth", "singapore-queenstown", "singapore-hollandvillage")
+MINI_LOCATIONS = {"scene-0061": 1, "scene-0103": 0, "scene-0553": 0, "scene-0655": 0, "scene-0757": 0, "scene-0796": 2, "scene-0916": 2,
+                  "scene-1077": 3, "scene-1094": 3, "scene-1100": 3}
+
+_OTHERS = ("noise", "animal", "human.pedestrian.personal_mobility", "human.pedestrian.stroller", "human.pedestrian.wheelchair",
+           "movable_object.debris", "movable_object.pushable_pullable", "static_object.bicycle_rack", "vehicle.emergency.ambulance",
+           "vehicle.emergency.police", "static.other", "vehicle.ego")
+
+
+class Settings(NamedTuple):
+    """What decides a world's bytes. image is (H, W)."""
+
+    seed: int
+    size: str
+    version: str
+    scenes: list[str]
+    keyframes: int
+    sweeps: int
+    camera_sweeps: int
+    image: tuple[int, int]
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+def quaternion(R: np.ndarray) -> list[float]:
+    """Rotation (3, 3) -> w, x, y, z, w >= 0."""
+    import torch
+
+    from common.geometry import matrix_to_quaternion
+    return matrix_to_quaternion(torch.from_numpy(np.ascontiguousarray(R, np.float64))).tolist()
+
+
+def matrix(row: dict) -> np.ndarray:
+    """A row of ego_pose or calibrated_sensor -> T (4, 4), exactly as a reader of the tables gets it."""
+    w, x, y, z = np.array(row["rotation"]) / np.linalg.norm(row["rotation"])
+    T = np.eye(4)
+    T[:3, :3] = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+                 [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+                 [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]]
+    T[:3, 3] = row["translation"]
+    return T
+
+
+def inverse(T: np.ndarray) -> np.ndarray:
+    """Inverse of a rigid transform (4, 4)."""
+    out = np.eye(4)
+    out[:3, :3], out[:3, 3] = T[:3, :3].T, -T[:3, :3].T @ T[:3, 3]
+    return out
+
+
+def move(T: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """T (4, 4) applied to points (n, 3)."""
+    return points @ T[:3, :3].T.astype(points.dtype) + T[:3, 3].astype(points.dtype)
+
+
+def calibration(rng: np.random.Generator, image: tuple[int, int]) -> dict[str, dict]:
+    """Sensor -> translation, rotation, camera_intrinsic of one vehicle: the nominal layout with a small jitter per log."""
+    def small(degrees):
+        a = np.radians(rng.normal(0, degrees, 3))
+        return np.array([[1, -a[2], a[1]], [a[2], 1, -a[0]], [-a[1], a[0], 1]])
+
+    def turn(yaw):
+        c, s = np.cos(np.radians(yaw)), np.sin(np.radians(yaw))
+        return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
+
+    H, W = image
+    scale = W / NATIVE[0]
+    optical = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0.0]])                               # ego axes <- camera axes
+    rows = {}
+    for channel, (x, y, z, yaw, focal, cx, cy, _) in CAMERA_LAYOUT.items():
+        u, _, v = np.linalg.svd(small(0.35) @ turn(yaw) @ optical)
+        f = focal * scale * (1 + rng.normal(0, 0.002))
+        K = [[f, 0.0, (cx + rng.normal(0, 3)) * scale], [0.0, f, (cy + rng.normal(0, 3)) * scale - (NATIVE[1] * scale - H) / 2], [0.0, 0.0, 1.0]]
+        rows[channel] = {"translation": rounded(np.array([x, y, z]) + rng.normal(0, 0.01, 3), 6), "rotation": quaternion(u @ v),
+                         "camera_intrinsic": K}
+    x, y, z, yaw = LIDAR_LAYOUT
+    u, _, v = np.linalg.svd(small(0.2) @ turn(yaw))
+    rows["LIDAR_TOP"] = {"translation": rounded(np.array([x, y, z]) + rng.normal(0, 0.01, 3), 6), "rotation": quaternion(u @ v),
+                         "camera_intrinsic": []}
+    return rows
+
+
+# --- sensors ----------------------------------------------------------------------------------------------------------
+
+def class_table() -> np.ndarray:
+    """Occ3D id of each of the 32 lidarseg classes."""
+    from common.nuscenes import LIDARSEG_TO_OCC3D
+    return np.asarray(LIDARSEG_TO_OCC3D, np.uint8)
+
+
+class Image(NamedTuple):
+    """One camera frame: colour (H, W, 3) uint8; depth (H, W) uint16 [m * 256]; semantic, instance (H, W) (actor index + 1, 0 none)."""
+
+    color: np.ndarray
+    depth: np.ndarray
+    semantic: np.ndarray
+    instance: np.ndarray
+    covered: np.ndarray
+
+
+def photograph(city: City, t: float, K: np.ndarray, T_global_cam: np.ndarray, shape: tuple[int, int], rng, exact: bool) -> Image:
+    """A camera's frame at time t; exact=False renders the colours only."""
+    scene = city.scene(t)
+    grid = camera_rays(K, T_global_cam, shape)
+    view = draw(scene, grid, count=exact)
+    color = develop(shade(scene, grid, view), scene.light.exposure, rng, gain=float(rng.uniform(0.97, 1.03)))
+    if not exact:
+        return Image(color, None, None, None, None)
+    depth = np.round(view.t * 256).astype(np.uint16)
+    semantic = surface_classes(city, scene, grid, view)
+    instance = np.where(view.ids >= 0, scene.primitives.instance[view.ids.clip(0)] + 1, 0).astype(np.int32)
+    return Image(color, depth, semantic, instance, view.covered)
+
+
+def surface_classes(city: City, scene, grid: RayGrid, view) -> np.ndarray:
+    """lidarseg class of every ray of a view, 255 where it hits nothing."""
+    out = np.full(view.ids.shape, 255, np.uint8)
+    thing = view.ids >= 0
+    out[thing] = scene.primitives.semantic[view.ids[thing]]
+    i, j = np.nonzero(view.ids == GROUND)
+    if len(i):
+        d, t = grid.directions()[:2, i, j], view.t[i, j]
+        out[i, j] = city.ground.classes(*(np.float32(grid.origin[a]) + t * d[a] for a in (0, 1)))
+    return out
+
+
+# intensity by class: mean of 0..255 (ours, after the look of real sweeps)
+_REFLECT = np.full(32, 22.0, np.float32)
+for _name, _value in (("flat.driveable_surface", 9), ("flat.sidewalk", 16), ("flat.terrain", 18), ("static.vegetation", 20), ("static.manmade", 26),
+                      ("movable_object.trafficcone", 60), ("movable_object.barrier", 35), ("vehicle.car", 32), ("vehicle.truck", 40)):
+    _REFLECT[ID[_name]] = _value
+
+
+def sweep(city: City, t: float, T_global_lidar: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """-> points (M, 5) float32 x, y, z [m, LiDAR frame], intensity, ring; lidarseg class (M,) uint8. Azimuth by azimuth."""
+    scene = city.scene(t, light=False)
+    grid = lidar_rays(T_global_lidar, RING_ELEVATION, AZIMUTHS)
+    view = draw(scene, grid)
+    semantic = surface_classes(city, scene, grid, view)
+    H, W = view.t.shape
+    distance = view.t + np.clip(rng.normal(0, 0.01, (H, W)), -0.03, 0.03).astype(np.float32)
+    fade = 0.004 + 0.06 * (view.t / LIDAR_RANGE) ** 2 + 0.05 * scene.light.wet * (view.t / 40)
+    keep = (view.ids != -1) & (view.t < LIDAR_RANGE) & (rng.random((H, W)) > fade)
+    noise = rng.gamma(4, 0.25, (H, W)).astype(np.float32)
+    azimuth = (np.arange(W) + 0.5) / W * 2 * np.pi - np.pi
+    unit = np.stack([np.cos(RING_ELEVATION)[:, None] * np.cos(azimuth), np.cos(RING_ELEVATION)[:, None] * np.sin(azimuth),
+                     np.repeat(np.sin(RING_ELEVATION)[:, None], W, 1)], -1)
+    keep, order = keep.T, (1, 0)                                                             # azimuth first
+    xyz = (unit * distance[..., None]).transpose(1, 0, 2)[keep]
+    kind = semantic.transpose(order)[keep]
+    intensity = np.clip(_REFLECT[kind] * noise.transpose(order)[keep], 0, 255).round()
+    ring = np.repeat(np.arange(H)[None], W, 0)[keep]
+    return np.column_stack([xyz, intensity, ring]).astype(np.float32), kind
+
+
+# --- ground truth -----------------------------------------------------------------------------------------------------
+
+def flat_index(points: np.ndarray) -> np.ndarray:
+    """points (n, 3) [m] in the reference ego -> C-order voxel index (n,), -1 outside the grid."""
+    index = np.floor((points - LOWER.astype(points.dtype)) / points.dtype.type(VOXEL)).astype(np.int32)
+    inside = ((index >= 0) & (index < SHAPE)).all(1)
+    return np.where(inside, (index[:, 0] * SHAPE[1] + index[:, 1]) * SHAPE[2] + index[:, 2], -1)
+
+
+def seen_voxels(origin: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Voxels on the segments origin (3,) -> ends (n, 3) [m], float64 -> (200, 200, 16) bool."""
+    import torch
+
+    from common.geometry import OCC3D, traversed
+    return traversed(torch.from_numpy(np.ascontiguousarray(origin, np.float64)), torch.from_numpy(np.ascontiguousarray(ends, np.float64)), OCC3D).numpy()
+
+
+def camera_ends(depth: np.ndarray, K: np.ndarray, T_ego_cam: np.ndarray) -> np.ndarray:
+    """Where the rays through every second pixel centre end, (n, 3) float64 in the reference ego: depth (H, W) uint16; 0: 300 m."""
+    H, W = depth.shape
+    v, u = np.meshgrid(np.arange(0, H, 2) + 0.5, np.arange(0, W, 2) + 0.5, indexing="ij")
+    z = depth[::2, ::2].astype(np.float64) / 256
+    z[z == 0] = 300.0
+    points = np.stack([(u - K[0, 2]) / K[0, 0] * z, (v - K[1, 2]) / K[1, 1] * z, z], -1).reshape(-1, 3)
+    return move(T_ego_cam, points)
+
+
+def sample_surfaces(p: Primitives, spacing: float, top: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points on the primitives' surfaces every `spacing` [m] or closer, edges included -> world (n, 3) float64, row (n,).
+
+    Parts higher than `top` [m] in the world are left out.
+    """
+    points, rows = [], []
+    for k in range(len(p.kind)):
+        hx, hy, hz = p.half[k]
+        upright = abs(p.rotation[k, 2, 2]) > 0.999
+        z1 = min(hz, top - p.center[k, 2]) if upright else hz
+        if z1 < -hz:
+            continue
+        steps = lambda low, high: np.linspace(low, high, max(int(np.ceil((high - low) / spacing)) + 1, 2))      # noqa: E731
+        if p.kind[k] == BOX:
+            x, y, z = steps(-hx, hx), steps(-hy, hy), steps(-hz, z1)
+            faces = [np.stack(np.meshgrid([-hx, hx], y, z, indexing="ij"), -1), np.stack(np.meshgrid(x, [-hy, hy], z, indexing="ij"), -1),
+                     np.stack(np.meshgrid(x, y, [-hz, z1] if z1 == hz else [-hz], indexing="ij"), -1)]
+            q = np.concatenate([f.reshape(-1, 3) for f in faces])
+            share = (q[:, 2:] + hz) / (2 * hz)
+            q[:, :2] *= 1 - p.taper[k] * share
+        elif p.kind[k] == CYLINDER:
+            a = np.linspace(0, 2 * np.pi, max(int(2 * np.pi * max(hx, hy) / spacing) + 1, 7))[:-1]
+            z = steps(-hz, z1)
+            shrink = 1 - p.taper[k, 0] * (z + hz) / (2 * hz)
+            side = np.stack([hx * shrink[:, None] * np.cos(a), hy * shrink[:, None] * np.sin(a), np.repeat(z[:, None], len(a), 1)], -1).reshape(-1, 3)
+            radii = steps(0, 1)if max(hx, hy) < spacing else np.linspace(0, 1, int(np.ceil(max(hx, hy) / spacing)) + 1)
+            disc = np.stack([hx * radii[:, None] * np.cos(a), hy * radii[:, None] * np.sin(a), np.zeros((len(radii), len(a)))], -1).reshape(-1, 3)
+            q = np.concatenate([side, disc * [1, 1, 0] - [0, 0, hz], disc * [1 - p.taper[k, 0]] * 2 // 1 * 0 + disc * (1 - p.taper[k, 0]) + [0, 0, hz]])
+        else:
+            r = max(hx, hy, hz)
+            polar = np.linspace(0, np.pi, max(int(np.ceil(np.pi * r / spacing)) + 1, 5))
+            q = np.concatenate([np.stack([hx * np.sin(b) * np.cos(a), hy * np.sin(b) * np.sin(a), np.full(len(a), hz * np.cos(b))], -1)
+                                for b in polar for a in [np.linspace(0, 2 * np.pi, max(int(2 * np.pi * r * np.sin(b) / spacing) + 1, 4))]])
+        q = q @ p.rotation[k].T + p.center[k]
+        q = q[q[:, 2] <= top]
+        points.append(q), rows.append(np.full(len(q), k))
+    if not points:
+        return np.zeros((0, 3)), np.zeros(0, int)
+    return np.concatenate(points), np.concatenate(rows)
+
+
+class Surfaces:
+    """Surface samples of a city: the still ones in global, the movers' in their own frames."""
+
+    SPACING = 0.2
+
+    def __init__(self, city: City, path: np.ndarray):
+        """path (n, 2): where ego is at the keyframes."""
+        self.city = city
+        p = city.static
+        reach = np.linalg.norm(p.half, axis=1) + 60
+        near = (np.linalg.norm(p.center[:, None, :2] - path[None], axis=2) < reach[:, None]).any(1)
+        p = p.of(near)
+        # background first, then annotated things: what is drawn later wins a voxel
+        p = p.of(np.argsort(p.instance >= 0, kind="stable"))
+        points, rows = sample_surfaces(p, self.SPACING, 6.0)
+        self.points, self.semantic = points.astype(np.float32), p.semantic[rows]
+        m = city.mobile
+        own = m._replace()
+        points, rows = sample_surfaces(own, self.SPACING, 99.0)
+        self.mobile_local = np.einsum("nji,nj->ni", m.rotation[rows], points - m.center[rows])
+        self.mobile_row, self.mobile_semantic, self.mobile_actor = rows, m.semantic[rows], m.instance[rows]
+        self.solid = (p.half.min(1) > 0.12)
+        self.static = p
+
+    def voxels(self, t: float, T_global_ego: np.ndarray) -> "Shell":
+        """All surface voxels of the grid at time t, seen or not."""
+        city, T = self.city, inverse(T_global_ego)
+        g = np.stack(np.meshgrid(np.arange(-39.9, 40, 0.2), np.arange(-39.9, 40, 0.2), indexing="ij"), -1).reshape(-1, 2)
+        ground = np.column_stack([g, np.zeros(len(g))]).astype(np.float32)
+        ground = move(T_global_ego.astype(np.float32), ground)
+        ground[:, 2] = city.ground.height(ground[:, 0], ground[:, 1])
+        near = (np.abs(self.points[:, :2] - T_global_ego[:2, 3].astype(np.float32)) < 57).all(1)
+        still, still_kind = self.points[near], self.semantic[near]
+        mobile = city.mobile_at(t)
+        moving = np.einsum("nij,nj->ni", mobile.rotation[self.mobile_row], self.mobile_local) + mobile.center[self.mobile_row]
+        moving, kind, actor = moving.astype(np.float32), self.mobile_semantic, self.mobile_actor
+        close = (np.abs(moving[:, :2] - T_global_ego[:2, 3].astype(np.float32)) < 57).all(1)
+        moving, kind, actor = moving[close], kind[close], actor[close]
+        points = np.concatenate([ground, still, moving])
+        flat = flat_index(move(T.astype(np.float64), points.astype(np.float64)).astype(np.float64))
+        chosen = np.full(np.prod(SHAPE), -1, np.int32)
+        inside = np.nonzero(flat >= 0)[0]
+        chosen[flat[inside]] = inside
+        voxel = np.nonzero(chosen >= 0)[0]
+        row = chosen[voxel]
+        n, m = len(ground), len(ground) + len(still)
+        semantic = np.empty(len(row), np.uint8)
+        of_ground, of_still = row < n, (row >= n) & (row < m)
+        semantic[of_ground] = city.ground.classes(*ground[row[of_ground], :2].T)
+        semantic[of_still] = still_kind[row[of_still] - n]
+        semantic[row >= m] = kind[row[row >= m] - m]
+        owner = np.full(len(row), -1, np.int32)
+        owner[row >= m] = actor[row[row >= m] - m]
+        return Shell(voxel, semantic, points[row], owner)
+
+    def solids(self, t: float, T_global_ego: np.ndarray, shell: "Shell", classes: np.ndarray) -> np.ndarray:
+        """The shell with everything inside primitives filled, by voxel centres -> (200, 200, 16) uint8 Occ3D ids."""
+        out = np.full(SHAPE, FREE, np.uint8)
+        T = inverse(T_global_ego)
+        p = Primitives.join([self.static.of(self.solid), self.city.mobile_at(t)])
+        p = p.of((p.half.min(1) > 0.12))
+        box = move(T, corners(p).reshape(-1, 3)).reshape(-1, 8, 3)
+        low = np.clip(np.floor((box.min(1) - LOWER) / VOXEL), 0, SHAPE).astype(int)
+        high = np.clip(np.ceil((box.max(1) - LOWER) / VOXEL), 0, SHAPE).astype(int)
+        rotation, center = T[:3, :3] @ p.rotation, move(T, p.center)
+        for k in np.nonzero((high > low).all(1))[0]:
+            a, b = low[k], high[k]
+            x, y, z = (((np.arange(a[i], b[i]) + 0.5) * VOXEL + LOWER[i] - center[k, i]) for i in range(3))
+            q = [x[:, None, None] * rotation[k, 0, i] + y[:, None] * rotation[k, 1, i] + z * rotation[k, 2, i] for i in range(3)]
+            hx, hy, hz = p.half[k]
+            share = (q[2] + hz) / (2 * hz)
+            if p.kind[k] == BOX:
+                inside = (np.abs(q[0]) <= hx * (1 - p.taper[k, 0] * share)) & (np.abs(q[1]) <= hy * (1 - p.taper[k, 1] * share)) & (np.abs(q[2]) <= hz)
+            elif p.kind[k] == ELLIPSOID:
+                inside = (q[0] / hx) ** 2 + (q[1] / hy) ** 2 + (q[2] / hz) ** 2 <= 1
+            else:
+                inside = ((q[0] / hx) ** 2 + (q[1] / hy) ** 2 <= (1 - p.taper[k, 0] * share) ** 2) & (np.abs(q[2]) <= hz)
+            out[a[0]:b[0], a[1]:b[1], a[2]:b[2]][inside] = classes[p.semantic[k]]
+        out.ravel()[shell.voxel] = classes[shell.semantic]
+        return out
+
+
+class Shell(NamedTuple):
+    """Surface voxels: flat index (n,), lidarseg class (n,), a point of the surface in it (n, 3) [m, global], its mover (n,) or -1."""
+
+    voxel: np.ndarray
+    semantic: np.ndarray
+    point: np.ndarray
+    owner: np.ndarray
+
+
+def add_hits(shell: Shell, points: np.ndarray, semantic: np.ndarray, T_ego_global: np.ndarray, owner: int = -1) -> Shell:
+    """The shell with the voxels of points (n, 3) [m, global] that it lacks."""
+    flat = flat_index(move(T_ego_global, points.astype(np.float64)))
+    have = np.zeros(np.prod(SHAPE), bool)
+    have[shell.voxel] = True
+    new = np.nonzero((flat >= 0) & ~have[flat.clip(0)])[0]
+    voxel, first = np.unique(flat[new], return_index=True)
+    rows = new[first]
+    return Shell(np.concatenate([shell.voxel, voxel]), np.concatenate([shell.semantic, semantic[rows]]),
+                 np.concatenate([shell.point, points[rows].astype(np.float32)]), np.concatenate([shell.owner, np.full(len(rows), owner, np.int32)]))
+
+
+class Keyframe(NamedTuple):
+    """What the labels need of a keyframe."""
+
+    t: float
+    token: str
+    T_global_ego: np.ndarray
+    mask_camera: np.ndarray
+    mask_lidar: np.ndarray
+    shell: Shell
+
+
+def observed(city: City, frames: list[Keyframe], k: int) -> np.ndarray:
+    """Which voxels of frame k's shell some keyframe of the scene saw -> (n,) bool."""
+    shell = frames[k].shell
+    seen = np.zeros(len(shell.voxel), bool)
+    movers = np.unique(shell.owner[shell.owner >= 0])
+    rank = np.full(int(shell.owner.max(initial=0)) + 1, -1)
+    rank[movers] = np.arange(len(movers))
+    own = np.stack([inverse(city.pose(m, frames[k].t)) for m in movers]) if len(movers) else np.zeros((0, 4, 4))
+    for i in sorted(range(len(frames)), key=lambda i: abs(i - k)):
+        left = np.nonzero(~seen)[0]
+        if len(left) == 0:
+            break
+        other = frames[i]
+        if np.linalg.norm(other.T_global_ego[:2, 3] - frames[k].T_global_ego[:2, 3]) > 113:
+            continue
+        point = shell.point[left].astype(np.float64)
+        carried = shell.owner[left] >= 0
+        if carried.any() and i != k:
+            there = np.stack([city.pose(m, other.t) for m in movers]) @ own
+            T = there[rank[shell.owner[left[carried]]]]
+            point[carried] = np.einsum("nij,nj->ni", T[:, :3, :3], point[carried]) + T[:, :3, 3]
+        flat = flat_index(move(inverse(other.T_global_ego), point))
+        if i == k:
+            flat = shell.voxel[left]
+        mask = (other.mask_camera | other.mask_lidar).ravel()
+        seen[left] = (flat >= 0) & mask[flat.clip(0)]
+    return seen
+
+
+# --- one scene --------------------------------------------------------------------------------------------------------
+
+def png(array: np.ndarray) -> bytes:
+    return cv2.imencode(".png", array, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+
+def jpeg(color: np.ndarray) -> bytes:
+    return cv2.imencode(".jpg", np.ascontiguousarray(color[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+
+
+class Recorder:
+    """Drives one scene and writes its files; `rows` collects its table rows."""
+
+    def __init__(self, root: Path, settings: Settings, index: int, tick=lambda: None):
+        self.root, self.settings, self.index, self.tick = root, settings, index, tick
+        self.name = settings.scenes[index]
+        seed = settings.seed
+        self.number = int(self.name.split("-")[1])
+        self.location = LOCATIONS[MINI_LOCATIONS.get(self.name, self.number * 7 % 10 // 2 % 4 if self.number % 2 else 0)]
+        duration = 0.5 * (settings.keyframes - 1)
+        self.city = City([seed, self.number], duration, not self.location.startswith("boston"))
+        self.rng = np.random.default_rng([seed, self.number, 1])
+        self.id = lambda *words: token(seed, self.name, *words)    # noqa: E731
+        hour = {"night": 20, "dusk": 18}.get(self.city.weather, int(self.rng.integers(9, 17)))
+        vehicle = "n008" if self.location.startswith("boston") else "n015"
+        day = 1 + self.number % 28
+        self.logfile = f"{vehicle}-2018-{6 + self.number % 5:02d}-{day:02d}-{hour:02d}-{self.number % 60:02d}-{self.number * 7 % 60:02d}" + \
+            ("-0400" if vehicle == "n008" else "+0800")
+        self.start = 1_527_811_200_000_000 + self.number * 86_400_000_000 + hour * 3_600_000_000        # [us]
+        self.rows = {name: [] for name in ("log", "map", "scene", "sample", "sample_data", "ego_pose", "calibrated_sensor", "instance",
+                                           "sample_annotation", "lidarseg")}
+        self.classes = np.append(class_table(), np.full(224, FREE, np.uint8))                # index 255: nothing
+        self.frames: list[Keyframe] = []
+        self.visible: list[np.ndarray] = []
+        self.calibration = calibration(self.rng, settings.image)
+        for channel, row in self.calibration.items():
+            self.rows["calibrated_sensor"].append({"token": self.id("calibrated_sensor", channel), "sensor_token": token(seed, "sensor", channel), **row})
+
+    # rows
+    def pose(self, stamp: int, *words) -> dict:
+        """An ego_pose row at a timestamp [us since the start]; returns it."""
+        T = self.city.ego(stamp / 1e6)
+        row = {"token": self.id("ego_pose", *words), "timestamp": self.start + stamp, "rotation": quaternion(T[:3, :3]),
+               "translation": [float(v) for v in T[:3, 3]]}
+        self.rows["ego_pose"].append(row)
+        return row
+
+    def data(self, channel: str, stamp: int, sample: str, key: bool) -> tuple[dict, np.ndarray]:
+        """A sample_data row with its ego pose -> row, T_global_sensor."""
+        camera = channel != "LIDAR_TOP"
+        pose = self.pose(stamp, channel, stamp)
+        row = {"token": pose["token"], "sample_token": sample, "ego_pose_token": pose["token"],
+               "calibrated_sensor_token": self.id("calibrated_sensor", channel), "timestamp": self.start + stamp,
+               "fileformat": "jpg" if camera else "pcd", "is_key_frame": key,
+               "height": self.settings.image[0] if camera else 0, "width": self.settings.image[1] if camera else 0,
+               "filename": f"{'samples' if key else 'sweeps'}/{channel}/{self.logfile}__{channel}__{self.start + stamp}"
+                           f".{'jpg' if camera else 'pcd.bin'}", "prev": "", "next": ""}
+        self.rows["sample_data"].append(row)
+        return row, matrix(pose) @ matrix(self.calibration[channel])
+
+    # files
+    def record(self) -> None:
+        stamps = [int(round(500_000 * k + self.rng.uniform(-400, 400) * (k > 0))) for k in range(self.settings.keyframes)]
+        path = np.stack([self.city.ego(s / 1e6)[:2, 3] for s in stamps])
+        self.surfaces = Surfaces(self.city, path)
+        for k, stamp in enumerate(stamps):
+            self.keyframe(k, stamp)
+            if k + 1 < len(stamps):
+                gap = stamps[k + 1] - stamp
+                for j in range(self.settings.sweeps):
+                    self.lidar(stamp + gap * (j + 1) // (self.settings.sweeps + 1), self.id("sample", k + 1), False)
+            self.tick()
+        self.labels()
+        self.annotate()
+        self.map()
+        self.link(stamps)
+
+    def lidar(self, stamp: int, sample: str, key: bool):
+        row, T = self.data("LIDAR_TOP", stamp, sample, key)
+        points, kind = sweep(self.city, stamp / 1e6, T, np.random.default_rng([self.settings.seed, self.number, 2, stamp]))
+        write_bytes(self.root / row["filename"], points.tobytes())
+        return row, T, points, kind
+
+    def keyframe(self, k: int, stamp: int) -> None:
+        settings, sample, t = self.settings, self.id("sample", k), stamp / 1e6
+        self.rows["sample"].append({"token": sample, "timestamp": self.start + stamp, "prev": "", "next": "", "scene_token": self.id("scene")})
+        row, T_global_lidar, points, kind = self.lidar(stamp, sample, True)
+        name = f"lidarseg/{settings.version}/{row['token']}_lidarseg.bin"
+        write_bytes(self.root / name, kind.astype(np.uint8).tobytes())
+        self.rows["lidarseg"].append({"token": row["token"], "sample_data_token": row["token"], "filename": name})
+        T_global_ego = matrix(self.rows["ego_pose"][-1])
+        T_ego_global = inverse(T_global_ego)
+
+        T_ego_lidar = matrix(self.calibration["LIDAR_TOP"])
+        xyz = move(T_ego_lidar, points[:, :3].astype(np.float64))
+        mask_lidar = seen_voxels(T_ego_lidar[:3, 3], xyz)
+        shell = self.surfaces.voxels(t, T_global_ego)
+        shell = add_hits(shell, move(T_global_ego, xyz), kind, T_ego_global)
+
+        mask_camera = np.zeros(SHAPE, bool)
+        count = len(self.city.actors)
+        pixels, covered = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        moving = np.array([a.path is not None for a in self.city.actors])
+        for channel in CAMERAS:
+            trigger = stamp - int(round(1000 * (CAMERA_LAYOUT[channel][7] + self.rng.uniform(-0.4, 0.4))))
+            row, T_global_cam = self.data(channel, trigger, sample, True)
+            K = np.array(self.calibration[channel]["camera_intrinsic"])
+            image = photograph(self.city, trigger / 1e6, K, T_global_cam, settings.image, self.rng, True)
+            stem = Path(row["filename"]).stem
+            write_bytes(self.root / row["filename"], jpeg(image.color))
+            write_bytes(self.root / f"exact/depth/{channel}/{stem}.png", png(image.depth))
+            write_bytes(self.root / f"exact/semantic/{channel}/{stem}.png", png(self.classes[image.semantic]))
+            write_bytes(self.staging / f"{channel}/{stem}.png", png(image.instance.astype(np.uint16)))
+            T_ego_cam = T_ego_global @ T_global_cam
+            ends = camera_ends(image.depth, K, T_ego_cam)
+            mask_camera |= seen_voxels(T_ego_cam[:3, 3], ends)
+            fixed = (image.depth[::2, ::2] > 0) & ~moving[(image.instance[::2, ::2] - 1).clip(0)] | (image.instance[::2, ::2] == 0) & (image.depth[::2, ::2] > 0)
+            fixed = fixed.ravel()
+            shell = add_hits(shell, move(T_global_ego, ends[fixed]), image.semantic[::2, ::2].ravel()[fixed], T_ego_global)
+            pixels += np.bincount(image.instance.ravel(), minlength=count + 1)[1:count + 1]
+            covered[:len(image.covered)] += image.covered
+            self.camera_sweeps(channel, trigger, k, sample)
+        self.visible.append(np.where(covered > 0, pixels / np.maximum(covered, 1), 0.0))
+        self.frames.append(Keyframe(t, sample, T_global_ego, mask_camera, mask_lidar, shell))
+        solid = self.surfaces.solids(t, T_global_ego, shell, self.classes)
+        write_npz(self.root / f"exact/solid/{self.name}/{sample}.npz", semantics=solid)
+        self.annotations_of(k, move(T_global_ego, xyz))
+
+    @property
+    def staging(self) -> Path:
+        return self.root / "exact" / "building" / self.name
+
+    def camera_sweeps(self, channel: str, trigger: int, k: int, sample: str) -> None:
+        """One image 1/12 s before the keyframe's and one after."""
+        if self.settings.camera_sweeps:
+            for offset in (-83_333, 83_333):
+                row, T = self.data(channel, trigger + offset, sample, False)
+                image = photograph(self.city, (trigger + offset) / 1e6, np.array(self.calibration[channel]["camera_intrinsic"]), T,
+                                   self.settings.image, self.rng, False)
+                write_bytes(self.root / row["filename"], jpeg(image.color))
+
+    def annotations_of(self, k: int, points: np.ndarray) -> None:
+        """sample_annotation rows of keyframe k. points (M, 3): its returns in global."""
+        frame, city = self.frames[k], self.city
+        for index, actor in enumerate(city.actors):
+            if index == 0:
+                continue
+            x, y, yaw, speed, _ = actor.state(frame.t)
+            if np.hypot(x - frame.T_global_ego[0, 3], y - frame.T_global_ego[1, 3]) > ANNOTATED:
+                continue
+            length, width, height = (round(v, 3) for v in actor.model.size)
+            z = city.pose(index, frame.t)[2, 3]
+            center = rounded([x, y, z + height / 2], 3)
+            rel = points - center
+            a = np.abs(rel[:, 0] * np.cos(yaw) + rel[:, 1] * np.sin(yaw)) <= length / 2
+            b = np.abs(-rel[:, 0] * np.sin(yaw) + rel[:, 1] * np.cos(yaw)) <= width / 2
+            count = int((a & b & (np.abs(rel[:, 2]) <= height / 2)).sum())
+            share = self.visible[k][index]
+            attribute = self.attribute(actor, speed)
+            self.rows["sample_annotation"].append({
+                "token": self.id("annotation", k, index), "sample_token": frame.token, "instance_token": self.id("instance", index),
+                "visibility_token": str(1 + int(np.searchsorted([0.4, 0.6, 0.8], share, side="right"))),
+                "attribute_tokens": [token(self.settings.seed, "attribute", attribute)] if attribute else [],
+                "translation": center, "size": [width, length, height],
+                "rotation": [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))], "prev": "", "next": "",
+                "num_lidar_pts": count, "num_radar_pts": 0})
+
+    @staticmethod
+    def attribute(actor, speed: float) -> str:
+        name = LIDARSEG_NAMES[actor.model.semantic]
+        if name in ("vehicle.bicycle", "vehicle.motorcycle"):
+            return actor.attribute or "cycle.with_rider"
+        if name.startswith("vehicle."):
+            return actor.attribute or ("vehicle.moving" if speed > 0.2 else "vehicle.stopped")
+        if name.startswith("human.") and name not in ("human.pedestrian.stroller", "human.pedestrian.personal_mobility"):
+            return actor.attribute or "pedestrian.moving"
+        return ""
+
+    def labels(self) -> None:
+        """gts of every keyframe, once all masks are known."""
+        self.counts = np.zeros((3, 18), np.int64)                                            # all, camera mask, interior
+        self.shares = np.zeros(5)
+        for k, frame in enumerate(self.frames):
+            seen = observed(self.city, self.frames, k)
+            semantics = np.full(np.prod(SHAPE), FREE, np.uint8)
+            semantics[frame.shell.voxel[seen]] = self.classes[frame.shell.semantic[seen]]
+            semantics = semantics.reshape(SHAPE)
+            write_npz(self.root / f"gts/{self.name}/{frame.token}/labels.npz", semantics=semantics,
+                      mask_lidar=frame.mask_lidar.astype(np.uint8), mask_camera=frame.mask_camera.astype(np.uint8))
+            counts, shares = label_statistics(semantics, frame.mask_camera, frame.mask_lidar)
+            self.counts += counts
+            self.shares += shares
+
+    def annotate(self) -> None:
+        """instance rows and the chains of annotations."""
+        by_instance: dict[str, list[dict]] = {}
+        for row in self.rows["sample_annotation"]:
+            by_instance.setdefault(row["instance_token"], []).append(row)
+        self.instance_row = np.zeros(len(self.city.actors) + 1, np.uint16)                   # actor + 1 -> 1 + row
+        for index, actor in enumerate(self.city.actors):
+            rows = by_instance.get(self.id("instance", index), [])
+            if rows:
+                chain(rows)
+                self.rows["instance"].append({
+                    "token": rows[0]["instance_token"],
+                    "category_token": token(self.settings.seed, "category", LIDARSEG_NAMES[actor.model.semantic]),
+                    "nbr_annotations": len(rows), "first_annotation_token": rows[0]["token"], "last_annotation_token": rows[-1]["token"]})
+                self.instance_row[index + 1] = len(self.rows["instance"])
+
+    def map(self) -> None:
+        """The semantic prior: driveable surface as 255, 0.1 m, row 0 at the highest y."""
+        edge = cv2.resize(self.city.ground.fields[..., 0], None, fx=5, fy=5, interpolation=cv2.INTER_LINEAR)
+        name = self.id("map")
+        write_bytes(self.root / f"maps/{name}.png", png(((edge[::-1] <= 0) * 255).astype(np.uint8)))
+        self.rows["map"].append({"category": "semantic_prior", "token": name, "filename": f"maps/{name}.png", "log_tokens": [self.id("log")]})
+
+    def link(self, stamps: list[int]) -> None:
+        rows, city = self.rows, self.city
+        chain(rows["sample"])
+        by_sensor: dict[str, list[dict]] = {}
+        for row in rows["sample_data"]:
+            by_sensor.setdefault(row["calibrated_sensor_token"], []).append(row)
+        for data in by_sensor.values():
+            chain(sorted(data, key=lambda row: row["timestamp"]))
+        rows["log"].append({"token": self.id("log"), "logfile": self.logfile, "vehicle": self.logfile[:4], "date_captured": self.logfile[5:15],
+                            "location": self.location})
+        rows["scene"].append({"token": self.id("scene"), "log_token": self.id("log"), "nbr_samples": len(stamps),
+                              "first_sample_token": rows["sample"][0]["token"], "last_sample_token": rows["sample"][-1]["token"],
+                              "name": self.name, "description": f"Synthetic, {city.weather}, {city.style.name}, {city.plan}"})
+
+
+def label_statistics(semantics, mask_camera, mask_lidar) -> tuple[np.ndarray, np.ndarray]:
+    """-> counts (3, 18): voxels per class, within mask_camera, interior (all six neighbours occupied);
+    shares (5): mask_camera, mask_lidar, either, occupied, unobserved voxels that are 17."""
+    camera, lidar = mask_camera > 0, mask_lidar > 0
+    occupied = semantics < FREE
+    o = np.pad(occupied, 1)
+    inner = o[2:, 1:-1, 1:-1] & o[:-2, 1:-1, 1:-1] & o[1:-1, 2:, 1:-1] & o[1:-1, :-2, 1:-1] & o[1:-1, 1:-1, 2:] & o[1:-1, 1:-1, :-2]
+    counts = np.stack([np.bincount(semantics[m].ravel(), minlength=18)[:18] for m in (np.ones(SHAPE, bool), camera, inner)])
+    unseen = ~(camera | lidar)
+    return counts, np.array([camera.mean(), lidar.mean(), (camera | lidar).mean(), occupied.mean(), (~occupied)[unseen].mean()])
+
+
+_COUNTER = None
+
+
+def _start_worker(counter) -> None:
+    global _COUNTER
+    _COUNTER = counter
+    _one_thread()
+
+
+def _one_thread() -> None:
+    import torch
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+def _tick() -> None:
+    if _COUNTER is not None:
+        with _COUNTER.get_lock():
+            _COUNTER.value += 1
+
+
+def record_scene(root: Path, settings: Settings, index: int, tick=_tick) -> None:
+    """Writes one scene's files and, last, its rows into exact/building/<scene>/rows.json."""
+    recorder = Recorder(root, settings, index, tick)
+    recorder.record()
+    write_json(recorder.staging / "rows.json", {"rows": recorder.rows, "instance_row": recorder.instance_row.tolist(),
+                                                "counts": recorder.counts.tolist(), "shares": recorder.shares.tolist()}, indent=None)
+
+
+# --- the world --------------------------------------------------------------------------------------------------------
+
+SIZES = {"mini": ("v1.0-mini", 20, 0), "demo": ("v1.0-trainval", 5, 0), "claims": ("v1.0-trainval", 30, 2)}     # version, keyframes, camera sweeps
+TRAINING, VALIDATION = 24, 10                                      # scenes of demo and claims
+
+
+def scene_names(size: str, scenes: int | None) -> list[str]:
+    """The devkit's own names. mini: its ten, a fewer number keeps one of mini_val; demo, claims: from train and val."""
+    try:
+        from nuscenes.utils.splits import mini_train, mini_val, train, val
+    except ImportError as error:
+        raise InputError(f"nuscenes-devkit is not installed ({error}): pip install nuscenes-devkit") from error
+    if size == "mini":
+        count = 10 if scenes is None else scenes
+        if not 1 <= count <= 10:
+            raise InputError(f"--scenes {count}: a mini world has 1 to 10 scenes")
+        held = 1 if count < 6 else 2
+        return sorted([*mini_val[:held], *mini_train[:count - held]])
+    count = TRAINING + VALIDATION if scenes is None else scenes
+    if not 2 <= count <= len(train) + len(val):
+        raise InputError(f"--scenes {count}: a {size} world has 2 to {len(train) + len(val)} scenes")
+    held = max(1, round(count * VALIDATION / (TRAINING + VALIDATION)))
+    spread = lambda names, n: [names[i * len(names) // n] for i in range(n)]    # noqa: E731
+    return sorted([*spread(sorted(train), count - held), *spread(sorted(val), held)])
+
+
+def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int | None = None, keyframes: int | None = None, sweeps: int = 2,
+               camera_sweeps: int | None = None, image: tuple[int, int] = (224, 400), workers: int | None = None) -> Path:
+    """Writes the world into `out` unless it is there already. image is (H, W). Returns `out`.
+
+    A finished world with the same settings is left alone; an unfinished one goes on with the scenes that it lacks. Raises InputError
+    if the settings make no sense or `out` holds anything else.
+    """
+    from tqdm import tqdm
+
+    out = Path(out)
+    if size not in SIZES:
+        raise InputError(f"--size {size}: it is one of {', '.join(SIZES)}")
+    version, default_keyframes, default_camera = SIZES[size]
+    keyframes = default_keyframes if keyframes is None else keyframes
+    camera_sweeps = default_camera if camera_sweeps is None else camera_sweeps
+    for flag, value, low, high in (("--keyframes", keyframes, 1, 200), ("--sweeps", sweeps, 0, 9), ("--seed", seed, 0, 2**31 - 1),
+                                   ("--image height", image[0], 16, 4096), ("--image width", image[1], 16, 4096),
+                                   ("--workers", 1 if workers is None else workers, 1, 1024)):
+        if not low <= value <= high:
+            raise InputError(f"{flag} {value}: it must be from {low} to {high}")
+    if camera_sweeps not in (0, 2):
+        raise InputError(f"--camera-sweeps {camera_sweeps}: it is 0 or 2 (one image before and one after each keyframe)")
+    settings = Settings(seed, size, version, scene_names(size, scenes), keyframes, sweeps, camera_sweeps, tuple(image))
+    if not _claim_folder(out, settings):
+        print(f"world {out}: there already ({len(settings.scenes)} scenes x {keyframes} keyframes)")
+        return out
+
+    started = time.time()
+    building = out / "exact" / "building"
+    todo = [i for i, name in enumerate(settings.scenes) if not (building / name / "rows.json").is_file()]
+    workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
+    with tqdm(total=len(todo) * keyframes, unit="keyframe", desc=f"world {out.name}", disable=None) as bar:
+        if workers == 1:
+            _one_thread()
+            for i in todo:
+                record_scene(out, settings, i, bar.update)
+        else:
+            _record_parallel(out, settings, todo, workers, bar)
+    made = len(todo) * keyframes
+    recorded = time.time() - started
+    results = [read_json(building / name / "rows.json") for name in settings.scenes]
+    _write_instances(out, settings, results)
+    write_tables(out / version, seed, [r["rows"] for r in results])
+    write_json(out / "exact" / "world.json", {**settings._asdict(), "image": f"{image[1]}x{image[0]}", "generator": "data.driving"})
+    shutil.rmtree(building)
+    if made:
+        print(f"world {out}: {made} keyframes in {recorded:.0f} s, {made / recorded:.2f} keyframes/s with {workers} "
+              f"process{'es' if workers > 1 else ''}; {time.time() - started:.0f} s in all")
+    print_shares(np.sum([r["counts"] for r in results], 0), np.sum([r["shares"] for r in results], 0) / (len(results) * keyframes))
+    return out
+
+
+def _claim_folder(out: Path, settings: Settings) -> bool:
+    """True if there is something to build in `out`; refuses a folder that holds anything else."""
+    wanted = {**settings._asdict(), "image": f"{settings.image[1]}x{settings.image[0]}", "generator": "data.driving"}
+    finished, plan = out / "exact" / "world.json", out / "exact" / "building" / "settings.json"
+    for path in (finished, plan):
+        if path.is_file():
+            found = read_json(path)
+            if found != wanted:
+                different = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
+                raise InputError(f"{out}: holds a world with another {', '.join(different)}: choose another --out or delete it")
+            if path == finished:
+                shutil.rmtree(out / "exact" / "building", ignore_errors=True)
+            return path == plan
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: not empty and not a world of data.driving: choose another --out")
+    write_json(plan, wanted)
+    return True
+
+
+def _record_parallel(out: Path, settings: Settings, todo: list[int], workers: int, bar) -> None:
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("l", 0)
+    shown = 0
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,)) as pool:
+        jobs = {pool.submit(record_scene, out, settings, i) for i in todo}
+        while jobs:
+            done, jobs = wait(jobs, timeout=0.5, return_when=FIRST_COMPLETED)
+            bar.update(counter.value - shown)
+            shown = counter.value
+            for job in done:
+                try:
+                    job.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+
+
+def _write_instances(out: Path, settings: Settings, results: list[dict]) -> None:
+    """Instance maps get their final values once every scene's number of instances is known: 1 + row of instance.json."""
+    before = 0
+    for name, result in zip(settings.scenes, results):
+        rows = np.array(result["instance_row"], np.uint32)
+        table = np.where(rows > 0, rows + before, 0).astype(np.uint16)
+        for path in sorted((out / "exact" / "building" / name).glob("*/*.png")):
+            image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+            write_bytes(out / "exact" / "instance" / path.parent.name / path.name, png(table[image]))
+        before += len(result["rows"]["instance"])
+
+
+def print_shares(counts: np.ndarray, shares: np.ndarray) -> None:
+    """The share table; beside it a real label file's, where the developer's samples are at hand."""
+    from common.nuscenes import OCC3D_CLASSES
+
+    real = Path(__file__).resolve().parents[2] / "shared" / "real" / "occ3d" / "labels.npz"
+    columns = [("world", counts, shares)]
+    if real.is_file():
+        label = read_npz(real, {key: (SHAPE, "uint8") for key in ("semantics", "mask_camera", "mask_lidar")})
+        columns.append(("one real frame", *label_statistics(label["semantics"], label["mask_camera"], label["mask_lidar"])))
+    print(f"{'share [%]':28s}" + "".join(f"{name:>16s}" for name, _, _ in columns))
+    for i, name in enumerate(("seen by cameras", "seen by LiDAR", "seen by either", "occupied", "unseen voxels that are free")):
+        print(f"{name:28s}" + "".join(f"{100 * s[i]:16.2f}" for _, _, s in columns))
+    print(f"{'class: of the occupied':28s}" + "".join(f"{'all':>8s}{'interior':>8s}" for _ in columns))
+    for c in range(FREE):
+        cells = "".join(f"{100 * n[0, c] / max(n[0, :FREE].sum(), 1):8.3f}" + (f"{100 * n[2, c] / n[0, c]:8.1f}" if n[0, c] else f"{'-':>8s}") for _, n, _ in columns)
+        print(f"  {OCC3D_CLASSES[c]:26s}" + cells)
+
+
+def parse_image(text: str) -> tuple[int, int]:
+    """"400x224" -> (224, 400)."""
+    try:
+        width, height = (int(v) for v in text.lower().split("x"))
+    except ValueError as error:
+        raise InputError(f"--image {text}: give WIDTHxHEIGHT, as 400x224") from error
+    return height, width
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.driving", description="Write the synthetic driving world as a nuScenes v1.0 tree.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=list(SIZES), default="mini", help="mini: 10 scenes x 20 keyframes; demo: 34 x 5; claims: 34 x 30")
+    parser.add_argument("--scenes", type=int, help="number of scenes (default: the size's)")
+    parser.add_argument("--keyframes", type=int, help="keyframes a scene (default: the size's)")
+    parser.add_argument("--sweeps", type=int, default=2, help="LiDAR sweeps between two keyframes")
+    parser.add_argument("--camera-sweeps", type=int, help="0, or 2: an image of every camera before and after each keyframe")
+    parser.add_argument("--image", default="400x224", help="WIDTHxHEIGHT of the images")
+    parser.add_argument("--format", choices=["nuscenes"], default="nuscenes")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    args = parser.parse_args(argv)
+    make_world(args.out, args.seed, args.size, args.scenes, args.keyframes, args.sweeps, args.camera_sweeps, parse_image(args.image), args.workers)
+
+
+if __name__ == "__main__":
+    main()
