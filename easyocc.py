@@ -129,9 +129,9 @@ class Config:
     semantic_level: Literal["exact", "mild", "heavy"] = "mild"  # labeler world: semantic errors
     correlation: float = 0.8  # labeler world: share of the errors that persists over time
     label_seed: int = 0  # labeler world: its errors
-    grounding: str = "IDEA-Research/grounding-dino-base"  # labeler foundation: hub id or folder; OccNeRF: SwinB
-    sam: str = "facebook/sam-vit-huge"  # labeler foundation: hub id or folder; OccNeRF: ViT-H
-    depth_model: str = "depth-anything/Depth-Anything-V2-Metric-Outdoor-Large-hf"  # or metric3d (Sec. 2.1: Metric3Dv2 giant)
+    grounding: str | None = None  # labeler foundation: hub id or folder; none: OccNeRF's GroundingDINO, if on this machine
+    sam: str | None = None  # labeler foundation: hub id or folder; none: OccNeRF's SAM ViT-H, if on this machine
+    depth_model: str | None = None  # labeler foundation: hub id, folder or metric3d (Sec. 2.1: Metric3Dv2 giant)
     maps: str | None = None  # labeler files: folder of maps made by any tool
     # losses
     l_ce: float = 1.0  # (9), assumption
@@ -734,7 +734,8 @@ def label_options(cfg: Config, labeler: str) -> dict:
     if labeler == "world":
         return {"depth_level": cfg.depth_level, "semantic_level": cfg.semantic_level, "correlation": cfg.correlation, "seed": cfg.label_seed}
     if labeler == "foundation":
-        return {"grounding": cfg.grounding, "sam": cfg.sam, "depth": cfg.depth_model}
+        models = {"grounding": cfg.grounding, "sam": cfg.sam, "depth": cfg.depth_model}
+        return {name: value for name, value in models.items() if value is not None}
     return {"maps": cfg.maps} if labeler == "files" else {}
 
 
@@ -784,7 +785,8 @@ def label_scene(job: tuple) -> int:
             past.clear()
             continue
         maps = labeler(i)
-        write_maps(out / "maps", dataset.camera_files(i), maps)
+        if labeler_name != "foundation":  # which keeps its own, before a killed run could lose the models' work
+            write_maps(out / "maps", dataset.camera_files(i), maps)
         cloud, seen = frame_cloud(dataset, i, maps, cfg)
         if todo[k]:
             merged, current = aggregate(cloud, list(past), cfg.dynamic_ids if cfg.remove_dynamic else ())
@@ -808,7 +810,7 @@ def make_labels(dataset: NuScenesOccupancy, labeler: str, cfg: Config, out: Path
     folder made with other settings is refused (InputError).
     """
     begun = time.time()
-    options = label_options(cfg, labeler)
+    options = label_options(cfg, labeler) | ({"cache_maps": out / "maps"} if labeler == "foundation" else {})
     note = make_labeler(labeler, dataset, **options).note  # its errors come before any work
     wanted = label_settings(cfg, labeler) | {"data": {"version": dataset.version, "note": note}}
     path = out / "labels.json"
@@ -824,7 +826,7 @@ def make_labels(dataset: NuScenesOccupancy, labeler: str, cfg: Config, out: Path
     scenes = sorted(by_scene)[shard[0] :: shard[1]]
     jobs = [(dataset, by_scene[scene], labeler, options, cfg, out) for scene in scenes]
     total, written = sum(len(job[1]) for job in jobs), 0
-    processes = min(cfg.workers, len(jobs))
+    processes = 1 if labeler == "foundation" else min(cfg.workers, len(jobs))  # one set of models in memory
     with tqdm(total=total, desc="labels", unit="keyframe") as bar:
         if processes < 2:
             for job in jobs:

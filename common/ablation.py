@@ -11,11 +11,11 @@
 by_scene.npz holds counts that add up over frames, one row a scene: what `metrics.OccupancyMeter.save` writes, or for
 episodes `groups` (S,) bytes, `success` and `trials` (S,) int64.
 
-Verdict (DESIGN.md section 7): scenes, and seeds, are drawn with replacement, the same draw for both arms; each arm's
-score is recomputed from the drawn scenes' summed counts and averaged over the drawn seeds. `holds`: the 95 % interval of
-the difference excludes 0 in the expected direction; `does not hold`: in the other; else `not resolved`. In simulations
-with ten scenes and three seeds, arms that do not differ are told apart in 4 to 8 % of cases (nominal: 5 %); but in 23 % if
-the seed were the only source of noise: three seeds are few, and a small difference should be re-tested with more.
+Verdict: scenes, and seeds, are drawn with replacement, the same draw for both arms; each arm's score is recomputed from
+the drawn scenes' summed counts and averaged over the drawn seeds. `holds`: the 95 % interval of the difference excludes
+0 in the expected direction; `does not hold`: in the other; else `not resolved`. In simulations with ten scenes and
+three seeds, arms that do not differ are told apart in 4 to 8 % of cases (nominal: 5 %), but in 23 % if the seed is the
+only source of noise: three seeds are few, and a small difference should be re-tested with more.
 
     python -m common.ablation table [--results results] [--out RESULTS.md]     # RESULTS.md, generated, never typed
     python -m common.ablation publish runs/demo results/easyocc-demo           # the small files of a run or a claim
@@ -85,7 +85,8 @@ def run_claim(
     for i, (arm, seed) in enumerate(todo):
         folder = arm_folder(out, arm, seed)
         left = (time.perf_counter() - begun) / i * (len(todo) - i) if i else None
-        print(f"--- {i + 1}/{len(todo)} {arm} seed {seed}{'' if left is None else f' | eta {duration(left)}'}", flush=True)
+        eta = "" if left is None else f" | eta {duration(left)}"
+        print(f"--- {i + 1}/{len(todo)} {arm} seed {seed}{eta}", flush=True)
         train_and_eval(arm, claim.arms[arm], seed, folder)
         for name in ("result.json", "by_scene.npz"):
             if not (folder / name).is_file():
@@ -99,11 +100,12 @@ def run_claim(
 
 
 def arm_folder(out: Path | str, arm: str, seed: int) -> Path:
+    """Where the result of one arm and seed lies."""
     return Path(out) / arm / f"seed{seed}"
 
 
 def declare(claim: Claim, seeds: int, out: Path, preset: str, settings: dict[str, Any]) -> None:
-    """Writes claim.json before any run. Later calls may add seeds and arms, never change a sign, an arm or a setting."""
+    """Writes claim.json before any run. Later calls may add seeds and arms, not change a sign, an arm or a setting."""
     value = {
         "claim": claim.name, "sentence": claim.sentence, "expected": claim.expected(), "arms": claim.arms,
         "preset": preset, "settings": settings, "seeds": seeds,
@@ -123,7 +125,7 @@ def declare(claim: Claim, seeds: int, out: Path, preset: str, settings: dict[str
             return
     else:
         if any(out.glob("*/seed*/result.json")):
-            raise InputError(f"{out}: holds results but no claim.json; the sign must be written first, use another --out")
+            raise InputError(f"{out}: results but no claim.json; the sign is written first, so use another --out")
         value["written"], value["commit"] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), commit()
     write_json(path, value)
 
@@ -157,11 +159,11 @@ def _rule(metric: str) -> tuple[str, str]:
         return what, "selfsup15" if kind == "miou15" else "flashocc"
     if kind in ("miou", "iou") and what in PROTOCOLS:
         return PROTOCOLS[what].mask, what
-    raise InputError(f"metric {metric}: not made of counts; miou_<mask or protocol>, iou_<mask>, rayiou[@1|2|4], success")
+    raise InputError(f"metric {metric}: not miou_<mask or protocol>, iou_<mask>, rayiou[@1|2|4] or success")
 
 
 def score(counts: np.ndarray, metric: str) -> np.ndarray:
-    """Counts summed over scenes (..., 18, 18), (..., 5, 17) or (..., 2) -> (...) fractions, by common.metrics' rules."""
+    """Summed counts (..., 18, 18), (..., 5, 17) or (..., 2) -> (...) fractions, by common.metrics' rules."""
     if metric == "success":
         return counts[..., 0] / counts[..., 1]
     from common.metrics import RAY_THRESHOLDS, geometric_iou, miou
@@ -178,13 +180,17 @@ def score(counts: np.ndarray, metric: str) -> np.ndarray:
 
 
 class Difference(NamedTuple):
+    """A paired difference with its interval and what that says."""
+
     value: float  # better - worse, mean over seeds, a fraction
     low: float  # 95 % interval
     high: float
     verdict: str
 
 
-def paired_difference(better: np.ndarray, worse: np.ndarray, metric: str, draws: int = 2000, seed: int = 0) -> Difference:
+def paired_difference(
+    better: np.ndarray, worse: np.ndarray, metric: str, draws: int = 2000, seed: int = 0
+) -> Difference:
     """better, worse (seeds, S, ...) counts of the same seeds and scenes -> the bootstrapped paired difference.
 
     A draw takes S scenes and as many seeds as there are, with replacement, the same for both arms. NaN draws (no class
@@ -222,7 +228,9 @@ def judge(claim: Claim, seeds: int, out: Path, preset: str) -> dict[str, Any]:
     for r in found[1:]:
         if _scored(r) != _scored(found[0]):
             raise InputError(f"{out}: arms were scored on different data or under different rules; use another --out")
-    shared = {k: v for k, v in found[0]["protocol"].items() if all(r["protocol"].get(k) == v for r in found)} if found else None
+    shared = None  # the part of the protocol that all arms have in common
+    if found:
+        shared = {k: v for k, v in found[0]["protocol"].items() if all(r["protocol"].get(k) == v for r in found)}
     arms = []
     for arm, overrides in claim.arms.items():
         rs = results[arm]
@@ -232,7 +240,8 @@ def judge(claim: Claim, seeds: int, out: Path, preset: str) -> dict[str, Any]:
     return {
         "claim": claim.name, "sentence": claim.sentence, "note": claim.note, "preset": preset, "seeds": seeds,
         "dataset": found[0]["dataset"] if found else None, "protocol": shared,
-        "commits": sorted({r["commit"] for r in found}), "arms": json.loads(json.dumps(arms)), "comparisons": comparisons,
+        "commits": sorted({r["commit"] for r in found}), "arms": json.loads(json.dumps(arms)),
+        "comparisons": comparisons,
     }  # fmt: skip
 
 
@@ -277,7 +286,7 @@ def _compare(out: Path, results: dict[str, dict[int, Any]], better: str, worse: 
             scenes = names
             told, made = results[arm][k]["metrics"].get(metric), float(score(value.sum(0), metric))
             if told is None or not math.isclose(told, made, rel_tol=1e-6, abs_tol=1e-9):
-                raise InputError(f"{folder}: result.json says {metric} {told}, by_scene.npz gives {made:.6f}; remove both")
+                raise InputError(f"{folder}: result.json says {metric} {told}, by_scene.npz {made:.6f}; remove both")
             counts[arm].append(value)
     d = paired_difference(np.stack(counts[better]), np.stack(counts[worse]), metric)
     cost_b, cost_w = (_mean_cost([results[arm][k] for k in seeds]) for arm in (better, worse))
@@ -290,23 +299,18 @@ def _compare(out: Path, results: dict[str, dict[int, Any]], better: str, worse: 
 
 def markdown(v: dict[str, Any]) -> str:
     """The verdict as text: claim, arms with every seed's score, comparisons with interval and verdict."""
-    lines = [f"### {v['claim']}: {v['sentence']}", ""]
-    lines += [f"Preset {v['preset']}; {describe_data(v)}.", ""] if v["dataset"] else [f"Preset {v['preset']}; {NOT_RUN}.", ""]
+    data = describe_data(v) if v["dataset"] else NOT_RUN
+    lines = [f"### {v['claim']}: {v['sentence']}", "", f"Preset {v['preset']}; {data}.", ""]
     metrics = list(dict.fromkeys(c["metric"] for c in v["comparisons"]))
     seeds = [str(k) for k in range(v["seeds"])]
     for metric in metrics:
-        lines += _table(
-            ["arm", *(f"{metric} seed {k}" for k in seeds), "mean", "step [ms]", "peak [GB]"],
-            [
-                [
-                    a["arm"],
-                    *(_percent(a["scores"][metric].get(k)) for k in seeds),
-                    _percent(float(np.mean(list(a["scores"][metric].values()))) if a["scores"][metric] else None),
-                    *((f"{a['cost']['step_ms']:.0f}", f"{a['cost']['peak_gb']:.2f}") if a["cost"] else (NOT_RUN, NOT_RUN)),
-                ]
-                for a in v["arms"]
-            ],
-        ) + [""]
+        rows = []
+        for a in v["arms"]:
+            scores, cost = a["scores"][metric], a["cost"]
+            mean = float(np.mean(list(scores.values()))) if scores else None
+            spent = (f"{cost['step_ms']:.0f}", f"{cost['peak_gb']:.2f}") if cost else (NOT_RUN, NOT_RUN)
+            rows.append([a["arm"], *(_percent(scores.get(k)) for k in seeds), _percent(mean), *spent])
+        lines += [*_table(["arm", *(f"{metric} seed {k}" for k in seeds), "mean", "step [ms]", "peak [GB]"], rows), ""]
     rows = []
     for c in v["comparisons"]:
         if c["verdict"] == NOT_RUN:
@@ -315,8 +319,10 @@ def markdown(v: dict[str, Any]) -> str:
         few = f" ({len(c['seeds'])} seed{'s' if len(c['seeds']) > 1 else ''})" if len(c["seeds"]) < 3 else ""
         low, high = (f"{100 * x:+.2f}" for x in c["interval"])
         ratio = [f"{c[n]:.2f}" if c[n] else "-" for n in ("step_ms_ratio", "peak_gb_ratio")]
-        rows.append([c["expected"], c["metric"], f"{100 * c['difference']:+.2f}", f"[{low}, {high}]", *ratio, f"**{c['verdict']}**{few}"])
-    lines += _table(["expected", "metric", "difference", "95 % interval", "step time ratio", "memory ratio", "verdict"], rows)
+        numbers = [f"{100 * c['difference']:+.2f}", f"[{low}, {high}]", *ratio]
+        rows.append([c["expected"], c["metric"], *numbers, f"**{c['verdict']}**{few}"])
+    head = ["expected", "metric", "difference", "95 % interval", "step time ratio", "memory ratio", "verdict"]
+    lines += _table(head, rows)
     return "\n".join(lines + (["", v["note"]] if v.get("note") else [])) + "\n"
 
 
@@ -346,6 +352,7 @@ COLUMNS = (
 
 
 def is_synthetic(dataset: dict[str, Any], where: Path) -> bool:
+    """By the dataset's name, which must be 'synthetic ...' or one of REAL: no number may be of unknown origin."""
     name = str(dataset.get("name", ""))
     if name.lower().startswith("synthetic"):
         return True
@@ -361,9 +368,9 @@ def results_page(results: Path | str) -> str:
     verdicts = {p: read_json(p) for p in sorted(results.rglob("verdict.json"))}
     lines = [
         "# Results", "",
-        "Generated by `make table` from `results/`; nothing here is typed by hand. Synthetic and real data never share a",
-        "table. Scores are percentages; a number is comparable only within its table (one dataset, split and protocol).",
-        "`not run` means just that.", "",
+        "Generated by `make table` from `results/`; nothing here is typed by hand. Synthetic and real data never",
+        "share a table. Scores are percentages; a number compares only within its table (one dataset, split and",
+        "protocol). `not run` means just that.", "",
     ]  # fmt: skip
     for title, synthetic in (("Synthetic worlds", True), ("Real data", False)):
         lines += [f"## {title}", ""]
@@ -434,7 +441,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     options = dict(zip(argv[1::2], argv[2::2]))
     if argv[:1] != ["table"] or len(argv) % 2 == 0 or not options.keys() <= {"--results", "--out"}:
-        raise InputError("usage: python -m common.ablation table [--results results] [--out RESULTS.md] | publish RUN TO")
+        raise InputError("usage: python -m common.ablation table [--results results] [--out FILE] | publish RUN TO")
     results = Path(options.get("--results", "results"))
     if not results.is_dir():
         raise InputError(f"--results {results}: no such folder")

@@ -1,7 +1,7 @@
 """Image encoders and small 3D blocks: what two papers would otherwise each write again.
 
     Name            Input -> output                                     Note
-    ImageEncoder    (..., 3, H, W) in [0, 1] -> (..., C, H/4, W/4)      "conv" (small, random) or a transformers backbone
+    ImageEncoder    (..., 3, H, W) in [0, 1] -> (..., C, H/4, W/4)      "conv" (small) or a transformers backbone
     UpNeck          1/8 and 1/16 features -> 1/4                        OccNeRF's decoder
     UNet3D          (B, C, X, Y, Z) -> (B, channels[0], X, Y, Z)        residual blocks, skips; any X, Y, Z
     norm_layer      group | batch | instance, 2D or 3D
@@ -34,7 +34,7 @@ DINOV2 = {"dinov2-small": (384, 12, 6), "dinov2-base": (768, 12, 12), "dinov2-la
 
 
 def norm_layer(kind: str, channels: int, dims: int = 2) -> nn.Module:
-    """kind: group (8 or a few more channels a group, independent of the batch), batch, or instance (no affine, OccNeRF's)."""
+    """kind: group (8 or more channels a group; independent of the batch), batch, or instance (no affine, OccNeRF's)."""
     if kind == "group":
         groups = next(g for g in range(max(1, channels // 8), 0, -1) if channels % g == 0)
         return nn.GroupNorm(groups, channels)
@@ -76,7 +76,8 @@ class ConvBackbone(nn.Module):
         a, b, c, d = widths
         self.stem = conv_norm_relu(3, a, norm, stride=2)  # 1/2
         self.stages = nn.ModuleList(
-            nn.Sequential(conv_norm_relu(i, o, norm, stride=2), conv_norm_relu(o, o, norm)) for i, o in ((a, b), (b, c), (c, d))
+            nn.Sequential(conv_norm_relu(i, o, norm, stride=2), conv_norm_relu(o, o, norm))
+            for i, o in ((a, b), (b, c), (c, d))
         )
         self.lateral = nn.ModuleList(nn.Conv2d(w, channels, 1) for w in (b, c, d))
         self.smooth = conv_norm_relu(channels, channels, norm)
@@ -97,7 +98,7 @@ class ConvBackbone(nn.Module):
 class ImageEncoder(nn.Module):
     """Images in [0, 1] -> features at 1/4 resolution; ImageNet normalisation inside.
 
-    name: "conv", a hub id such as microsoft/resnet-101 or facebook/dinov2-base, or a local folder saved by transformers.
+    name: "conv", a hub id such as microsoft/resnet-101 or facebook/dinov2-base, or a local folder of transformers.
     pretrained False: random weights, the architecture from this file (or the local folder's config.json).
     """
 
@@ -110,7 +111,8 @@ class ImageEncoder(nn.Module):
             self.backbone, self.neck = ConvBackbone(channels, norm), None
             return
         self.backbone, (fine, coarse) = load_backbone(name, pretrained)
-        self.patch = getattr(self.backbone.config, "patch_size", 1) if "dinov2" in self.backbone.config.model_type else 1
+        config = self.backbone.config
+        self.patch = config.patch_size if config.model_type == "dinov2" else 1
         self.neck = UpNeck(fine, coarse, channels, "instance" if norm == "batch" else norm)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ class ImageEncoder(nn.Module):
 
 def load_backbone(name: str, pretrained: bool = True) -> tuple[nn.Module, tuple[int, int]]:
     """-> (a transformers backbone that gives two feature maps, their channels): 1/8 and 1/16 of a convolutional network
-    (later stages are cut off), the middle and last block of a ViT. Raises InputError: one line that says how to get it."""
+    (later stages are cut off), the middle and last block of a ViT. Raises InputError, which says how to get it."""
     from transformers import AutoBackbone, AutoConfig  # late: half a second that "conv" does not need
 
     short = name.split("/")[-1]
@@ -138,7 +140,7 @@ def load_backbone(name: str, pretrained: bool = True) -> tuple[nn.Module, tuple[
         config = _written_config(short)
         if config is None:
             known = ", ".join([*RESNETS, *DINOV2])
-            raise InputError(f"--backbone {name}: architecture not in common/backbones.py ({known}) and not a local folder")
+            raise InputError(f"--backbone {name}: not a local folder, nor written in common/backbones.py ({known})")
     else:
         config = _fetch(name, partial(AutoConfig.from_pretrained, name))
     if config.model_type == "dinov2":
@@ -146,8 +148,8 @@ def load_backbone(name: str, pretrained: bool = True) -> tuple[nn.Module, tuple[
     elif hasattr(config, "depths") and len(config.depths) >= 3:
         config.out_features = [f"stage{len(config.depths) - 2}", f"stage{len(config.depths) - 1}"]
     else:
-        raise InputError(f"--backbone {name}: a {config.model_type} gives no feature pyramid here; use a ResNet or DINOv2")
-    if pretrained:  # by the class itself: transformers 5.23's AutoBackbone.from_pretrained asks the hub even for a folder
+        raise InputError(f"--backbone {name}: a {config.model_type} gives no feature pyramid; use a ResNet or DINOv2")
+    if pretrained:  # by the class itself: AutoBackbone.from_pretrained (5.23) asks the hub even for a local folder
         with torch.device("meta"):
             architecture = type(AutoBackbone.from_config(config))
         net = _fetch(name, partial(architecture.from_pretrained, name, config=config, use_safetensors=True))
@@ -171,7 +173,9 @@ def _written_config(short: str) -> Any:
         return ResNetConfig(embedding_size=64, hidden_sizes=sizes, depths=list(depths), layer_type=layer)
     if short in DINOV2:
         width, layers, heads = DINOV2[short]
-        return Dinov2Config(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, image_size=518, patch_size=14)
+        return Dinov2Config(
+            hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, image_size=518, patch_size=14
+        )
     return None
 
 
@@ -196,7 +200,7 @@ def _fetch(name: str, load: Callable[..., Any]) -> Any:
     except urllib.error.HTTPError:
         pass  # it answers
     except OSError as error:
-        raise InputError(f"--backbone {name}: not in the local cache, and the hub cannot be reached; {remedy}") from error
+        raise InputError(f"--backbone {name}: not in the local cache, the hub cannot be reached; {remedy}") from error
     try:
         return load(local_files_only=False)
     except (OSError, ValueError) as error:
@@ -220,7 +224,7 @@ class ResBlock3D(nn.Module):
 
 
 class UNet3D(nn.Module):
-    """Three-level (or as many as `channels`) residual U-Net on a voxel grid: strided convolutions down, trilinear up, sum.
+    """Residual U-Net on a voxel grid with len(channels) levels: strided convolutions down, trilinear up, sums.
 
     Halves X, Y and Z per level; sizes need not be even. Works in bf16 autocast and in channels_last_3d.
     """
@@ -312,10 +316,8 @@ def describe(net: nn.Module, *inputs: Any, depth: int = 2, train: bool = True) -
 
 
 def _shape(value: Any) -> str:
+    """(1, 2) of a tensor; the shapes of the tensors in a dict, tuple or list, in order."""
     if isinstance(value, Tensor):
         return "(" + ", ".join(map(str, value.shape)) + ")"
-    if isinstance(value, dict):
-        return " ".join(f"{k}{_shape(v)}" for k, v in value.items() if isinstance(v, Tensor))
-    if isinstance(value, (tuple, list)):
-        return " ".join(_shape(v) for v in value if isinstance(v, Tensor))
-    return type(value).__name__
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return " ".join(filter(None, map(_shape, parts)))

@@ -59,7 +59,7 @@ SHARED = {
     "version": Flag("dataset version; default: the only one present", str | None),
     "split": Flag("split by the devkit's lists; default: train for training, val for evaluation", str | None),
     "labels": Flag("folder of labels", Path | None),
-    "labeler": Flag("maker of the 2D maps behind the labels", Literal["world", "foundation", "lidar", "files"], "world"),
+    "labeler": Flag("maker of the labels' 2D maps", Literal["world", "foundation", "lidar", "files"], "world"),
     "out": Flag("output folder", Path | None),
     "ckpt": Flag("run folder that holds the checkpoint", Path | None),
     "seed": Flag("seed of weights, data order and augmentation", int, 0, least=0),
@@ -164,7 +164,11 @@ def from_dict(config: type, stored: dict[str, Any], where: Path | str) -> Any:
 
 def to_dict(cfg: Any) -> dict[str, Any]:
     """A config as plain JSON values."""
-    return {n: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for n, v in asdict(cfg).items()}
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+    return {name: plain(value) for name, value in asdict(cfg).items()}
 
 
 def last_stage(folder: Path | str) -> Path:
@@ -301,7 +305,7 @@ def _suggest(word: str, known, dashes: str = "") -> str:
 
 
 def field_notes(config: type) -> dict[str, tuple[str, str]]:
-    """{field: (section, help)} from the comments in the dataclass's source; metadata["help"] goes before the comment."""
+    """{field: (section, help)} from the comments in the dataclass's source; metadata["help"] precedes the comment."""
     source = textwrap.dedent(inspect.getsource(config))
     comments = {
         token.start[0]: (token.string.lstrip("# ").rstrip(), token.line.lstrip().startswith("#"))
@@ -338,10 +342,14 @@ def _takes(name: str, hint: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(_shown, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, tuple):
+        return " ".join(map(_shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _help(doc: str, method: str, config: type, presets: dict, verbs: Verbs, table: dict[str, Flag], verb: str | None) -> str:
+def _help(
+    doc: str, method: str, config: type, presets: dict, verbs: Verbs, table: dict[str, Flag], verb: str | None
+) -> str:
     if verb is None:
         intro = inspect.cleandoc(doc or "").split("\nGLOSSARY")[0].rstrip()
         width = max(map(len, verbs))

@@ -1,4 +1,4 @@
-"""What every training loop needs and no paper invents: seeds, ranks, data order, checkpoints, the log line, result.json.
+"""What every training loop needs and no paper invents: seeds, ranks, data order, checkpoints, log line, result.json.
 
 A method keeps its own loop; these are the pieces, in the order in which a loop meets them:
 
@@ -14,7 +14,8 @@ A method keeps its own loop; these are the pieces, in the order in which a loop 
         set_lr(optimizer, schedule(step, steps, "cosine", cfg.warmup))
         ...
         log(step, {"loss": loss, "ce": ce}, lr)
-        if (step + 1) % every == 0 or step + 1 == steps: save_checkpoint(args.out, run, net, optimizer, step + 1, log.state())
+        if (step + 1) % every == 0 or step + 1 == steps:
+            save_checkpoint(args.out, run, net, optimizer, step + 1, log.state())
 
 Determinism: the batch of a step depends on (seed, step) alone, every item has its own generator, and a checkpoint holds
 all else, so on a CPU an interrupted run ends bit-equal to an uninterrupted one. Two processes with batch b see the data
@@ -81,7 +82,7 @@ def setup(device: str, threads: int | None = None) -> Run:
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise InputError(f"--device cuda: process {local} of this machine, which has {torch.cuda.device_count()} GPUs")
+            raise InputError(f"--device cuda: process {local} here, but only {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local)
         where = torch.device("cuda", local)
     else:
@@ -294,7 +295,9 @@ def schedule(step: int, steps: int, kind: str = "cosine", warmup: int = 0, floor
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * ratio))
 
 
-def param_groups(net: nn.Module, lr_enc: float, lr_dec: float, weight_decay: float, encoder: str = "encoder") -> list[dict]:
+def param_groups(
+    net: nn.Module, lr_enc: float, lr_dec: float, weight_decay: float, encoder: str = "encoder"
+) -> list[dict[str, Any]]:
     """Groups for an optimiser: parameters under `encoder.` learn at lr_enc, the rest at lr_dec; vectors (norms, biases)
     do not decay. Each group keeps its own rate in `base_lr`, which `set_lr` scales."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
@@ -319,7 +322,7 @@ RUNTIME = ("workers", "eval_frames", "rayiou", "pictures", "world_size")
 
 
 def settings(args: Any, cfg: Any, steps: int, data: dict[str, Any]) -> dict[str, Any]:
-    """What makes a run this run; written as <out>/config.json. data: root, version, split, labels, frames ... (JSON)."""
+    """What makes a run this run; written as <out>/config.json. data: root, version, split, labels ... (JSON values)."""
     return {
         "method": args.method,
         "preset": args.preset,
@@ -342,7 +345,8 @@ def begin(out: Path | str, run: Run, wanted: dict[str, Any], resume: bool = Fals
     path = out / "config.json"
     found = checkpoint_step(out)
     if not path.is_file() and (resume or found is not None):
-        raise InputError(f"{out}: no config.json of a run there; " + ("drop --resume" if resume else "use another --out"))
+        remedy = "drop --resume" if resume else "use another --out"
+        raise InputError(f"{out}: no config.json of a run there; {remedy}")
     old = read_json(path) if path.is_file() else None
     barrier(run)  # every rank has looked before the main one writes
     if old is not None:
@@ -472,8 +476,10 @@ def load_checkpoint(
         detail = f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
         path = out / "config.json"
         fields = differences(read_json(path), wanted) if wanted is not None and path.is_file() else {}
-        named = ", ".join(f"{n} {a} there, {b} here" for n, (a, b) in fields.items() if n[:5] != "data." and n != "world")
-        raise InputError(f"{out}: a checkpoint of another architecture ({named or detail}); use its own settings")
+        named = [f"{n} {a} there, {b} here" for n, (a, b) in fields.items() if n != "world" and n[:5] != "data."]
+        raise InputError(
+            f"{out}: a checkpoint of another architecture ({', '.join(named) or detail}); use its own settings"
+        )
     net.load_state_dict(weights)
     if optimizer is not None:
         tensors = _read(folder / "optimizer.safetensors")
@@ -536,9 +542,8 @@ def _pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str
 
 
 def _unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: dict[str, Any], where: Path) -> None:
-    now = optimizer.state_dict()["param_groups"]
-    saved = groups["param_groups"]
-    if [g["params"] for g in saved] != [g["params"] for g in now] or any(a.keys() != b.keys() for a, b in zip(saved, now)):
+    now, saved = optimizer.state_dict()["param_groups"], groups["param_groups"]
+    if [(g["params"], g.keys()) for g in saved] != [(g["params"], g.keys()) for g in now]:
         raise InputError(f"{where}: the optimiser has other parameter groups; use the settings of the run")
     for old, new in zip(saved, now, strict=True):  # JSON has no tuples (betas)
         old.update({k: tuple(v) for k, v in old.items() if isinstance(new[k], tuple)})
@@ -599,7 +604,9 @@ class Log:
     due, so each line shows means over its steps and over the processes.
     """
 
-    def __init__(self, out: Path | str, run: Run, steps: int, start: int = 0, state: dict | None = None, every: int = 0):
+    def __init__(
+        self, out: Path | str, run: Run, steps: int, start: int = 0, state: dict | None = None, every: int = 0
+    ):
         self.path, self.run, self.steps, self.start = Path(out) / "log.jsonl", run, steps, start
         self.every = every or max(1, min(50, steps // 20))
         self.waited = 0.0  # [s] for data, since the last line
@@ -640,25 +647,26 @@ class Log:
         now = time.perf_counter()
         seconds, waited = (now - self.last) / self.count, min(1.0, self.waited / max(1e-9, now - self.last))
         if self.run.is_main:
-            row = {"step": done, **means, "lr": lr, "ms": 1000 * seconds, "data": waited, "gb": peak_gb(self.run.device)}
+            row = {"step": done, **means, "lr": lr, "ms": 1000 * seconds, "data": waited}
+            row["gb"] = peak_gb(self.run.device)
             print(format_line(row, self.steps), flush=True)
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         self.sums, self.count, self.waited, self.last = {}, 0, 0.0, now
         if not math.isfinite(means["loss"]):
-            raise InputError(f"the loss is {means['loss']} at step {done}: diverged; lower the learning rate or --amp off")
+            raise InputError(f"the loss is {means['loss']} at step {done}: diverged; lower the learning rate")
 
 
 def format_line(row: dict[str, float], steps: int) -> str:
-    """`step 001200/24000  5.0% | loss 2.314 (ce 1.201 lov 0.902) | lr 1.9e-4 | 412 ms (data 9%) | 18.2 GB | eta 2h37m`"""
+    """step 001200/24000  5.0% | loss 2.314 (ce 1.201 lov 0.902) | lr 1.9e-4 | 412 ms (data 9%) | 18.2 GB | eta 2h37m"""
     known = ("step", "loss", "lr", "ms", "data", "gb")
     parts = " ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in known)
     mantissa, exponent = f"{row['lr']:.1e}".split("e")
     left = (steps - row["step"]) * row["ms"] / 1000
     return (
         f"step {row['step']:06d}/{steps} {100 * row['step'] / steps:4.1f}% | loss {row['loss']:.3f}"
-        f"{f' ({parts})' if parts else ''} | lr {mantissa}e{int(exponent)} | {row['ms']:.0f} ms (data {row['data']:.0%})"
-        f" | {row['gb']:.1f} GB | eta {duration(left)}"
+        f"{f' ({parts})' if parts else ''} | lr {mantissa}e{int(exponent)}"
+        f" | {row['ms']:.0f} ms (data {row['data']:.0%}) | {row['gb']:.1f} GB | eta {duration(left)}"
     )
 
 

@@ -102,7 +102,7 @@ class Road:
                 R = 1 / curvature
                 a, b = rel @ t, rel @ n - np.float32(R)
                 d = np.float32(R) - np.sign(R).astype(np.float32) * np.hypot(a, b)
-                turn = np.arctan2(a * np.sign(curvature), -b * np.sign(curvature))       # 0 at the start of the arc
+                turn = np.arctan2(a, -b * np.sign(curvature))                                # 0 at the start of the arc
                 middle = 0.5 * length * abs(curvature)
                 s = ((turn - middle + np.pi) % (2 * np.pi) - np.pi + middle) * abs(R)
             over = np.maximum(s - high, 0) + np.maximum(low - s, 0)
@@ -240,7 +240,7 @@ class CityGround:
         out[(np.sin(s / 14 + road) > -0.5) & (e2 > 9) & (e1 < style.verge) & (e1 > 0.2)] = TERRAIN
         beyond = np.nonzero(e1 > style.verge + style.pavement)[0]
         block = noise(x[beyond] + self.shift[0], y[beyond] + self.shift[1], 0.012)
-        out[beyond] = np.where(block < style.plaza, SIDEWALK, np.where(block < style.plaza + 0.07, OTHER_FLAT, TERRAIN))
+        out[beyond] = np.where(block < style.plaza, SIDEWALK, np.where(block < style.plaza + 0.05, OTHER_FLAT, TERRAIN))
         return out
 
     def light(self, x: np.ndarray, y: np.ndarray, light: Light) -> tuple[np.ndarray, np.ndarray]:
@@ -336,15 +336,15 @@ class Style(NamedTuple):
 
 def _style(rng: np.random.Generator, singapore: bool) -> Style:
     name = rng.choice(["downtown", "residential", "avenue", "park", "industry"], p=[0.3, 0.25, 0.2, 0.13, 0.12])
-    frontage = {"downtown": (0.84, 0.06, 0.05, 0.03, 0.02), "residential": (0.5, 0.14, 0.24, 0.09, 0.03),
-                "avenue": (0.6, 0.08, 0.16, 0.13, 0.03), "park": (0.25, 0.13, 0.3, 0.28, 0.04),
-                "industry": (0.55, 0.3, 0.07, 0.04, 0.04)}[name]
+    frontage = {"downtown": (0.84, 0.06, 0.06, 0.04, 0.0), "residential": (0.48, 0.14, 0.26, 0.12, 0.0),
+                "avenue": (0.6, 0.08, 0.16, 0.15, 0.01), "park": (0.22, 0.12, 0.34, 0.3, 0.02),
+                "industry": (0.52, 0.3, 0.1, 0.06, 0.02)}[name]
     height = {"downtown": (12, 45), "residential": (5, 10), "avenue": (9, 30), "park": (5, 14), "industry": (5, 12)}[name]
-    setback = {"downtown": (0, 1.2), "residential": (0.5, 5), "avenue": (0, 4), "park": (1, 7), "industry": (0, 6)}[name]
-    verge = {"downtown": 0.0, "residential": 1.4, "avenue": 1.8, "park": 2.2, "industry": 0.8}[name] * rng.choice([0, 1, 1.2])
+    setback = {"downtown": (0, 1.0), "residential": (0.3, 3.5), "avenue": (0, 2.5), "park": (0.5, 4), "industry": (0, 3)}[name]
+    verge = {"downtown": 0.5, "residential": 1.6, "avenue": 2.0, "park": 2.6, "industry": 1.2}[name] * rng.choice([0, 1, 1.3], p=[0.2, 0.5, 0.3])
     gray = rng.uniform(0.5, 0.72)
-    return Style(name, frontage, setback, height, float(verge), float(rng.uniform(1.8, 3.6)),
-                 {"downtown": 0.7, "avenue": 0.4}.get(name, 0.2), float(rng.uniform(0.3, 0.9)) * (0.5 if name == "downtown" else 1),
+    return Style(name, frontage, setback, height, float(verge), float(rng.uniform(1.2, 2.4)),
+                 {"downtown": 0.45, "avenue": 0.15}.get(name, 0.05), float(rng.uniform(0.4, 1.0)) * (0.6 if name == "downtown" else 1),
                  float(rng.uniform(0.35, 0.85)), linear(gray + rng.uniform(0, 0.06), gray, gray - rng.uniform(0, 0.06)),
                  float(rng.uniform(0.06, 0.15)), bool(rng.random() < 0.6), singapore, bool(rng.random() < 0.8), singapore)
 
@@ -507,41 +507,52 @@ def _wall(b: Builder, x, y, yaw, length, height) -> None:
 
 
 def _frontage(b: Builder, road: Road, side: int, low: float, high: float) -> None:
-    """What lines one side of a road from s = low to high: buildings, walls, hedges, trees, gaps."""
+    """What lines one side of a road from s = low to high: buildings, walls, hedges, trees; what does not fit is closed by hedges."""
     r, style = b.rng, b.style
     s = low
     behind = style.verge + style.pavement
     while s < high:
-        kind = r.choice(5, p=style.frontage)
-        length = r.uniform(9, 26) if kind == 0 else r.uniform(7, 18)
+        kind = int(r.choice(5, p=style.frontage))
+        length = r.uniform(9, 24) if kind == 0 else r.uniform(6, 16)
         half = float(road.half_width(np.array([side]), np.array([s + length / 2]))[0])
         placed = False
-        for attempt in range(3):
+        for attempt in range(4):
+            if attempt == 3:                                           # too tight for anything but a short hedge or wall
+                kind, length = int(r.choice([1, 2])), 3.5
             if kind == 0:
-                depth, set_back = r.uniform(8, 16) / (attempt + 1), r.uniform(*style.setback)
+                depth, back = r.uniform(8, 15) / (attempt + 1), r.uniform(*style.setback)
             else:
-                depth, set_back = (0.6 if kind == 1 else 1.2 if kind == 2 else 5.0), r.uniform(0.1, 1.5)
-            x, y, yaw = road.at(s + length / 2, side * (half + behind + set_back + 0.4 + depth / 2))
-            if b.claim(x, y, yaw, length, depth, 0.1, behind - 0.1):
+                depth, back = (0.6, 1.2, 4.5, 4.5)[kind - 1], r.uniform(0.1, 1.0)
+            x, y, yaw = road.at(s + length / 2, side * (half + behind + back + 0.4 + depth / 2))
+            if b.claim(x, y, yaw, length, depth, 0.05, behind - 0.1):
                 placed = True
                 break
             length *= 0.65
         if placed:
+            along = np.array([np.cos(yaw), np.sin(yaw)])
             if kind == 0:
                 _building(b, x, y, yaw, length, depth, r.uniform(*style.height) * r.choice([0.7, 1, 1.3]), side)
-                for u in np.arange(-length / 2 + 0.5, length / 2, 1.1):
-                    if set_back > 0.9 and r.random() < 0.4:       # front gardens
-                        px, py, _ = road.at(s + length / 2 + u, side * (half + behind + set_back - 0.2))
-                        _bush(b, px, py, r.uniform(0.4, 0.9))
+                if back > 0.8 and r.random() < 0.7:                    # front gardens
+                    for u in np.arange(-length / 2 + 0.5, length / 2, 1.0):
+                        px, py, _ = road.at(s + length / 2 + u, side * (half + behind + 0.2 + r.uniform(0, 0.4)))
+                        if r.random() < 0.75 * (b.ground.edge(np.float32([px]), np.float32([py]))[0] > behind - 0.4):
+                            _bush(b, px, py, r.uniform(0.5, 1.1))
             elif kind == 1:
-                _wall(b, x, y, yaw, length, r.uniform(1.6, 3.4))
+                _wall(b, x, y, yaw, length, r.uniform(1.8, 3.6))
             elif kind == 2:
-                _hedge(b, x, y, yaw, length, r.uniform(1.2, 3.0))
+                _hedge(b, x, y, yaw, length, r.uniform(1.4, 3.2))
             elif kind == 3:
-                for u in np.arange(-length / 2 + 1.5, length / 2, r.uniform(2.5, 4)):
-                    _tree(b, x + u * np.cos(yaw) + r.normal(0, 0.5), y + u * np.sin(yaw) + r.normal(0, 0.5), r.uniform(0.8, 1.3))
-                    _bush(b, x + (u + 1.2) * np.cos(yaw), y + (u + 1.2) * np.sin(yaw), r.uniform(0.8, 1.6))
-        s += length + (r.uniform(0.0, 0.8) if kind in (0, 1, 2) else r.uniform(0.5, 3)) if placed else 2.5
+                for u in np.arange(-length / 2 + 1.2, length / 2, r.uniform(2.2, 3.4)):
+                    _tree(b, *(np.array([x, y]) + u * along + r.normal(0, 0.5, 2)), r.uniform(0.8, 1.3))
+                    _bush(b, *(np.array([x, y]) + (u + 1.1) * along), r.uniform(0.9, 1.8))
+            if kind in (1, 2):                                         # gardens behind
+                for u in np.arange(-length / 2, length / 2, 3.5):
+                    px, py, _ = road.at(s + length / 2 + u, side * (half + behind + back + depth + r.uniform(1.5, 4)))
+                    if r.random() < 0.6 and b.claim(px, py, yaw, 1.5, 1.5, 0.1, behind + 1.2):
+                        _tree(b, px, py, r.uniform(0.9, 1.5))
+            s += length + (r.uniform(0.0, 0.5) if kind in (0, 1, 2) else r.uniform(0.3, 1.5))
+        else:
+            s += 1.5
 
 
 def _backdrop(b: Builder, center: np.ndarray, radius: float) -> None:
@@ -604,7 +615,7 @@ def _furniture(b: Builder, road: Road, low: float, high: float, lamps: list) -> 
     r, style = b.rng, b.style
     spacing = r.uniform(22, 34)
     for side in (-1, 1):
-        for s in np.arange(low + r.uniform(0, 9), high, 8.5):
+        for s in np.arange(low + r.uniform(0, 7), high, 7.0):
             half = float(road.half_width(np.array([side]), np.array([s]))[0])
             near_kerb = half + 0.55 + 0.3 * (style.verge > 0)
             x, y, heading = road.at(s, side * near_kerb)
@@ -612,21 +623,21 @@ def _furniture(b: Builder, road: Road, low: float, high: float, lamps: list) -> 
                 continue
             inward = heading - side * np.pi / 2
             choice = r.random()
-            if (s - low) % spacing < 8.5 and side == (1 if road.lanes == 1 else side):
+            if (s - low) % spacing < 7.0 and side == (1 if road.lanes == 1 else side):
                 _lamp_post(b, x, y, inward, lamps)
-            elif choice < 0.55 * style.trees + 0.1 * (style.verge > 0):
+            elif choice < 0.6 * style.trees + 0.1 * (style.verge > 0):
                 _tree(b, x, y, r.uniform(0.7, 1.15))
-            elif choice < 0.62:
-                _sign(b, x, y, heading + (np.pi if side > 0 else 0) + r.normal(0, 0.1))
-            elif choice < 0.68:
-                b.tube(x, y, STEP, 0.12, 0.75, MANMADE, linear(0.8, 0.15, 0.1))
             elif choice < 0.76:
+                _sign(b, x, y, heading + (np.pi if side > 0 else 0) + r.normal(0, 0.1))
+            elif choice < 0.8:
+                b.tube(x, y, STEP, 0.12, 0.75, MANMADE, linear(0.8, 0.15, 0.1))
+            elif choice < 0.86:
                 b.box(x, y, STEP, heading, r.uniform(0.5, 1.3), 0.5, r.uniform(0.9, 1.6), MANMADE, b.color((0.1, 0.6), (0.25, 0.6)))
-            elif choice < 0.84:
+            elif choice < 0.91:
                 for u in (-0.0, 1.5, 3.0):
                     px, py, _ = road.at(s + u, side * near_kerb)
                     b.tube(px, py, STEP, 0.09, 0.95, MANMADE, linear(0.25, 0.25, 0.27))
-            elif choice < 0.88:
+            elif choice < 0.94:
                 px, py, _ = road.at(s, side * (near_kerb + 0.3))
                 b.box(px, py, STEP + 0.35, heading, 1.6, 0.45, 0.1, MANMADE, linear(0.5, 0.35, 0.2), WOOD)
                 b.box(px, py, STEP, heading, 0.1, 0.4, 0.4, MANMADE, linear(0.3, 0.3, 0.3))

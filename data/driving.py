@@ -35,7 +35,6 @@ import argparse
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -44,13 +43,13 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from common.files import InputError, atomic, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
-from data.city import DRIVEABLE, ID, LIDARSEG_NAMES
-from data.nuscenes_writer import CAMERAS, chain, rounded, token, write_tables
-from data.render import BOX, CYLINDER, ELLIPSOID, GROUND, Primitives, RayGrid, camera_rays, corners, develop, draw, lidar_rays, shade
+from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
+from data.city import ID, LIDARSEG_NAMES
+from data.ground_truth import FREE, SHAPE, Keyframe, Surfaces, add_hits, camera_ends, inverse, label_statistics, move, observed, seen_voxels
+from data.nuscenes_writer import CAMERAS, PER_SCENE, chain, rounded, token, write_tables
+from data.render import GROUND, NONE, RayGrid, camera_rays, develop, draw, lidar_rays, shade
 from data.traffic import City
 
-FREE, SHAPE, VOXEL, LOWER = 17, (200, 200, 16), 0.4, np.array([-40.0, -40.0, -1.0])
 NATIVE = (1600, 900)
 RING_ELEVATION = np.radians(np.linspace(-30.67, 10.67, 32))
 AZIMUTHS = 1086
@@ -69,11 +68,6 @@ LIDAR_LAYOUT = (0.94, 0.0, 1.84, -90.0)
 LOCATIONS = ("boston-seaport", "singapore-onenorth", "singapore-queenstown", "singapore-hollandvillage")
 MINI_LOCATIONS = {"scene-0061": 1, "scene-0103": 0, "scene-0553": 0, "scene-0655": 0, "scene-0757": 0, "scene-0796": 2, "scene-0916": 2,
                   "scene-1077": 3, "scene-1094": 3, "scene-1100": 3}
-
-_OTHERS = ("noise", "animal", "human.pedestrian.personal_mobility", "human.pedestrian.stroller", "human.pedestrian.wheelchair",
-           "movable_object.debris", "movable_object.pushable_pullable", "static_object.bicycle_rack", "vehicle.emergency.ambulance",
-           "vehicle.emergency.police", "static.other", "vehicle.ego")
-
 
 class Settings(NamedTuple):
     """What decides a world's bytes. image is (H, W)."""
@@ -107,18 +101,6 @@ def matrix(row: dict) -> np.ndarray:
                  [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]]
     T[:3, 3] = row["translation"]
     return T
-
-
-def inverse(T: np.ndarray) -> np.ndarray:
-    """Inverse of a rigid transform (4, 4)."""
-    out = np.eye(4)
-    out[:3, :3], out[:3, 3] = T[:3, :3].T, -T[:3, :3].T @ T[:3, 3]
-    return out
-
-
-def move(T: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """T (4, 4) applied to points (n, 3)."""
-    return points @ T[:3, :3].T.astype(points.dtype) + T[:3, 3].astype(points.dtype)
 
 
 def calibration(rng: np.random.Generator, image: tuple[int, int]) -> dict[str, dict]:
@@ -176,7 +158,7 @@ def photograph(city: City, t: float, K: np.ndarray, T_global_cam: np.ndarray, sh
         return Image(color, None, None, None, None)
     depth = np.round(view.t * 256).astype(np.uint16)
     semantic = surface_classes(city, scene, grid, view)
-    instance = np.where(view.ids >= 0, scene.primitives.instance[view.ids.clip(0)] + 1, 0).astype(np.int32)
+    instance = np.where(view.ids >= 0, scene.primitives.instance[view.ids.clip(0)] + 1, 0).astype(np.uint16)
     return Image(color, depth, semantic, instance, view.covered)
 
 
@@ -208,7 +190,7 @@ def sweep(city: City, t: float, T_global_lidar: np.ndarray, rng: np.random.Gener
     H, W = view.t.shape
     distance = view.t + np.clip(rng.normal(0, 0.01, (H, W)), -0.03, 0.03).astype(np.float32)
     fade = 0.004 + 0.06 * (view.t / LIDAR_RANGE) ** 2 + 0.05 * scene.light.wet * (view.t / 40)
-    keep = (view.ids != -1) & (view.t < LIDAR_RANGE) & (rng.random((H, W)) > fade)
+    keep = (view.ids != NONE) & (view.t < LIDAR_RANGE) & (rng.random((H, W)) > fade)
     noise = rng.gamma(4, 0.25, (H, W)).astype(np.float32)
     azimuth = (np.arange(W) + 0.5) / W * 2 * np.pi - np.pi
     unit = np.stack([np.cos(RING_ELEVATION)[:, None] * np.cos(azimuth), np.cos(RING_ELEVATION)[:, None] * np.sin(azimuth),
@@ -221,217 +203,6 @@ def sweep(city: City, t: float, T_global_lidar: np.ndarray, rng: np.random.Gener
     return np.column_stack([xyz, intensity, ring]).astype(np.float32), kind
 
 
-# --- ground truth -----------------------------------------------------------------------------------------------------
-
-def flat_index(points: np.ndarray) -> np.ndarray:
-    """points (n, 3) [m] in the reference ego -> C-order voxel index (n,), -1 outside the grid."""
-    index = np.floor((points - LOWER.astype(points.dtype)) / points.dtype.type(VOXEL)).astype(np.int32)
-    inside = ((index >= 0) & (index < SHAPE)).all(1)
-    return np.where(inside, (index[:, 0] * SHAPE[1] + index[:, 1]) * SHAPE[2] + index[:, 2], -1)
-
-
-def seen_voxels(origin: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Voxels on the segments origin (3,) -> ends (n, 3) [m], float64 -> (200, 200, 16) bool."""
-    import torch
-
-    from common.geometry import OCC3D, traversed
-    return traversed(torch.from_numpy(np.ascontiguousarray(origin, np.float64)), torch.from_numpy(np.ascontiguousarray(ends, np.float64)), OCC3D).numpy()
-
-
-def camera_ends(depth: np.ndarray, K: np.ndarray, T_ego_cam: np.ndarray) -> np.ndarray:
-    """Where the rays through every second pixel centre end, (n, 3) float64 in the reference ego: depth (H, W) uint16; 0: 300 m."""
-    H, W = depth.shape
-    v, u = np.meshgrid(np.arange(0, H, 2) + 0.5, np.arange(0, W, 2) + 0.5, indexing="ij")
-    z = depth[::2, ::2].astype(np.float64) / 256
-    z[z == 0] = 300.0
-    points = np.stack([(u - K[0, 2]) / K[0, 0] * z, (v - K[1, 2]) / K[1, 1] * z, z], -1).reshape(-1, 3)
-    return move(T_ego_cam, points)
-
-
-def sample_surfaces(p: Primitives, spacing: float, top: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points on the primitives' surfaces every `spacing` [m] or closer, edges included -> world (n, 3) float64, row (n,).
-
-    Parts higher than `top` [m] in the world are left out.
-    """
-    points, rows = [], []
-    for k in range(len(p.kind)):
-        hx, hy, hz = p.half[k]
-        upright = abs(p.rotation[k, 2, 2]) > 0.999
-        z1 = min(hz, top - p.center[k, 2]) if upright else hz
-        if z1 < -hz:
-            continue
-        steps = lambda low, high: np.linspace(low, high, max(int(np.ceil((high - low) / spacing)) + 1, 2))      # noqa: E731
-        if p.kind[k] == BOX:
-            x, y, z = steps(-hx, hx), steps(-hy, hy), steps(-hz, z1)
-            faces = [np.stack(np.meshgrid([-hx, hx], y, z, indexing="ij"), -1), np.stack(np.meshgrid(x, [-hy, hy], z, indexing="ij"), -1),
-                     np.stack(np.meshgrid(x, y, [-hz, z1] if z1 == hz else [-hz], indexing="ij"), -1)]
-            q = np.concatenate([f.reshape(-1, 3) for f in faces])
-            share = (q[:, 2:] + hz) / (2 * hz)
-            q[:, :2] *= 1 - p.taper[k] * share
-        elif p.kind[k] == CYLINDER:
-            a = np.linspace(0, 2 * np.pi, max(int(2 * np.pi * max(hx, hy) / spacing) + 1, 7))[:-1]
-            z = steps(-hz, z1)
-            shrink = 1 - p.taper[k, 0] * (z + hz) / (2 * hz)
-            side = np.stack([hx * shrink[:, None] * np.cos(a), hy * shrink[:, None] * np.sin(a), np.repeat(z[:, None], len(a), 1)], -1).reshape(-1, 3)
-            radii = steps(0, 1)if max(hx, hy) < spacing else np.linspace(0, 1, int(np.ceil(max(hx, hy) / spacing)) + 1)
-            disc = np.stack([hx * radii[:, None] * np.cos(a), hy * radii[:, None] * np.sin(a), np.zeros((len(radii), len(a)))], -1).reshape(-1, 3)
-            q = np.concatenate([side, disc * [1, 1, 0] - [0, 0, hz], disc * [1 - p.taper[k, 0]] * 2 // 1 * 0 + disc * (1 - p.taper[k, 0]) + [0, 0, hz]])
-        else:
-            r = max(hx, hy, hz)
-            polar = np.linspace(0, np.pi, max(int(np.ceil(np.pi * r / spacing)) + 1, 5))
-            q = np.concatenate([np.stack([hx * np.sin(b) * np.cos(a), hy * np.sin(b) * np.sin(a), np.full(len(a), hz * np.cos(b))], -1)
-                                for b in polar for a in [np.linspace(0, 2 * np.pi, max(int(2 * np.pi * r * np.sin(b) / spacing) + 1, 4))]])
-        q = q @ p.rotation[k].T + p.center[k]
-        q = q[q[:, 2] <= top]
-        points.append(q), rows.append(np.full(len(q), k))
-    if not points:
-        return np.zeros((0, 3)), np.zeros(0, int)
-    return np.concatenate(points), np.concatenate(rows)
-
-
-class Surfaces:
-    """Surface samples of a city: the still ones in global, the movers' in their own frames."""
-
-    SPACING = 0.2
-
-    def __init__(self, city: City, path: np.ndarray):
-        """path (n, 2): where ego is at the keyframes."""
-        self.city = city
-        p = city.static
-        reach = np.linalg.norm(p.half, axis=1) + 60
-        near = (np.linalg.norm(p.center[:, None, :2] - path[None], axis=2) < reach[:, None]).any(1)
-        p = p.of(near)
-        # background first, then annotated things: what is drawn later wins a voxel
-        p = p.of(np.argsort(p.instance >= 0, kind="stable"))
-        points, rows = sample_surfaces(p, self.SPACING, 6.0)
-        self.points, self.semantic = points.astype(np.float32), p.semantic[rows]
-        m = city.mobile
-        own = m._replace()
-        points, rows = sample_surfaces(own, self.SPACING, 99.0)
-        self.mobile_local = np.einsum("nji,nj->ni", m.rotation[rows], points - m.center[rows])
-        self.mobile_row, self.mobile_semantic, self.mobile_actor = rows, m.semantic[rows], m.instance[rows]
-        self.solid = (p.half.min(1) > 0.12)
-        self.static = p
-
-    def voxels(self, t: float, T_global_ego: np.ndarray) -> "Shell":
-        """All surface voxels of the grid at time t, seen or not."""
-        city, T = self.city, inverse(T_global_ego)
-        g = np.stack(np.meshgrid(np.arange(-39.9, 40, 0.2), np.arange(-39.9, 40, 0.2), indexing="ij"), -1).reshape(-1, 2)
-        ground = np.column_stack([g, np.zeros(len(g))]).astype(np.float32)
-        ground = move(T_global_ego.astype(np.float32), ground)
-        ground[:, 2] = city.ground.height(ground[:, 0], ground[:, 1])
-        near = (np.abs(self.points[:, :2] - T_global_ego[:2, 3].astype(np.float32)) < 57).all(1)
-        still, still_kind = self.points[near], self.semantic[near]
-        mobile = city.mobile_at(t)
-        moving = np.einsum("nij,nj->ni", mobile.rotation[self.mobile_row], self.mobile_local) + mobile.center[self.mobile_row]
-        moving, kind, actor = moving.astype(np.float32), self.mobile_semantic, self.mobile_actor
-        close = (np.abs(moving[:, :2] - T_global_ego[:2, 3].astype(np.float32)) < 57).all(1)
-        moving, kind, actor = moving[close], kind[close], actor[close]
-        points = np.concatenate([ground, still, moving])
-        flat = flat_index(move(T.astype(np.float64), points.astype(np.float64)).astype(np.float64))
-        chosen = np.full(np.prod(SHAPE), -1, np.int32)
-        inside = np.nonzero(flat >= 0)[0]
-        chosen[flat[inside]] = inside
-        voxel = np.nonzero(chosen >= 0)[0]
-        row = chosen[voxel]
-        n, m = len(ground), len(ground) + len(still)
-        semantic = np.empty(len(row), np.uint8)
-        of_ground, of_still = row < n, (row >= n) & (row < m)
-        semantic[of_ground] = city.ground.classes(*ground[row[of_ground], :2].T)
-        semantic[of_still] = still_kind[row[of_still] - n]
-        semantic[row >= m] = kind[row[row >= m] - m]
-        owner = np.full(len(row), -1, np.int32)
-        owner[row >= m] = actor[row[row >= m] - m]
-        return Shell(voxel, semantic, points[row], owner)
-
-    def solids(self, t: float, T_global_ego: np.ndarray, shell: "Shell", classes: np.ndarray) -> np.ndarray:
-        """The shell with everything inside primitives filled, by voxel centres -> (200, 200, 16) uint8 Occ3D ids."""
-        out = np.full(SHAPE, FREE, np.uint8)
-        T = inverse(T_global_ego)
-        p = Primitives.join([self.static.of(self.solid), self.city.mobile_at(t)])
-        p = p.of((p.half.min(1) > 0.12))
-        box = move(T, corners(p).reshape(-1, 3)).reshape(-1, 8, 3)
-        low = np.clip(np.floor((box.min(1) - LOWER) / VOXEL), 0, SHAPE).astype(int)
-        high = np.clip(np.ceil((box.max(1) - LOWER) / VOXEL), 0, SHAPE).astype(int)
-        rotation, center = T[:3, :3] @ p.rotation, move(T, p.center)
-        for k in np.nonzero((high > low).all(1))[0]:
-            a, b = low[k], high[k]
-            x, y, z = (((np.arange(a[i], b[i]) + 0.5) * VOXEL + LOWER[i] - center[k, i]) for i in range(3))
-            q = [x[:, None, None] * rotation[k, 0, i] + y[:, None] * rotation[k, 1, i] + z * rotation[k, 2, i] for i in range(3)]
-            hx, hy, hz = p.half[k]
-            share = (q[2] + hz) / (2 * hz)
-            if p.kind[k] == BOX:
-                inside = (np.abs(q[0]) <= hx * (1 - p.taper[k, 0] * share)) & (np.abs(q[1]) <= hy * (1 - p.taper[k, 1] * share)) & (np.abs(q[2]) <= hz)
-            elif p.kind[k] == ELLIPSOID:
-                inside = (q[0] / hx) ** 2 + (q[1] / hy) ** 2 + (q[2] / hz) ** 2 <= 1
-            else:
-                inside = ((q[0] / hx) ** 2 + (q[1] / hy) ** 2 <= (1 - p.taper[k, 0] * share) ** 2) & (np.abs(q[2]) <= hz)
-            out[a[0]:b[0], a[1]:b[1], a[2]:b[2]][inside] = classes[p.semantic[k]]
-        out.ravel()[shell.voxel] = classes[shell.semantic]
-        return out
-
-
-class Shell(NamedTuple):
-    """Surface voxels: flat index (n,), lidarseg class (n,), a point of the surface in it (n, 3) [m, global], its mover (n,) or -1."""
-
-    voxel: np.ndarray
-    semantic: np.ndarray
-    point: np.ndarray
-    owner: np.ndarray
-
-
-def add_hits(shell: Shell, points: np.ndarray, semantic: np.ndarray, T_ego_global: np.ndarray, owner: int = -1) -> Shell:
-    """The shell with the voxels of points (n, 3) [m, global] that it lacks."""
-    flat = flat_index(move(T_ego_global, points.astype(np.float64)))
-    have = np.zeros(np.prod(SHAPE), bool)
-    have[shell.voxel] = True
-    new = np.nonzero((flat >= 0) & ~have[flat.clip(0)])[0]
-    voxel, first = np.unique(flat[new], return_index=True)
-    rows = new[first]
-    return Shell(np.concatenate([shell.voxel, voxel]), np.concatenate([shell.semantic, semantic[rows]]),
-                 np.concatenate([shell.point, points[rows].astype(np.float32)]), np.concatenate([shell.owner, np.full(len(rows), owner, np.int32)]))
-
-
-class Keyframe(NamedTuple):
-    """What the labels need of a keyframe."""
-
-    t: float
-    token: str
-    T_global_ego: np.ndarray
-    mask_camera: np.ndarray
-    mask_lidar: np.ndarray
-    shell: Shell
-
-
-def observed(city: City, frames: list[Keyframe], k: int) -> np.ndarray:
-    """Which voxels of frame k's shell some keyframe of the scene saw -> (n,) bool."""
-    shell = frames[k].shell
-    seen = np.zeros(len(shell.voxel), bool)
-    movers = np.unique(shell.owner[shell.owner >= 0])
-    rank = np.full(int(shell.owner.max(initial=0)) + 1, -1)
-    rank[movers] = np.arange(len(movers))
-    own = np.stack([inverse(city.pose(m, frames[k].t)) for m in movers]) if len(movers) else np.zeros((0, 4, 4))
-    for i in sorted(range(len(frames)), key=lambda i: abs(i - k)):
-        left = np.nonzero(~seen)[0]
-        if len(left) == 0:
-            break
-        other = frames[i]
-        if np.linalg.norm(other.T_global_ego[:2, 3] - frames[k].T_global_ego[:2, 3]) > 113:
-            continue
-        point = shell.point[left].astype(np.float64)
-        carried = shell.owner[left] >= 0
-        if carried.any() and i != k:
-            there = np.stack([city.pose(m, other.t) for m in movers]) @ own
-            T = there[rank[shell.owner[left[carried]]]]
-            point[carried] = np.einsum("nij,nj->ni", T[:, :3, :3], point[carried]) + T[:, :3, 3]
-        flat = flat_index(move(inverse(other.T_global_ego), point))
-        if i == k:
-            flat = shell.voxel[left]
-        mask = (other.mask_camera | other.mask_lidar).ravel()
-        seen[left] = (flat >= 0) & mask[flat.clip(0)]
-    return seen
-
-
 # --- one scene --------------------------------------------------------------------------------------------------------
 
 def png(array: np.ndarray) -> bytes:
@@ -439,7 +210,7 @@ def png(array: np.ndarray) -> bytes:
 
 
 def jpeg(color: np.ndarray) -> bytes:
-    return cv2.imencode(".jpg", np.ascontiguousarray(color[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+    return cv2.imencode(".jpg", cv2.cvtColor(color, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
 
 
 class Recorder:
@@ -461,11 +232,11 @@ class Recorder:
         self.logfile = f"{vehicle}-2018-{6 + self.number % 5:02d}-{day:02d}-{hour:02d}-{self.number % 60:02d}-{self.number * 7 % 60:02d}" + \
             ("-0400" if vehicle == "n008" else "+0800")
         self.start = 1_527_811_200_000_000 + self.number * 86_400_000_000 + hour * 3_600_000_000        # [us]
-        self.rows = {name: [] for name in ("log", "map", "scene", "sample", "sample_data", "ego_pose", "calibrated_sensor", "instance",
-                                           "sample_annotation", "lidarseg")}
+        self.rows: dict[str, list[dict]] = {name: [] for name in PER_SCENE}
         self.classes = np.append(class_table(), np.full(224, FREE, np.uint8))                # index 255: nothing
         self.frames: list[Keyframe] = []
         self.visible: list[np.ndarray] = []
+        self.folders: set[Path] = set()
         self.calibration = calibration(self.rng, settings.image)
         for channel, row in self.calibration.items():
             self.rows["calibrated_sensor"].append({"token": self.id("calibrated_sensor", channel), "sensor_token": token(seed, "sensor", channel), **row})
@@ -509,73 +280,84 @@ class Recorder:
         self.map()
         self.link(stamps)
 
+    def write(self, name: Path | str, data: bytes) -> None:
+        """A sensor file. No fsync for each: a scene counts only once its rows.json is there, and that is written last, after a sync."""
+        path = self.root / name
+        if path.parent not in self.folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.folders.add(path.parent)
+        path.write_bytes(data)
+
     def lidar(self, stamp: int, sample: str, key: bool):
+        """Casts and writes one sweep -> points (M, 5), lidarseg classes (M,), sample_data token."""
         row, T = self.data("LIDAR_TOP", stamp, sample, key)
         points, kind = sweep(self.city, stamp / 1e6, T, np.random.default_rng([self.settings.seed, self.number, 2, stamp]))
-        write_bytes(self.root / row["filename"], points.tobytes())
-        return row, T, points, kind
+        self.write(row["filename"], points.tobytes())
+        return points, kind, row["token"]
 
     def keyframe(self, k: int, stamp: int) -> None:
+        """One sample: sweep, six images with exact maps, masks, surface voxels, solids, annotations."""
         settings, sample, t = self.settings, self.id("sample", k), stamp / 1e6
         self.rows["sample"].append({"token": sample, "timestamp": self.start + stamp, "prev": "", "next": "", "scene_token": self.id("scene")})
-        row, T_global_lidar, points, kind = self.lidar(stamp, sample, True)
-        name = f"lidarseg/{settings.version}/{row['token']}_lidarseg.bin"
-        write_bytes(self.root / name, kind.astype(np.uint8).tobytes())
-        self.rows["lidarseg"].append({"token": row["token"], "sample_data_token": row["token"], "filename": name})
+        points, kind, data_token = self.lidar(stamp, sample, True)
+        name = f"lidarseg/{settings.version}/{data_token}_lidarseg.bin"
+        self.write(name, kind.tobytes())
+        self.rows["lidarseg"].append({"token": data_token, "sample_data_token": data_token, "filename": name})
         T_global_ego = matrix(self.rows["ego_pose"][-1])
         T_ego_global = inverse(T_global_ego)
-
         T_ego_lidar = matrix(self.calibration["LIDAR_TOP"])
-        xyz = move(T_ego_lidar, points[:, :3].astype(np.float64))
-        mask_lidar = seen_voxels(T_ego_lidar[:3, 3], xyz)
-        shell = self.surfaces.voxels(t, T_global_ego)
-        shell = add_hits(shell, move(T_global_ego, xyz), kind, T_ego_global)
+        returns = move(T_ego_lidar, np.ascontiguousarray(points[:, :3].T, np.float64))      # (3, M) in the reference ego
+        mask_lidar = seen_voxels(T_ego_lidar[:3, 3], returns)
 
         mask_camera = np.zeros(SHAPE, bool)
         count = len(self.city.actors)
-        pixels, covered = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        moving = np.array([a.path is not None for a in self.city.actors])
+        pixels, covered = np.zeros(count + 1, np.int64), np.zeros(count, np.int64)
+        moving = np.array([False] + [a.path is not None for a in self.city.actors])          # by actor + 1
+        hits, classes = [returns], [kind]
         for channel in CAMERAS:
             trigger = stamp - int(round(1000 * (CAMERA_LAYOUT[channel][7] + self.rng.uniform(-0.4, 0.4))))
             row, T_global_cam = self.data(channel, trigger, sample, True)
             K = np.array(self.calibration[channel]["camera_intrinsic"])
             image = photograph(self.city, trigger / 1e6, K, T_global_cam, settings.image, self.rng, True)
             stem = Path(row["filename"]).stem
-            write_bytes(self.root / row["filename"], jpeg(image.color))
-            write_bytes(self.root / f"exact/depth/{channel}/{stem}.png", png(image.depth))
-            write_bytes(self.root / f"exact/semantic/{channel}/{stem}.png", png(self.classes[image.semantic]))
-            write_bytes(self.staging / f"{channel}/{stem}.png", png(image.instance.astype(np.uint16)))
+            self.write(row["filename"], jpeg(image.color))
+            self.write(f"exact/depth/{channel}/{stem}.png", png(image.depth))
+            self.write(f"exact/semantic/{channel}/{stem}.png", png(self.classes[image.semantic]))
+            self.write(self.staging / f"{channel}/{stem}.png", png(image.instance))
             T_ego_cam = T_ego_global @ T_global_cam
             ends = camera_ends(image.depth, K, T_ego_cam)
             mask_camera |= seen_voxels(T_ego_cam[:3, 3], ends)
-            fixed = (image.depth[::2, ::2] > 0) & ~moving[(image.instance[::2, ::2] - 1).clip(0)] | (image.instance[::2, ::2] == 0) & (image.depth[::2, ::2] > 0)
-            fixed = fixed.ravel()
-            shell = add_hits(shell, move(T_global_ego, ends[fixed]), image.semantic[::2, ::2].ravel()[fixed], T_ego_global)
-            pixels += np.bincount(image.instance.ravel(), minlength=count + 1)[1:count + 1]
+            fixed = np.nonzero((image.depth[::2, ::2] > 0) & ~moving[image.instance[::2, ::2]])
+            hits.append(ends[:, fixed[0] * image.depth[::2, ::2].shape[1] + fixed[1]])
+            classes.append(image.semantic[::2, ::2][fixed])
+            pixels += np.bincount(image.instance.ravel(), minlength=count + 1)
             covered[:len(image.covered)] += image.covered
-            self.camera_sweeps(channel, trigger, k, sample)
-        self.visible.append(np.where(covered > 0, pixels / np.maximum(covered, 1), 0.0))
+            self.camera_sweeps(channel, trigger, sample)
+        self.visible.append(np.where(covered > 0, pixels[1:] / np.maximum(covered, 1), 0.0))
+        mobile = self.city.mobile_at(t)
+        shell = self.surfaces.voxels(mobile, T_global_ego)
+        shell = add_hits(shell, np.concatenate(hits, 1), np.concatenate(classes), T_global_ego)
         self.frames.append(Keyframe(t, sample, T_global_ego, mask_camera, mask_lidar, shell))
-        solid = self.surfaces.solids(t, T_global_ego, shell, self.classes)
-        write_npz(self.root / f"exact/solid/{self.name}/{sample}.npz", semantics=solid)
-        self.annotations_of(k, move(T_global_ego, xyz))
+        write_npz(self.root / f"exact/solid/{self.name}/{sample}.npz", semantics=self.surfaces.solids(mobile, T_global_ego, shell, self.classes))
+        self.annotations_of(k, move(T_global_ego, returns))
 
     @property
     def staging(self) -> Path:
         return self.root / "exact" / "building" / self.name
 
-    def camera_sweeps(self, channel: str, trigger: int, k: int, sample: str) -> None:
+    def camera_sweeps(self, channel: str, trigger: int, sample: str) -> None:
         """One image 1/12 s before the keyframe's and one after."""
         if self.settings.camera_sweeps:
             for offset in (-83_333, 83_333):
                 row, T = self.data(channel, trigger + offset, sample, False)
                 image = photograph(self.city, (trigger + offset) / 1e6, np.array(self.calibration[channel]["camera_intrinsic"]), T,
                                    self.settings.image, self.rng, False)
-                write_bytes(self.root / row["filename"], jpeg(image.color))
+                self.write(row["filename"], jpeg(image.color))
 
     def annotations_of(self, k: int, points: np.ndarray) -> None:
-        """sample_annotation rows of keyframe k. points (M, 3): its returns in global."""
+        """sample_annotation rows of keyframe k. points (3, M): its returns in global."""
         frame, city = self.frames[k], self.city
+        points = points[:, np.argsort(points[0], kind="stable")]       # by x: an object's candidates are a slice
         for index, actor in enumerate(city.actors):
             if index == 0:
                 continue
@@ -585,10 +367,11 @@ class Recorder:
             length, width, height = (round(v, 3) for v in actor.model.size)
             z = city.pose(index, frame.t)[2, 3]
             center = rounded([x, y, z + height / 2], 3)
-            rel = points - center
-            a = np.abs(rel[:, 0] * np.cos(yaw) + rel[:, 1] * np.sin(yaw)) <= length / 2
-            b = np.abs(-rel[:, 0] * np.sin(yaw) + rel[:, 1] * np.cos(yaw)) <= width / 2
-            count = int((a & b & (np.abs(rel[:, 2]) <= height / 2)).sum())
+            reach = np.hypot(length, width) / 2
+            near = slice(*np.searchsorted(points[0], [center[0] - reach, center[0] + reach]))
+            dx, dy, dz = (points[i, near] - center[i] for i in range(3))
+            inside = (np.abs(dx * np.cos(yaw) + dy * np.sin(yaw)) <= length / 2) & \
+                (np.abs(dy * np.cos(yaw) - dx * np.sin(yaw)) <= width / 2) & (np.abs(dz) <= height / 2)
             share = self.visible[k][index]
             attribute = self.attribute(actor, speed)
             self.rows["sample_annotation"].append({
@@ -597,7 +380,7 @@ class Recorder:
                 "attribute_tokens": [token(self.settings.seed, "attribute", attribute)] if attribute else [],
                 "translation": center, "size": [width, length, height],
                 "rotation": [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))], "prev": "", "next": "",
-                "num_lidar_pts": count, "num_radar_pts": 0})
+                "num_lidar_pts": int(inside.sum()), "num_radar_pts": 0})
 
     @staticmethod
     def attribute(actor, speed: float) -> str:
@@ -645,7 +428,7 @@ class Recorder:
         """The semantic prior: driveable surface as 255, 0.1 m, row 0 at the highest y."""
         edge = cv2.resize(self.city.ground.fields[..., 0], None, fx=5, fy=5, interpolation=cv2.INTER_LINEAR)
         name = self.id("map")
-        write_bytes(self.root / f"maps/{name}.png", png(((edge[::-1] <= 0) * 255).astype(np.uint8)))
+        self.write(f"maps/{name}.png", png(((edge[::-1] <= 0) * 255).astype(np.uint8)))
         self.rows["map"].append({"category": "semantic_prior", "token": name, "filename": f"maps/{name}.png", "log_tokens": [self.id("log")]})
 
     def link(self, stamps: list[int]) -> None:
@@ -661,18 +444,6 @@ class Recorder:
         rows["scene"].append({"token": self.id("scene"), "log_token": self.id("log"), "nbr_samples": len(stamps),
                               "first_sample_token": rows["sample"][0]["token"], "last_sample_token": rows["sample"][-1]["token"],
                               "name": self.name, "description": f"Synthetic, {city.weather}, {city.style.name}, {city.plan}"})
-
-
-def label_statistics(semantics, mask_camera, mask_lidar) -> tuple[np.ndarray, np.ndarray]:
-    """-> counts (3, 18): voxels per class, within mask_camera, interior (all six neighbours occupied);
-    shares (5): mask_camera, mask_lidar, either, occupied, unobserved voxels that are 17."""
-    camera, lidar = mask_camera > 0, mask_lidar > 0
-    occupied = semantics < FREE
-    o = np.pad(occupied, 1)
-    inner = o[2:, 1:-1, 1:-1] & o[:-2, 1:-1, 1:-1] & o[1:-1, 2:, 1:-1] & o[1:-1, :-2, 1:-1] & o[1:-1, 1:-1, 2:] & o[1:-1, 1:-1, :-2]
-    counts = np.stack([np.bincount(semantics[m].ravel(), minlength=18)[:18] for m in (np.ones(SHAPE, bool), camera, inner)])
-    unseen = ~(camera | lidar)
-    return counts, np.array([camera.mean(), lidar.mean(), (camera | lidar).mean(), occupied.mean(), (~occupied)[unseen].mean()])
 
 
 _COUNTER = None
@@ -700,6 +471,7 @@ def record_scene(root: Path, settings: Settings, index: int, tick=_tick) -> None
     """Writes one scene's files and, last, its rows into exact/building/<scene>/rows.json."""
     recorder = Recorder(root, settings, index, tick)
     recorder.record()
+    os.sync()
     write_json(recorder.staging / "rows.json", {"rows": recorder.rows, "instance_row": recorder.instance_row.tolist(),
                                                 "counts": recorder.counts.tolist(), "shares": recorder.shares.tolist()}, indent=None)
 
@@ -739,6 +511,8 @@ def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int |
     """
     from tqdm import tqdm
 
+    from data.questions import make_questions
+
     out = Path(out)
     if size not in SIZES:
         raise InputError(f"--size {size}: it is one of {', '.join(SIZES)}")
@@ -773,6 +547,7 @@ def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int |
     results = [read_json(building / name / "rows.json") for name in settings.scenes]
     _write_instances(out, settings, results)
     write_tables(out / version, seed, [r["rows"] for r in results])
+    make_questions(out, version, seed)
     write_json(out / "exact" / "world.json", {**settings._asdict(), "image": f"{image[1]}x{image[0]}", "generator": "data.driving"})
     shutil.rmtree(building)
     if made:

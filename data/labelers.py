@@ -202,19 +202,22 @@ class SemanticErrors(NamedTuple):
     uncertain: float  # of a pixel lying in a hole of the masks (17)
 
 
-# Ours, set to the sizes that are usual where such models are used without tuning: mild makes AbsRel about 0.1 and is a
-# good metric depth network of 2024 on a new camera; heavy makes 0.2, an older or a mismatched one. Semantics: mild errs
-# in about one labelled pixel of 12, heavy in about one of 4; rare and small classes suffer most, as Grounded-SAM's do,
-# and a class without a prompt (other_flat, others) is lost at any level, as in OccNeRF's vocabulary.
+# Ours, set to what is usual where such models are used without tuning. Depth: AbsRel about 0.1 (mild: a good metric
+# network on a new camera) and 0.2 (heavy: an older or a mismatched one). Semantics: rare and small classes suffer most,
+# and at both levels a class without a prompt (other_flat, others) is lost, as in OccNeRF's vocabulary. Measured on the
+# mini and demo worlds, at correlation 0 and 0.8 alike: mild AbsRel 0.09, 9-11 % of the labelled pixels wrong, 2D mIoU
+# 0.65-0.70 over 17 classes; heavy 0.19-0.20, 21-26 %, 0.40-0.48.
 DEPTH = {
-    #                    scale  bias  field  instance  noise  noise_far  bleed   far
-    "mild": DepthErrors(0.06, 0.10, 0.07, 0.06, 0.03, 0.0005, 0.0075, 120.0),
-    "heavy": DepthErrors(0.14, 0.30, 0.14, 0.14, 0.06, 0.0010, 0.0175, 60.0),
+    "mild": DepthErrors(
+        scale=0.06, bias=0.10, field=0.07, instance=0.06, noise=0.03, noise_far=0.0005, bleed=0.0075, far=120.0
+    ),
+    "heavy": DepthErrors(
+        scale=0.14, bias=0.30, field=0.14, instance=0.14, noise=0.06, noise_far=0.0010, bleed=0.0175, far=60.0
+    ),
 }
 SEMANTIC = {
-    #                       instance  region  outline  missed  small    uncertain
-    "mild": SemanticErrors(0.08, 0.03, 0.0025, 0.6, 0.0005, 0.02),
-    "heavy": SemanticErrors(0.20, 0.08, 0.0060, 0.9, 0.0020, 0.05),
+    "mild": SemanticErrors(instance=0.08, region=0.03, outline=0.0025, missed=0.6, small=0.0005, uncertain=0.02),
+    "heavy": SemanticErrors(instance=0.20, region=0.08, outline=0.0060, missed=0.9, small=0.0020, uncertain=0.05),
 }
 LEVELS = ("exact", *DEPTH)
 
@@ -773,10 +776,12 @@ class Foundation:
         }
         self.cache = None if cache_maps is None else Path(cache_maps)
         if self.cache is not None:
-            _claim_cache(self.cache, self.settings)
-        self.grounding, self.grounding_processor = _load_grounding(names["grounding"], grounding is None, self.device)
-        self.sam, self.sam_processor = _load_sam(names["sam"], sam is None, self.device)
-        self.depth_of = load_depth(names["depth"], depth is None, self.device)
+            _check_cache(self.cache, self.settings)
+        self.grounding, self.grounding_processor = _load_grounding(names["grounding"], not grounding, self.device)
+        self.sam, self.sam_processor = _load_sam(names["sam"], not sam, self.device)
+        self.depth_of = load_depth(names["depth"], not depth, self.device)
+        if self.cache is not None:
+            write_json(self.cache / "maps.json", self.settings)
 
     def __call__(self, i: int) -> Maps:
         files = self.dataset.camera_files(i)
@@ -869,18 +874,16 @@ def paint(best, label, masks, scores, ids) -> None:
         best[won], label[won] = score, one
 
 
-def _claim_cache(folder: Path, settings: dict) -> None:
-    """Ties a cache folder to its models and thresholds: maps of two settings never mix."""
+def _check_cache(folder: Path, settings: dict) -> None:
+    """A cache folder belongs to one set of models and thresholds (its maps.json): maps of two never mix."""
     path = folder / "maps.json"
     if path.is_file():
         made = read_json(path)
         different = [name for name in settings if not isinstance(made, dict) or made.get(name) != settings[name]]
         if different:
             raise InputError(f"{path}: made with another {different[0]}; use another folder for the maps' cache")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise InputError(f"{folder}: not empty and without maps.json; give an empty folder for the maps' cache")
-    else:
-        write_json(path, settings)
 
 
 def _from_pretrained(flag: str, name: str, local_only: bool, *classes, kind: str | None = None) -> list:
@@ -903,6 +906,7 @@ def _from_pretrained(flag: str, name: str, local_only: bool, *classes, kind: str
         raise InputError(f"{flag} {name}: cannot be loaded ({reason}); {remedy}") from error
 
 
+@functools.lru_cache(maxsize=1)  # one copy a process, however many labelers it makes
 def _load_grounding(name: str, local_only: bool, device):
     from transformers import AutoProcessor, GroundingDinoForObjectDetection
 
@@ -911,6 +915,7 @@ def _load_grounding(name: str, local_only: bool, device):
     return model.to(device).eval(), processor
 
 
+@functools.lru_cache(maxsize=1)
 def _load_sam(name: str, local_only: bool, device):
     from transformers import SamModel, SamProcessor
 
@@ -918,6 +923,7 @@ def _load_sam(name: str, local_only: bool, device):
     return model.to(device).eval(), processor
 
 
+@functools.lru_cache(maxsize=1)
 def load_depth(name: str, local_only: bool, device):
     """-> depth(images [(H, W, 3) uint8 RGB], K (n, 3, 3) at their size) -> (n, H, W) float32 z-depth [m]."""
     import torch
@@ -927,9 +933,11 @@ def load_depth(name: str, local_only: bool, device):
 
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-    model, processor = _from_pretrained("--depth", name, local_only, AutoModelForDepthEstimation, AutoImageProcessor)
+    classes = (AutoModelForDepthEstimation, AutoImageProcessor)
+    model, processor = _from_pretrained("--depth-model", name, local_only, *classes)
     if getattr(model.config, "depth_estimation_type", "metric") != "metric":
-        raise InputError(f"--depth {name}: predicts relative depth; metres need a metric model, such as {METRIC_DEPTH}")
+        remedy = f"metres need a metric model, such as {METRIC_DEPTH}"
+        raise InputError(f"--depth-model {name}: predicts relative depth; {remedy}")
     model = model.to(device).eval()
 
     def depth(images: list[np.ndarray], K: np.ndarray) -> np.ndarray:
@@ -952,7 +960,7 @@ def _load_metric3d(folder: str, device):
 
     place = Path(folder) if folder else Path(torch.hub.get_dir()) / "yvanyin_metric3d_main"
     if not (place / "hubconf.py").is_file():
-        remedy = "git clone https://github.com/YvanYin/Metric3D and give --depth metric3d:FOLDER"
+        remedy = "git clone https://github.com/YvanYin/Metric3D and give --depth-model metric3d:FOLDER"
         raise InputError(f"{place}: no Metric3D here; {remedy}")
     try:
         model = torch.hub.load(str(place), "metric3d_vit_giant2", source="local", pretrain=True)

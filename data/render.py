@@ -625,11 +625,11 @@ def texture(material: int, q, normal, half, seed, color, night: float):
         albedo = color * (0.75 + 0.4 * noise(along + seed * 50, up, 0.6) - 0.3 * ((along / 3 % 1) < 0.012))
     elif material == FOLIAGE:
         s = seed * 97
-        coarse = noise(x + s, y + z * np.float32(0.7) + s, 0.9)
-        fine = noise(x * np.float32(1.3) + z + s, y - z + s, 3.1)
-        leaf = np.clip(0.25 + 0.75 * coarse + 1.1 * (fine - 0.5), 0.06, 1.7)
+        coarse = noise(x + s, y + z * np.float32(0.7) + s, 0.5)
+        fine = noise(x * np.float32(1.3) + z, y - z + s, 2.2) + noise(y + s, z - x, 2.9)     # two views: streaks do not align
+        leaf = np.clip(0.3 + 0.6 * coarse + 0.75 * (fine - 1), 0.08, 1.6)
         albedo = color * leaf
-        albedo[0] += 0.025 * fine
+        albedo[0] += 0.012 * fine
     elif material == BARK:
         albedo = color * (0.6 + 0.7 * noise(np.arctan2(y, x) * np.float32(0.5), up * np.float32(0.15), 2.0))
     elif material == CAR_BODY:

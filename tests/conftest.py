@@ -30,3 +30,13 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(
         f"reference vectors: {sum(vectors.PASSED.values())} cases passed, not used here: {'; '.join(vectors.NOT_USED)}")
     terminalreporter.write_line(f"by set: {sets}")
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory) -> Path:
+    """A driving world small enough for tests: one training and one validation scene of 3 keyframes, 200x112 images."""
+    from data.driving import make_world
+
+    out = tmp_path_factory.mktemp("world") / "tiny"
+    make_world(out, seed=0, size="mini", scenes=2, keyframes=3, sweeps=1, camera_sweeps=2, image=(112, 200))
+    return out

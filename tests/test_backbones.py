@@ -19,8 +19,10 @@ def tiny(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], layer_type="basic")).save_pretrained(folder / "resnet")
-    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14)).save_pretrained(folder / "dino")
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], layer_type="basic")
+    dino = Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14)
+    ResNetModel(resnet).save_pretrained(folder / "resnet")
+    Dinov2Model(dino).save_pretrained(folder / "dino")
     return folder
 
 
@@ -97,7 +99,7 @@ def test_resnet_levels_are_an_eighth_and_a_sixteenth(tiny):
 
 
 def test_resnet_101_is_written_in_the_file():
-    """42,500,160 parameters without the classifier (torchvision's 44,549,160 - 2,049,000), 14,964,736 in the last stage."""
+    """42,500,160 parameters without classifier (torchvision's 44,549,160 - 2,049,000), 14,964,736 in the last stage."""
     with torch.device("meta"):
         net, channels = B.load_backbone("microsoft/resnet-101", pretrained=False)
     assert channels == (512, 1024)
@@ -117,7 +119,7 @@ def test_bad_backbones_are_one_line(tiny, tmp_path, monkeypatch):
     assert "needs config.json and model.safetensors" in complaint(str(tmp_path))
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle, never opened")
     assert "needs config.json and model.safetensors" in complaint(str(tmp_path))
-    assert "architecture not in common/backbones.py" in complaint("someone/net", pretrained=False)
+    assert "nor written in common/backbones.py" in complaint("someone/net", pretrained=False)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     told = complaint("microsoft/resnet-101-not-here")
@@ -134,7 +136,8 @@ def test_bad_backbones_are_one_line(tiny, tmp_path, monkeypatch):
 def test_a_model_without_a_pyramid_is_refused(tmp_path):
     from transformers import ViTConfig, ViTModel
 
-    ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)).save_pretrained(tmp_path)
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)
+    ViTModel(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="a vit gives no feature pyramid"):
         B.ImageEncoder(str(tmp_path), 8)
 

@@ -67,10 +67,12 @@ def test_defaults_are_the_first_preset():
 
 @pytest.mark.parametrize("line, name, value", [
     ("--image-size 112 200", "image_size", (112, 200)), ("--image_size=112,200", "image_size", (112, 200)),
-    ("--dynamic-ids 4 5 6", "dynamic_ids", (4, 5, 6)), ("--dynamic-ids", "dynamic_ids", ()), ("--dynamic-ids 7", "dynamic_ids", (7,)),
-    ("--norm batch", "norm", "batch"), ("--levels 2", "levels", 2), ("--no-clip", "clip", False), ("--clip", "clip", True),
+    ("--dynamic-ids 4 5 6", "dynamic_ids", (4, 5, 6)), ("--dynamic-ids", "dynamic_ids", ()),
+    ("--dynamic-ids 7", "dynamic_ids", (7,)), ("--norm batch", "norm", "batch"), ("--levels 2", "levels", 2),
+    ("--no-clip", "clip", False), ("--clip", "clip", True),
     ("--clip false", "clip", False), ("--cap 3", "cap", 3.0), ("--cap -0.5", "cap", -0.5), ("--cap none", "cap", None),
-    ("--folder a/b", "folder", Path("a/b")), ("--lr 3e-4", "lr", 3e-4), ("--lr=3e-4", "lr", 3e-4), ("--lr 1 --lr 2", "lr", 2.0),
+    ("--folder a/b", "folder", Path("a/b")), ("--lr 3e-4", "lr", 3e-4), ("--lr=3e-4", "lr", 3e-4),
+    ("--lr 1 --lr 2", "lr", 2.0),
     ("--steps 7", "steps", 7), ("--long .5", "long", (0.5,)), ("--backbone conv", "backbone", "conv"),
 ])  # fmt: skip
 def test_every_field_is_a_flag(line, name, value):
@@ -80,7 +82,8 @@ def test_every_field_is_a_flag(line, name, value):
 
 
 def test_shared_flags():
-    args, _ = parse("train --data-root d --out runs/x --seed 3 --steps 9 --device cpu --resume --shard 1/4 --labeler lidar")
+    words = "--data-root d --out runs/x --seed 3 --steps 9 --device cpu --resume --shard 1/4 --labeler lidar"
+    args, _ = parse(f"train {words}")
     assert (args.data_root, args.out, args.seed, args.steps) == (Path("d"), Path("runs/x"), 3, 9)
     assert (args.device, args.resume, args.shard, args.labeler) == ("cpu", True, (1, 4), "lidar")
     args, _ = parse("ablate --claim time --seeds 1")
@@ -158,7 +161,8 @@ def test_cuda_asked_for_but_absent(monkeypatch):
 
 
 def store(folder: Path, cfg=PRESETS["paper"], method="test_cli", **more) -> Path:
-    write_json(folder / "config.json", {"method": method, "preset": "paper", "seed": 5, "config": cli.to_dict(cfg)} | more)
+    value = {"method": method, "preset": "paper", "seed": 5, "config": cli.to_dict(cfg)}
+    write_json(folder / "config.json", value | more)
     return folder
 
 

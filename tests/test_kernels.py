@@ -1,4 +1,4 @@
-"""Kernels: reference vectors, hand numbers, slow loop oracles, gradcheck; Triton interpreted, compiled, and on a GPU."""
+"""Kernels: reference vectors, hand numbers, slow loop oracles, gradcheck; Triton interpreted, compiled, on a GPU."""
 
 import json
 import os
@@ -104,6 +104,7 @@ def test_composite_nerfacc_vectors():
     depth = (weight * (start + end) / 2).sum(-1)
     v.close("vr_weights", weight.detach(), 1e-9)
     v.close("vr_opacity", hit.detach(), 1e-9)
+    v.close("vr_alpha", composite(sigma.reshape(-1, 1), (end - start).reshape(-1, 1))[1].view_as(sigma).detach(), 1e-9)
     v.close("vr_depth_sum", depth.detach(), 1e-9)
     v.close("vr_rgb", torch.einsum("rs,rsc->rc", weight, torch.from_numpy(v["vr_rgb_in"])).detach(), 1e-9)
     v.close("vr_grad_sigma", torch.autograd.grad(depth.sum() + 0.3 * hit.sum(), sigma)[0], 1e-9)
@@ -149,7 +150,7 @@ def same_votes(a: Votes, b: Votes) -> bool:
 
 
 def test_vote_by_hand():
-    """Voxel 0: 2 to 1. Voxel 1: a tie, label 3 has the current vote. Voxel 2: a full tie, lowest id. Voxel 3: nobody."""
+    """Voxel 0: 2 to 1. Voxel 1: a tie, 3 has the current vote. Voxel 2: a full tie, lowest id. Voxel 3: nobody."""
     index = torch.tensor([0, 0, 0, 1, 1, 2, 2, -1, 4, 3])
     label = torch.tensor([5, 5, 1, 2, 3, 4, 2, 0, 0, 17])               # -1, 4 are no voxels, 17 is no class
     current = torch.tensor([0, 0, 0, 0, 1, 0, 0, 1, 1, 1]).bool()
@@ -271,8 +272,8 @@ def test_scan_groups_may_be_shared_by_one_side():
 
 def test_scan_gradient():
     rand, randn = numbers(5)
-    inputs = leaves(randn(2, 2, 5), randn(2, 2, 5), -rand(2, 3), randn(2, 3, 5), randn(2, 3, 5), randn(2), randn(2, 2, 5),
-                    randn(2))
+    inputs = leaves(randn(2, 2, 5), randn(2, 2, 5), -rand(2, 3), randn(2, 3, 5), randn(2, 3, 5), randn(2),
+                    randn(2, 2, 5), randn(2))
     assert gradcheck(lambda *x: selective_scan_ref(*x, delta_softplus=True, return_last_state=True), inputs)
 
 
@@ -299,13 +300,12 @@ def deform_loop(value, shapes, loc, weights) -> Tensor:
             for head in range(H):
                 total, start = torch.zeros(D, dtype=value.dtype), 0
                 for level, (h, w) in enumerate(shapes):
-                    for p in range(P):
-                        x, y = loc[n, q, head, level, p, 0] * w - 0.5, loc[n, q, head, level, p, 1] * h - 0.5
+                    for (x, y), a in zip(loc[n, q, head, level], weights[n, q, head, level]):
                         for i in range(w):                      # a tent around the point reaches its four neighbours
                             for j in range(h):
-                                k = (1 - (x - i).abs()).clamp(min=0) * (1 - (y - j).abs()).clamp(min=0)
-                                if k > 0:
-                                    total = total + weights[n, q, head, level, p] * k * value[n, start + j * w + i, head]
+                                k = 1 - (x * w - 0.5 - i).abs(), 1 - (y * h - 0.5 - j).abs()
+                                if min(k) > 0:
+                                    total = total + a * k[0] * k[1] * value[n, start + j * w + i, head]
                     start += h * w
                 rows.append(total)
     return torch.stack(rows).view(N, Q, H * D)
@@ -340,7 +340,8 @@ def test_deform_against_a_loop(monkeypatch, block, N, H, D, Q, P, shapes):
     monkeypatch.setattr("common.kernels.ms_deform_attn.BLOCK", block)
     rand, randn = numbers(Q)
     S, L = sum(h * w for h, w in shapes), len(shapes)
-    inputs = (randn(N, H, S, D).transpose(1, 2), (rand(N, Q, H, L, P, 2) * 1.4 - 0.2), rand(N, Q, H, P, L).transpose(-1, -2))
+    inputs = (randn(N, H, S, D).transpose(1, 2), rand(N, Q, H, L, P, 2) * 1.4 - 0.2,
+              rand(N, Q, H, P, L).transpose(-1, -2))
     for t in inputs:
         t.requires_grad_()
     out, expected = (f(inputs[0], shapes, *inputs[1:]) for f in (ms_deform_attn, deform_loop))
@@ -380,8 +381,9 @@ def scatter_loop(value, opacity, uv, depth, height, width, mode):
                 image[n][y][x] = image[n][y][x] + t * opacity[v] * value[v]
                 weight[n][y][x] = weight[n][y][x] + t * opacity[v]
                 left[x, y] = t * (1 - opacity[v])
-    image = torch.stack([torch.stack([torch.stack(row) for row in plane]) for plane in image])
-    return image.permute(0, 3, 1, 2), torch.stack([torch.stack([torch.stack(row) for row in plane]) for plane in weight])
+    image, weight = (torch.stack([torch.stack(row) for plane in t for row in plane]).unflatten(0, (N, height))
+                     for t in (image, weight))
+    return image.permute(0, 3, 1, 2), weight
 
 
 def test_scatter_by_hand():

@@ -699,8 +699,12 @@ def test_foundation_runs_saved_models_and_reads_its_cache(models, photos, tmp_pa
     # the cache is the maps format, gives the same maps, and is not computed again
     assert same(maps, make_labeler("files", photos, maps=tmp_path)(0))
     again = make_labeler("foundation", photos, **options(models, cache_maps=tmp_path))
+    assert again.sam is labeler.sam and again.depth_of is labeler.depth_of  # one copy of the models in memory
     again.semantics = None
     assert same(again(0), maps)
+    with pytest.raises(InputError, match="no such folder"):  # a model that does not load claims no cache
+        make_labeler("foundation", photos, **options(models, cache_maps=tmp_path / "new", depth="./nowhere"))
+    assert not (tmp_path / "new").exists()
     # one image at a time gives what a batch gives
     alone = make_labeler("foundation", photos, **options(models, batch=1))(0)
     assert (alone.semantic == maps.semantic).mean() > 0.999 and np.abs(alone.depth - maps.depth).max() <= 2 / 256
@@ -726,7 +730,7 @@ def test_foundation_names_a_missing_or_wrong_model(models, photos, tmp_path):
         ({"grounding": str(tmp_path / "nowhere")}, "--grounding .*no such folder"),
         ({"grounding": str(models / "sam")}, "a model of type 'sam', expected 'grounding-dino'"),
         ({"sam": "nobody/no-such-model"}, "--sam nobody/no-such-model: cannot be loaded"),
-        ({"depth": str(models / "sam")}, "--depth .*cannot be loaded"),
+        ({"depth": str(models / "sam")}, "--depth-model .*cannot be loaded"),
         ({"depth": str(models / "relative")}, "relative depth; metres need a metric model"),
         ({"depth": f"metric3d:{tmp_path}"}, "no Metric3D here"),
         ({"cache_maps": tmp_path / "full"}, "not empty and without maps.json"),

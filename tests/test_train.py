@@ -1,4 +1,4 @@
-"""Training's plumbing on a toy network: order of data, bit-equal resume, checkpoints that survive kill -9, two processes.
+"""Training's plumbing on a toy network: order of data, bit-equal resume, kill -9 at any moment, two processes.
 
 Run as a script this file *is* the toy training, so that torchrun and SIGKILL meet the real thing:
     python tests/test_train.py OUT [--batch 2] [--dropout 0.1] [--kill-at STEP]
@@ -61,7 +61,7 @@ class Killed(Exception):
 
 def toy_train(out: Path, cfg: Config = Config(), steps: int = 10, kill_at: int | None = None, hard: bool = False,
               resume: bool = False, seed: int = 0, save_every: int = 5) -> list[float] | None:
-    """-> the losses of the steps it took; None if the run was finished. kill_at: dies in that step, after its backward."""
+    """-> the losses of the steps it took; None if the run was finished. kill_at: dies in that step, after backward."""
     run = T.setup("cpu", threads=1)
     args = SimpleNamespace(method="toy", preset="tiny", seed=seed)
     start = T.begin(out, run, T.settings(args, cfg, steps, {"name": "toy", "root": Path("x")}), resume)
@@ -99,7 +99,8 @@ def toy_train(out: Path, cfg: Config = Config(), steps: int = 10, kill_at: int |
 def tensors(out: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the folder's checkpoint: weights, optimiser, random states."""
     folder = out / read_json(out / "latest.json")["folder"]
-    return {f"{name}/{key}": value for name in ("model", "optimizer") for key, value in T._read(folder / f"{name}.safetensors").items()}
+    files = {name: T._read(folder / f"{name}.safetensors") for name in ("model", "optimizer")}
+    return {f"{name}/{key}": value for name, file in files.items() for key, value in file.items()}
 
 
 def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -110,8 +111,10 @@ def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 
 def script(*words, processes: int = 1) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    child = subprocess.Popen([sys.executable, *launcher, __file__, *map(str, words)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, *launcher, __file__, *map(str, words)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
     try:
         out, err = child.communicate(timeout=90)
     finally:
@@ -347,8 +350,9 @@ def test_a_crash_at_any_point_of_saving_leaves_a_whole_checkpoint(tmp_path, monk
 
 def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path):
     save(tmp_path, 1)
-    rng, steps = random.Random(0), []
-    for _ in range(25):
+    rng, steps = random.Random(0), [1]
+    while len(steps) < 25 or steps[-1] < 10:  # a busy machine saves less between two kills
+        assert len(steps) < 400, "the children never get to save"
         child = os.fork()
         if child == 0:
             try:
@@ -362,9 +366,8 @@ def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path):
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         step, value = loaded_value(tmp_path)
-        assert value == step
+        assert value == step >= steps[-1]
         steps.append(step)
-    assert steps == sorted(steps) and steps[-1] > 5  # it did save
 
 
 def test_saving_the_same_step_twice_and_the_files_of_a_checkpoint(tmp_path):
@@ -407,7 +410,8 @@ def test_bad_checkpoints_are_one_line(tmp_path):
     wanted = T.settings(SimpleNamespace(method="toy", preset="paper", seed=0), Config(width=5), 1, {})
     told = complaint(tmp_path, nn.Linear(5, 3), wanted=wanted)
     assert "preset tiny there, paper here" in told and "config.width 4 there, 5 here" in told
-    assert "2 processes" in complaint(tmp_path, optimizer=make_net(0)[1], run=T.Run(0, 2, RUN.device, True)).replace("not 2", "2 processes")
+    told = complaint(tmp_path, optimizer=make_net(0)[1], run=T.Run(0, 2, RUN.device, True))
+    assert "trained by 1 processes, not 2" in told
     two = torch.optim.AdamW([{"params": p} for p in nn.Linear(4, 3).parameters()])
     assert "other parameter groups" in complaint(tmp_path, optimizer=two, run=RUN)
 
@@ -496,7 +500,8 @@ def test_peak_memory_is_of_this_run(tmp_path):
 
 def result(folder: Path, **changes) -> dict:
     fields = dict(
-        method="easyocc", preset="tiny", seed=0, dataset={"name": "synthetic", "version": "v", "split": "val", "frames": 3},
+        method="easyocc", preset="tiny", seed=0,
+        dataset={"name": "synthetic", "version": "v", "split": "val", "frames": 3},
         protocol={"mask_eval": "camera"}, metrics={"miou_camera": np.float32(0.25), "rayiou": math.nan}, per_class={},
         cost={"params": 10, "steps": 5, "train_s": 1.0, "peak_gb": 0.5},
     )  # fmt: skip
@@ -506,7 +511,7 @@ def result(folder: Path, **changes) -> dict:
 def test_result_json_follows_the_contract(tmp_path):
     value = result(tmp_path)
     assert read_json(tmp_path / "result.json") == value
-    assert set(value) == {"method", "preset", "seed", "dataset", "protocol", "metrics", "per_class", "cost", "commit", "command"}
+    assert list(value) == "method preset seed dataset protocol metrics per_class cost commit command".split()
     assert value["metrics"] == {"miou_camera": 0.25}  # an undefined score is left out, not NaN
     assert len(value["commit"].removesuffix("-dirty")) == 40 or value["commit"] == "unknown"
 
@@ -547,5 +552,5 @@ def test_cuda_resume_restores_the_generator(tmp_path):
 
 if __name__ == "__main__":
     words = dict(zip(sys.argv[2::2], sys.argv[3::2], strict=True))
-    chosen = {k[2:]: type(v)(words[f"--{k[2:]}"]) for k, v in ((f"--{n}", v) for n, v in asdict(Config()).items()) if k in words}
-    toy_train(Path(sys.argv[1]), replace(Config(), **chosen), kill_at=int(words["--kill-at"]) if "--kill-at" in words else None, hard=True)
+    chosen = {name: type(v)(words[f"--{name}"]) for name, v in asdict(Config()).items() if f"--{name}" in words}
+    toy_train(Path(sys.argv[1]), replace(Config(), **chosen), kill_at=int(words.get("--kill-at", -1)), hard=True)

@@ -28,4 +28,6 @@ def pick(op: str, backend: str, tensor: Tensor) -> str:
             raise ValueError(f"{op}: backend='triton' needs CUDA tensors, these are on {tensor.device}; use 'torch'")
         if tensor.dtype == torch.float64:
             raise ValueError(f"{op}: the triton kernel computes in float32, the input is float64; use backend='torch'")
+        if INTERPRETED and tensor.dtype == torch.bfloat16:
+            raise ValueError(f"{op}: Triton's interpreter is silently wrong in bfloat16; use float32")
     return backend

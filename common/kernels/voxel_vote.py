@@ -75,7 +75,7 @@ def voxel_vote_ref(index: Tensor, label: Tensor, n_voxels: int, classes: int, cu
     slot, voxel, row, count = _occupied(index, label, n_voxels, classes)
     U = len(voxel)
     # Class-major cell of each vote; those without a vote go to column U, which is cut off.
-    cell = torch.add(row.index_select(0, slot), label.clamp(0, classes - 1).long(), alpha=U + 1)  # (M,)
+    cell = row.index_select(0, slot).add_(label.clamp(0, classes - 1), alpha=U + 1)   # (M,)
 
     def histogram(value: Tensor | None) -> Tensor:              # value (M,) or None = 1 -> (K, U) long
         # Sums of whole numbers below 2^53 are exact in float64, in any order.
@@ -85,18 +85,9 @@ def voxel_vote_ref(index: Tensor, label: Tensor, n_voxels: int, classes: int, cu
     votes = histogram(unit)                                     # (K, U)  n
     if current is not None:
         now = histogram(current.double() if unit is None else current * unit)         # (K, U)  c
-    winner = torch.zeros_like(voxel)                            # (U,)
-    if current is None:
-        best = votes[0].clone()
-        for k in range(1, classes):                             # strict: a tie keeps the lower id
-            winner.masked_fill_(votes[k] > best, k)
-            best = torch.maximum(best, votes[k])
-    else:
-        best, best_now = votes[0].clone(), now[0].clone()
-        for k in range(1, classes):
-            better = (votes[k] > best) | ((votes[k] == best) & (now[k] > best_now))
-            winner.masked_fill_(better, k)
-            best, best_now = torch.maximum(best, votes[k]), torch.where(better, now[k], best_now)
+    best, winner = votes.max(0)                                 # (U,) each; max returns the first of equals
+    if current is not None:
+        winner = torch.where(votes == best, now, -1).argmax(0)  # so does argmax
     total = votes.sum(0)                                        # (U,)
     voted = total > 0                                           # points of weight 0 are counted but decide nothing
     out.winner[voxel] = torch.where(voted, winner, empty).to(torch.uint8)

@@ -1,0 +1,428 @@
+"""The driving world: the unmodified devkit on it, its masks against a slow oracle, its labels against its own sensors, its bytes."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from common.files import InputError
+from common.nuscenes import CAMERAS, LIDARSEG_TO_OCC3D, NuScenesOccupancy
+from data import driving, render
+from data.driving import make_world, scene_names
+from data.ground_truth import label_statistics, seen_voxels
+
+ROOT = Path(__file__).parents[1]
+LOWER, VOXEL, SHAPE = np.array([-40.0, -40.0, -1.0]), 0.4, (200, 200, 16)
+
+
+@pytest.fixture(scope="session")
+def devkit(tiny_world):
+    nuscenes = pytest.importorskip("nuscenes.nuscenes")
+    return nuscenes.NuScenes("v1.0-mini", str(tiny_world), verbose=False)
+
+
+def pose(row: dict) -> np.ndarray:
+    from pyquaternion import Quaternion
+
+    T = np.eye(4)
+    T[:3, :3], T[:3, 3] = Quaternion(row["rotation"]).rotation_matrix, row["translation"]
+    return T
+
+
+def sensor(nusc, token: str) -> tuple[dict, np.ndarray, np.ndarray]:
+    """sample_data token -> row, T_global_ego, T_ego_sensor."""
+    row = nusc.get("sample_data", token)
+    return row, pose(nusc.get("ego_pose", row["ego_pose_token"])), pose(nusc.get("calibrated_sensor", row["calibrated_sensor_token"]))
+
+
+def labels(root: Path, nusc, sample: dict) -> dict[str, np.ndarray]:
+    scene = nusc.get("scene", sample["scene_token"])["name"]
+    with np.load(root / "gts" / scene / sample["token"] / "labels.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def returns(root: Path, nusc, sample: dict) -> tuple[np.ndarray, np.ndarray]:
+    """LiDAR points (M, 3) float64 in the reference ego and the sensor's place (3,)."""
+    row, _, T_ego_lidar = sensor(nusc, sample["data"]["LIDAR_TOP"])
+    points = np.fromfile(root / row["filename"], np.float32).reshape(-1, 5)[:, :3].astype(np.float64)
+    return points @ T_ego_lidar[:3, :3].T + T_ego_lidar[:3, 3], T_ego_lidar[:3, 3]
+
+
+# --- the renderer -----------------------------------------------------------------------------------------------------
+
+def test_drawing_equals_plain_ray_casting():
+    """Every kind of primitive, tilted and tapered: the culled, batched float32 drawing against float64 rays, one by one."""
+    rng = np.random.default_rng(0)
+    things = render.PrimitiveList()
+    for i in range(60):
+        turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+        things.add(i % 3, rng.uniform(-20, 20, 3) + [0, 0, 8], rng.uniform(0.1, 3, 3), 0, (0.5, 0.5, 0.5), turn * np.sign(np.linalg.det(turn)),
+                   rng.uniform(0, 0.9, 2), seed=0.5)
+    scene = render.Scene(things.build(), render.Plane())
+    K = np.array([[60.0, 0, 50], [0, 60, 30], [0, 0, 1]])
+    T = np.eye(4)
+    T[:3, :3] = [[0.2, 0, 0.98], [-0.98, 0, 0.2], [0, -1, 0]]
+    T[:3, :3] = np.linalg.svd(T[:3, :3])[0] @ np.linalg.svd(T[:3, :3])[2]
+    T[:3, 3] = -25, -3, 2.0
+    for grid in (render.camera_rays(K, T, (61, 101)), render.lidar_rays(T, np.radians(np.linspace(-30, 30, 24)), 90)):
+        view = render.draw(scene, grid)
+        t, ids = render.cast(scene, grid.origin, grid.directions().reshape(3, -1).T)
+        same = view.ids.ravel() == ids
+        assert same.mean() > 0.995                                     # the rest: rays that graze an edge
+        assert len(np.unique(ids)) > 15
+        assert np.abs(view.t.ravel() - t)[same].max() < 2e-3
+
+
+def test_kerb_is_a_vertical_face():
+    """A ray that passes above the upper level and would meet the lower one under it stops at the kerb between them."""
+    class Step(render.Plane):
+        step = 0.2
+
+        def raised(self, x, y):
+            return x - 5
+
+    origin, directions = np.array([0, 0, 1.0]), np.array([[1, 0, -0.17], [1, 0, -0.1], [1, 0, -0.5], [1, 0, 0.1]])
+    t, ids = render.cast(render.Scene(render.PrimitiveList().build(), Step()), origin, directions)
+    assert t[:3] == pytest.approx([5.0, 8.0, 2.0], abs=2e-3) and ids.tolist() == [-2, -2, -2, -1]
+
+
+# --- tables and the devkit --------------------------------------------------------------------------------------------
+
+def test_devkit_reads_a_complete_tree(tiny_world, devkit):
+    assert sorted(s["name"] for s in devkit.scene) == ["scene-0061", "scene-0103"]
+    assert all(s["description"].startswith("Synthetic") for s in devkit.scene)
+    assert [len(getattr(devkit, t)) for t in ("sample", "sensor", "calibrated_sensor", "log", "map", "lidarseg")] == [6, 7, 14, 2, 2, 6]
+    # per scene: 3 samples x (1 sweep + 6 images + 12 camera sweeps) + 2 LiDAR sweeps
+    assert len(devkit.sample_data) == len(devkit.ego_pose) == 2 * (3 * 19 + 2)
+    assert sorted(c["index"] for c in devkit.category) == list(range(32))
+    for row in devkit.sample_data:
+        path = tiny_world / row["filename"]
+        assert path.is_file() and len(row["token"]) == 32 and int(row["token"], 16)
+        if row["fileformat"] == "jpg":
+            assert cv2.imread(str(path)).shape == (row["height"], row["width"], 3) == (112, 200, 3)
+    for sample in devkit.sample:
+        assert set(sample["data"]) == {*CAMERAS, "LIDAR_TOP"}
+        assert devkit.get("sample_data", sample["data"]["LIDAR_TOP"])["timestamp"] == sample["timestamp"]
+        times = {c: devkit.get("sample_data", sample["data"][c])["timestamp"] - sample["timestamp"] for c in CAMERAS}
+        assert sorted(times, key=times.get) == ["CAM_FRONT_LEFT", *CAMERAS[:5]] and -46_000 < min(times.values()) < max(times.values()) < 0
+    points = sum(len(np.fromfile(tiny_world / r["filename"], np.uint8)) for r in devkit.lidarseg)
+    assert points == sum(len(np.fromfile(tiny_world / devkit.get("sample_data", r["sample_data_token"])["filename"], np.float32)) // 5
+                         for r in devkit.lidarseg)
+
+
+def test_chains(devkit):
+    """prev and next: sample, every sensor, every instance, in the order of time and back again."""
+    for table, key in (("sample", "scene_token"), ("sample_data", "calibrated_sensor_token"), ("sample_annotation", "instance_token")):
+        rows = getattr(devkit, table)
+        time = {r["token"]: r.get("timestamp") or devkit.get("sample", r["sample_token"])["timestamp"] for r in rows}
+        for group in {r[key] for r in rows}:
+            chain = [next(r for r in rows if r[key] == group and not r["prev"])]
+            while chain[-1]["next"]:
+                chain.append(devkit.get(table, chain[-1]["next"]))
+                assert chain[-1]["prev"] == chain[-2]["token"] and time[chain[-1]["token"]] > time[chain[-2]["token"]]
+            assert len(chain) == sum(r[key] == group for r in rows)
+    for instance in devkit.instance:
+        first = devkit.get("sample_annotation", instance["first_annotation_token"])
+        assert first["prev"] == "" and devkit.get("sample_annotation", instance["last_annotation_token"])["next"] == ""
+        assert instance["nbr_annotations"] == sum(a["instance_token"] == instance["token"] for a in devkit.sample_annotation)
+
+
+def test_annotations(tiny_world, devkit):
+    """Counts by the devkit's own box test; attributes, visibility; boxes stand on the road; things move at the speed of their chain."""
+    from nuscenes.utils.data_classes import LidarPointCloud
+    from nuscenes.utils.geometry_utils import points_in_box
+
+    for sample in devkit.sample:
+        path, boxes, _ = devkit.get_sample_data(sample["data"]["LIDAR_TOP"])
+        cloud = LidarPointCloud.from_file(path).points[:3]
+        for box in boxes:
+            row = devkit.get("sample_annotation", box.token)
+            assert abs(int(points_in_box(box, cloud).sum()) - row["num_lidar_pts"]) <= 1     # float32 against float64 at the faces
+            assert row["visibility_token"] in "1234" and -0.01 < row["translation"][2] - row["size"][2] / 2 < 0.16
+            kind = row["category_name"].split(".")[0]
+            if kind == "vehicle":
+                assert len(row["attribute_tokens"]) == 1
+    seen = [a for a in devkit.sample_annotation if a["visibility_token"] == "4"]
+    hidden = [a for a in devkit.sample_annotation if a["num_lidar_pts"] == 0]
+    assert seen and hidden and {a["visibility_token"] for a in hidden} != {"4"}
+    moving = [a for a in devkit.sample_annotation if a["prev"] and any(
+        devkit.get("attribute", t)["name"] == "vehicle.moving" for t in a["attribute_tokens"])]
+    speeds = [np.linalg.norm(devkit.box_velocity(a["token"])[:2]) for a in moving]
+    assert len(speeds) > 3 and max(speeds) > 2 and max(speeds) < 20
+    parked = [a for a in devkit.sample_annotation if a["prev"] and any(
+        devkit.get("attribute", t)["name"] == "vehicle.parked" for t in a["attribute_tokens"])]
+    assert all(np.linalg.norm(devkit.box_velocity(a["token"])[:2]) == 0 for a in parked)
+
+
+def test_map_mask(devkit):
+    """Ego drives on the mask; the mask is not everywhere."""
+    for scene in devkit.scene:
+        mask = devkit.get("map", devkit.get("log", scene["log_token"])["map_token"])["mask"]
+        sample = devkit.get("sample", scene["first_sample_token"])
+        x, y, _ = sensor(devkit, sample["data"]["LIDAR_TOP"])[1][:3, 3]
+        assert mask.is_on_mask(x, y).all() and 0.02 < (mask.mask() > 0).mean() < 0.6
+
+
+def test_points_project_onto_the_right_pixels(tiny_world, devkit):
+    """The devkit's own projection, through both ego poses, against the exact depth: each point lies within its pixel's neighbours' range."""
+    total = good = 0
+    errors = []
+    for sample in devkit.sample[::2]:
+        for camera in CAMERAS:
+            uv, depth, _ = devkit.explorer.map_pointcloud_to_image(sample["data"]["LIDAR_TOP"], sample["data"][camera])
+            name = Path(devkit.get("sample_data", sample["data"][camera])["filename"]).stem
+            exact = cv2.imread(str(tiny_world / f"exact/depth/{camera}/{name}.png"), cv2.IMREAD_UNCHANGED).astype(np.float32) / 256
+            u, v = uv[0].astype(int), uv[1].astype(int)
+            far = np.where(exact == 0, 1e3, exact)
+            low, high = cv2.erode(far, np.ones((3, 3)))[v, u], cv2.dilate(far, np.ones((3, 3)))[v, u]
+            ok = (depth > low - 0.15 - 0.02 * depth) & (depth < high + 0.15 + 0.02 * depth)
+            total, good = total + len(ok), good + ok.sum()
+            errors.append(np.abs(exact[v, u] - depth))
+    assert total > 20_000 and good / total > 0.98                      # the rest: things that moved between the two times, thin poles
+    assert np.median(np.concatenate(errors)) < 0.06
+
+
+def test_detection_scores_its_own_annotations(devkit, tmp_path):
+    """nuscenes.eval.detection with the annotations that have a LiDAR point as predictions: AP 1 for every class that is there."""
+    from nuscenes.eval.common.config import config_factory
+    from nuscenes.eval.common.utils import quaternion_yaw  # noqa: F401  (fails early if the devkit lacks its evaluation)
+    from nuscenes.eval.detection.evaluate import DetectionEval
+    from nuscenes.eval.detection.utils import category_to_detection_name
+
+    attribute = {"car": "vehicle.parked", "pedestrian": "pedestrian.standing", "bicycle": "cycle.without_rider"}
+    results = {}
+    for sample in devkit.sample:
+        results[sample["token"]] = []
+        for token in sample["anns"]:
+            a = devkit.get("sample_annotation", token)
+            name = category_to_detection_name(a["category_name"])
+            if name and a["num_lidar_pts"]:
+                own = [devkit.get("attribute", t)["name"] for t in a["attribute_tokens"]]
+                results[sample["token"]].append({
+                    "sample_token": sample["token"], "translation": a["translation"], "size": a["size"], "rotation": a["rotation"],
+                    "velocity": np.nan_to_num(devkit.box_velocity(token)[:2]).tolist(), "detection_name": name, "detection_score": 1.0,
+                    "attribute_name": own[0] if own else attribute.get(name, "")})
+    val = [s["token"] for s in devkit.sample if devkit.get("scene", s["scene_token"])["name"] == "scene-0103"]
+    meta = {"use_camera": True, "use_lidar": False, "use_radar": False, "use_map": False, "use_external": False}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"meta": meta, "results": {t: results[t] for t in val}}))
+    metrics = DetectionEval(devkit, config_factory("detection_cvpr_2019"), str(path), "mini_val", str(tmp_path), verbose=False).evaluate()[0]
+    there = {r["detection_name"] for t in val for r in results[t]}
+    ap = {name: np.mean(list(v.values())) for name, v in metrics.serialize()["label_aps"].items()}
+    scored = {name for name in there if ap[name] > 0}                  # what lies within the class's range
+    assert len(scored) >= 4 and all(ap[name] > 0.99 for name in scored)
+
+
+def test_futures_are_the_poses(devkit):
+    """PredictHelper's future of an agent is where its later annotations are."""
+    from nuscenes.prediction import PredictHelper
+
+    helper = PredictHelper(devkit)
+    checked = 0
+    for a in devkit.sample_annotation:
+        if a["next"] and not a["prev"]:
+            future = helper.get_future_for_agent(a["instance_token"], a["sample_token"], seconds=1, in_agent_frame=False)
+            assert np.allclose(future[0], devkit.get("sample_annotation", a["next"])["translation"][:2])
+            checked += 1
+    assert checked > 10
+
+
+def test_reader_agrees(tiny_world):
+    dataset = NuScenesOccupancy(tiny_world, split="mini_val", cache=tiny_world.parent / "cache")
+    frame = dataset[1]
+    assert frame.semantics.shape == SHAPE and frame.images.shape == (6, 3, 112, 200) and len(frame.points) > 20_000
+    images, _, valid = dataset.neighbour(1, +1)
+    assert valid.all() and not torch.equal(images, frame.images)       # the camera sweeps
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+def oracle(origin: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """DESIGN's definition, slowly: cut every segment at all faces of the grid, ask each piece's middle for its voxel -> seen, tied.
+
+    origin (3,), ends (n, 3), float64. seen: voxels with a piece longer than 1e-9 of an edge, and the ends' own. tied: those with a
+    shorter one only: the segment touches an edge or a corner, and rounding decides.
+    """
+    seen, tied = np.zeros(SHAPE, bool), np.zeros(SHAPE, bool)
+    a, b = (origin - LOWER) / VOXEL, (ends - LOWER) / VOXEL
+    index = np.floor(b).astype(int)
+    index = index[((index >= 0) & (index < SHAPE)).all(1)]
+    seen[tuple(index.T)] = True
+    for start in range(0, len(b), 2000):
+        end = b[start:start + 2000]
+        along = end - a
+        cuts = [np.zeros((len(end), 1)), np.ones((len(end), 1))]
+        for axis in range(3):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                t = (np.arange(SHAPE[axis] + 1) - a[axis]) / along[:, axis:axis + 1]
+            cuts.append(np.where((t > 0) & (t < 1), t, 1.0))
+        t = np.sort(np.concatenate(cuts, 1), 1)
+        length = np.diff(t, axis=1)
+        ray, piece = np.nonzero(length > 0)
+        middle = a + (0.5 * (t[ray, piece] + t[ray, piece + 1]))[:, None] * along[ray]
+        index = np.floor(middle).astype(int)
+        inside = ((index >= 0) & (index < SHAPE)).all(1)
+        short = length[ray, piece] * np.linalg.norm(along[ray], axis=1) < 1e-9
+        tied[tuple(index[inside & short].T)] = True
+        seen[tuple(index[inside & ~short].T)] = True
+    return seen, tied & ~seen
+
+
+def test_masks_equal_the_oracle(tiny_world, devkit):
+    """Both masks from the files alone: tables, .pcd.bin and exact/depth. Not one voxel differs, ties apart."""
+    for sample in (devkit.sample[0], devkit.sample[-1]):
+        truth = labels(tiny_world, devkit, sample)
+        points, origin = returns(tiny_world, devkit, sample)
+        seen, tied = oracle(origin, points)
+        assert ((truth["mask_lidar"] > 0) == seen)[~tied].all() and tied.sum() < 20 and seen.sum() > 10_000
+        _, T_global_ego, _ = sensor(devkit, sample["data"]["LIDAR_TOP"])
+        seen, tied = np.zeros(SHAPE, bool), np.zeros(SHAPE, bool)
+        for camera in CAMERAS:
+            row, T_global_own, T_own_cam = sensor(devkit, sample["data"][camera])
+            K = np.array(devkit.get("calibrated_sensor", row["calibrated_sensor_token"])["camera_intrinsic"])
+            depth = cv2.imread(str(tiny_world / f"exact/depth/{camera}/{Path(row['filename']).stem}.png"), cv2.IMREAD_UNCHANGED)
+            v, u = (g[::2, ::2] + 0.5 for g in np.mgrid[:depth.shape[0], :depth.shape[1]])
+            z = np.where(depth == 0, 300 * 256, depth)[::2, ::2] / 256.0
+            rays = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(K).T * z[..., None]
+            T = np.linalg.inv(T_global_ego) @ T_global_own @ T_own_cam
+            s, t = oracle(T[:3, 3], rays.reshape(-1, 3) @ T[:3, :3].T + T[:3, 3])
+            seen, tied = seen | s, tied | t
+        different = ((truth["mask_camera"] > 0) != seen) & ~tied
+        # the two sides multiply their matrices in different orders: 1e-13 m, so a few grazed voxels may differ
+        assert different.sum() <= 2 and tied.sum() < 50 and seen.sum() > 20_000
+
+
+def test_fast_walk_with_ties():
+    """Origins and ends on faces, edges and corners, axis-parallel rays: equal to common.geometry's rule."""
+    from common.geometry import OCC3D, traversed
+
+    rng = np.random.default_rng(1)
+    for origin in (np.array([0.0, 0.0, 1.8]), np.array([0.2, -0.2, 2.0]), np.array([0.13, 0.07, 1.81])):
+        ends = origin + rng.integers(-60, 60, (400, 3)) * [0.4, 0.4, 0.05]
+        ends[:40, 1:] = origin[1:]
+        mine = seen_voxels(origin, np.ascontiguousarray(ends.T))
+        theirs = traversed(torch.from_numpy(origin), torch.from_numpy(ends), OCC3D).numpy()
+        exact, tied = oracle(origin, ends)
+        if origin[0] == 0.13:
+            assert (mine == theirs).all() and (mine == exact)[~tied].all()
+        else:
+            assert (mine != theirs).mean() < 2e-4                      # touched edges only
+
+
+def test_returns_lie_in_occupied_voxels(tiny_world, devkit):
+    """Tolerance zero: the voxel (by floor) of every return inside the grid is occupied, and seen."""
+    for sample in devkit.sample:
+        truth = labels(tiny_world, devkit, sample)
+        index = np.floor((returns(tiny_world, devkit, sample)[0] - LOWER) / VOXEL).astype(int)
+        index = tuple(index[((index >= 0) & (index < SHAPE)).all(1)].T)
+        assert len(index[0]) > 10_000 and (truth["semantics"][index] < 17).all() and (truth["mask_lidar"][index] == 1).all()
+
+
+def test_labels_are_like_real_ones(tiny_world, devkit):
+    """Surfaces that somebody saw: shares as in a real label file, few interior voxels, nothing where nobody looked."""
+    counts, shares = np.zeros((3, 18)), []
+    for sample in devkit.sample:
+        truth = labels(tiny_world, devkit, sample)
+        assert {k: (v.shape, v.dtype) for k, v in truth.items()} == {
+            k: (SHAPE, np.dtype("uint8")) for k in ("semantics", "mask_lidar", "mask_camera")} and truth["semantics"].max() == 17
+        c, s = label_statistics(truth["semantics"], truth["mask_camera"], truth["mask_lidar"])
+        counts, shares = counts + c, [*shares, s]
+        with np.load(tiny_world / "exact/solid" / devkit.get("scene", sample["scene_token"])["name"] / f"{sample['token']}.npz") as file:
+            solid = file["semantics"]
+        occupied = truth["semantics"] < 17
+        assert (solid[occupied] == truth["semantics"][occupied]).all() and (solid < 17).sum() > occupied.sum()
+    camera, lidar, either, occupied, unseen_free = np.mean(shares, 0)
+    assert 0.08 < camera < 0.45 and 0.06 < lidar < 0.3 and 0.015 < occupied < 0.08 and unseen_free > 0.97
+    assert all(counts[2, k] <= 0.08 * counts[0, k] for k in range(17))
+    order = np.argsort(-counts[0, :17])[:4]
+    assert {11, 15} <= set(order)                                      # driveable surface and manmade dominate
+
+
+def test_exact_maps(tiny_world, devkit):
+    """Sky has neither depth nor class; an instance's pixels have its category's class; visible pixels make a visible object."""
+    category = {c["token"]: c for c in devkit.category}
+    kinds = LIDARSEG_TO_OCC3D[[category[i["category_token"]]["index"] for i in devkit.instance]]
+    seen = set()
+    for camera in CAMERAS:
+        for row in devkit.sample_data:
+            if row["channel"] == camera and row["is_key_frame"]:
+                depth, semantic, instance = (cv2.imread(str(tiny_world / f"exact/{kind}/{camera}/{Path(row['filename']).stem}.png"),
+                                                        cv2.IMREAD_UNCHANGED) for kind in ("depth", "semantic", "instance"))
+                assert depth.dtype == instance.dtype == np.uint16 and semantic.dtype == np.uint8
+                assert ((semantic == 17) == (depth == 0)).all() and semantic.max() <= 17 and instance.max() <= len(kinds)
+                there = instance > 0
+                assert (semantic[there] == kinds[instance[there] - 1]).all()
+                seen |= set(np.unique(instance[there]) - 1)
+    assert len(seen) > 15
+
+
+# --- bytes, errors ----------------------------------------------------------------------------------------------------
+
+def fingerprint(root: Path) -> dict[str, str]:
+    return {str(p.relative_to(root)): hashlib.md5(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_same_seed_same_bytes_also_after_an_interruption(tiny_world, tmp_path, monkeypatch):
+    """One process that breaks off in the second scene and is started again, against the fixture's parallel processes."""
+    before = {p: p.stat().st_mtime_ns for p in tiny_world.rglob("*")}
+    settings = dict(seed=0, size="mini", scenes=2, keyframes=3, sweeps=1, camera_sweeps=2, image=(112, 200))
+    make_world(tiny_world, **settings)
+    assert {p: p.stat().st_mtime_ns for p in tiny_world.rglob("*")} == before                # finished: nothing is touched
+    out, record = tmp_path / "again", driving.record_scene
+
+    def breaks(root, settings, index, tick):
+        if index == 1:
+            raise KeyboardInterrupt
+        record(root, settings, index, tick)
+
+    monkeypatch.setattr(driving, "record_scene", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        make_world(out, **settings, workers=1)
+    assert not (out / "exact/world.json").exists()
+    monkeypatch.setattr(driving, "record_scene", record)
+    with pytest.raises(InputError, match="another seed"):
+        make_world(out, **{**settings, "seed": 1}, workers=1)
+    make_world(out, **settings, workers=1)
+    first, second = fingerprint(tiny_world), fingerprint(out)
+    assert first == second
+
+
+def test_scene_names_are_the_devkits():
+    from nuscenes.utils.splits import create_splits_scenes
+
+    splits = create_splits_scenes()
+    assert set(scene_names("mini", None)) == {*splits["mini_train"], *splits["mini_val"]}
+    for n in range(1, 11):
+        assert len(set(scene_names("mini", n))) == n and set(scene_names("mini", n)) & set(splits["mini_val"])
+    for size in ("demo", "claims"):
+        names = set(scene_names(size, None))
+        assert len(names & set(splits["train"])) == 24 and len(names & set(splits["val"])) == 10 and len(names) == 34
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--scenes", "0"], "--scenes 0"), (["--scenes", "11"], "--scenes 11"), (["--keyframes", "0"], "--keyframes 0"),
+    (["--image", "400"], "--image 400"), (["--image", "4x4"], "--image"), (["--camera-sweeps", "1"], "--camera-sweeps 1"),
+    (["--sweeps", "-1"], "--sweeps -1"), (["--seed", "-1"], "--seed -1"), (["--workers", "0"], "--workers 0")])
+def test_bad_flags_are_one_line_and_exit_2(flags, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        driving.main(["--out", str(tmp_path / "w"), *flags])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and words in message and message.count("\n") == 1 and not (tmp_path / "w").exists()
+
+
+def test_command_line(tiny_world, tmp_path):
+    """A folder with other data is refused and left alone; an unknown size is argparse's error."""
+    (tmp_path / "thesis.txt").write_text("do not lose me")
+    run = subprocess.run([sys.executable, "-m", "data.driving", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and "not empty" in run.stderr and run.stderr.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(SystemExit) as stop:
+        driving.main(["--out", str(tmp_path / "w"), "--size", "huge"])
+    assert stop.value.code == 2
+    with pytest.raises(InputError, match="another"):
+        make_world(tiny_world, seed=5, size="mini", scenes=2, keyframes=3)
