@@ -311,7 +311,7 @@ def uncontract(unit: Tensor, grid: VoxelGrid, ratio: float) -> Tensor:
 def lift(features: Tensor, centers: Tensor, K: Tensor, T_ref_cam: Tensor) -> Tensor:
     """(4) V(x) = mean over the cameras that see x of bilinear(F_img, K T_cam_ref x).
 
-    features (N, C, h, w), centers (V, 3) [m], K (N, 3, 3) at the features' resolution, T_ref_cam (N, 4, 4) -> (C, V).
+    features (N, C, h, w), centers (V, 3) [m], K (N, 3, 3) at the features' resolution, T_ref_cam (N, 4, 4) -> (V, C).
     Only the (camera, voxel) pairs that meet are sampled: a voxel is seen by 0 to 2 of the six cameras.
     """
     N, C, h, w = features.shape
@@ -325,7 +325,7 @@ def lift(features: Tensor, centers: Tensor, K: Tensor, T_ref_cam: Tensor) -> Ten
         sampled = F.grid_sample(features[n : n + 1].float(), grid[None, None], align_corners=False)[0, :, 0]  # (C, V_n)
         volume = volume.index_add(0, seen, sampled.t().to(volume.dtype))
         seen_by = seen_by.index_add(0, seen, torch.ones_like(seen, dtype=seen_by.dtype)[:, None])
-    return (volume / seen_by.clamp_min(1)).t()
+    return volume / seen_by.clamp_min(1)
 
 
 class Hourglass(nn.Module):
@@ -401,7 +401,7 @@ class OccupancyNet(nn.Module):
         self.cells = (x, y, z // cfg.z_split)  # of the lifted grid
         self.channels = cfg.cnn_channels[0]
         self.encoder = ImageEncoder(cfg.backbone, cfg.channels, "group" if cfg.backbone == "conv" else "instance", pretrained)
-        self.position = nn.Parameter(torch.ones(1, cfg.channels, *self.cells))  # OccNeRF's learned positional embedding
+        self.position = nn.Parameter(torch.ones(*self.cells, cfg.channels))  # OccNeRF's learned positional embedding
         if cfg.cnn3d == "hourglass":
             self.cnn = StackedHourglass(cfg.channels, cfg.cnn_channels, cfg.norm)
         else:
@@ -432,8 +432,8 @@ class OccupancyNet(nn.Module):
         scale = K.new_tensor([features.shape[-1] / images.shape[-1], features.shape[-2] / images.shape[-2], 1])
         centers = self.centers(K)
         volume = torch.stack([lift(f, centers, k * scale[:, None], t) for f, k, t in zip(features, K, T, strict=True)])
-        volume = volume.unflatten(-1, self.cells) * self.position  # (B, C, X, Y, Z / z_split)
-        x = self.split(self.cnn(volume))
+        volume = volume.unflatten(1, self.cells) * self.position  # (B, X, Y, Z / z_split, C)
+        x = self.split(self.cnn(volume.movedim(-1, 1)))  # (B, C z_split, X, Y, Z / z_split)
         B, _, X, Y, _ = x.shape
         x = x.view(B, -1, self.channels, X, Y, x.shape[-1])  # (B, z_split, C, X, Y, Z / z_split)
         return x.permute(0, 2, 3, 4, 5, 1).flatten(-2)  # (B, C, X, Y, Z)

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from data.render import (BARK, BOX, BRICK, BUS_BODY, CAR_BODY, CAR_CABIN, CHEVRON, CLOTH, CONCRETE, CYLINDER, ELLIPSOID, FACADE, FOLIAGE,
-                         GLASS_GRID, LAMP, PLAIN, STRIPES, WHEEL, WOOD, Light, PrimitiveList, Primitives, Scene, noise)
+from data.render import (BARK, BOX, BRICK, CONCRETE, CYLINDER, ELLIPSOID, FACADE, FOLIAGE, GLASS_GRID, LAMP, PLAIN, STRIPES, WOOD,
+                         Light, PrimitiveList, noise)
 
 # nuScenes-lidarseg's 32 classes, by index
 LIDARSEG_NAMES = (
@@ -34,7 +34,8 @@ MANMADE, VEGETATION = ID["static.manmade"], ID["static.vegetation"]
 CAR, TRUCK, PEDESTRIAN = ID["vehicle.car"], ID["vehicle.truck"], ID["human.pedestrian.adult"]
 
 STEP = 0.15                     # [m] height of a kerb
-CELL = 0.5                      # [m] of the ground's rasters
+CELL = 1.0                      # [m] of the ground's rasters; d and s are smooth: bilinear reading is exact to 4 mm
+PLACE_CELL = 0.5                # [m] of the raster of taken places
 SHADE_CELL = 0.25               # [m] of the light raster
 TICK = 0.1                      # [s] of the traffic simulation
 WARM_UP = 4.0                   # [s] simulated before t = 0
@@ -184,8 +185,7 @@ class CityGround:
         self.lane_width = np.float32([r.lane_width for r in roads])
         self.median = np.float32([r.median for r in roads])
         self.bays = np.float32([max(r.parking) for r in roads])
-        island = np.where(self.median[first] > 0.4, np.minimum(self.median[first] - 0.25 - np.abs(d), e2 - 7), -1)
-        self.raise_field = np.maximum(e1, island).reshape(n, n).astype(np.float32)           # positive on the upper level
+        self.islands = bool((self.median > 0.4).any())
         self.shift = rng.uniform(0, 60, 2).astype(np.float32)
         m = int(round(size / SHADE_CELL)) + 1
         self.static_light = np.zeros((m, m, 2), np.uint8)          # sunlit share, street lamps; 255 = 1
@@ -222,21 +222,30 @@ class CityGround:
     def edge(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return self._read(self.edges, x, y, CELL)
 
+    def _island(self, d, e2, road) -> np.ndarray:
+        """Positive on a raised median (n,)."""
+        m = self.median[road]
+        return np.where(m > 0.4, np.minimum(m - np.float32(0.25) - np.abs(d), e2 - 7), np.float32(-1))
+
     def raised(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return self._read(self.raise_field, x, y, CELL)
+        if not self.islands:
+            return self.edge(x, y)
+        e1, d, _, e2 = self.read(x, y)
+        return np.maximum(e1, self._island(d, e2, self._road(x, y)))
 
     def height(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.where(self.raised(np.asarray(x, np.float32), np.asarray(y, np.float32)) > 0, np.float32(STEP), np.float32(0))
 
     def classes(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         e1, d, s, e2 = self.read(x, y)
-        return self._classify(e1, s, e2, self._road(x, y), x, y)
+        return self._classify(e1, d, s, e2, self._road(x, y), x, y)
 
-    def _classify(self, e1, s, e2, road, x, y) -> np.ndarray:
+    def _classify(self, e1, d, s, e2, road, x, y) -> np.ndarray:
         style = self.style
         beside = e1 > -0.02
         out = np.where(beside, np.uint8(SIDEWALK), np.uint8(DRIVEABLE))
-        out[~beside & (self.raised(x, y) > -0.02)] = OTHER_FLAT
+        if self.islands:
+            out[~beside & (self._island(d, e2, road) > -0.02)] = OTHER_FLAT
         out[(np.sin(s / 14 + road) > -0.5) & (e2 > 9) & (e1 < style.verge) & (e1 > 0.2)] = TERRAIN
         beyond = np.nonzero(e1 > style.verge + style.pavement)[0]
         block = noise(x[beyond] + self.shift[0], y[beyond] + self.shift[1], 0.012)
@@ -251,7 +260,7 @@ class CityGround:
         """Asphalt with wear and markings, kerbs, paving, grass -> (3, n). Lines are blurred to the pixel's footprint."""
         e1, d, s, e2 = self.read(x, y)
         road = self._road(x, y)
-        kind = self._classify(e1, s, e2, road, x, y)
+        kind = self._classify(e1, d, s, e2, road, x, y)
         coarse, fine = noise(x, y, 0.09), noise(x, y, 2.3)
         blur = np.maximum(distance * np.float32(1 / 260), np.float32(0.03))
         fine = 0.5 + (fine - np.float32(0.5)) * np.minimum(np.float32(0.12) / blur, 1)
@@ -385,16 +394,16 @@ class Builder:
     def __init__(self, ground: CityGround, rng: np.random.Generator, style: Style):
         self.ground, self.rng, self.style = ground, rng, style
         self.list = PrimitiveList()
-        self.taken = np.zeros((int(ground.size / CELL) + 1,) * 2, np.uint8)
+        self.taken = np.zeros((int(ground.size / PLACE_CELL) + 1,) * 2, np.uint8)
 
     def cells(self, polygon: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice]]:
         """polygon (m, 2) [m] -> its cells as a mask, and where the mask lies in the raster."""
         n = len(self.taken)
-        low = np.clip(np.floor(polygon.min(0) / CELL).astype(int) - 1, 0, n - 1)
-        high = np.clip(np.ceil(polygon.max(0) / CELL).astype(int) + 2, 1, n)
+        low = np.clip(np.floor(polygon.min(0) / PLACE_CELL).astype(int) - 1, 0, n - 1)
+        high = np.clip(np.ceil(polygon.max(0) / PLACE_CELL).astype(int) + 2, 1, n)
         high = np.maximum(high, low + 1)
         mask = np.zeros((high[1] - low[1], high[0] - low[0]), np.uint8)
-        cv2.fillConvexPoly(mask, np.round(polygon / CELL - low).astype(np.int32), 1)
+        cv2.fillConvexPoly(mask, np.round(polygon / PLACE_CELL - low).astype(np.int32), 1)
         return mask, (slice(low[1], high[1]), slice(low[0], high[0]))
 
     def claim(self, x, y, yaw, length, width, margin: float = 0.2, least_edge: float | None = None, test: bool = True) -> bool:

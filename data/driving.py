@@ -44,7 +44,7 @@ import cv2
 import numpy as np
 
 from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
-from data.city import ID, LIDARSEG_NAMES
+from data.city import CELL, ID, LIDARSEG_NAMES
 from data.ground_truth import FREE, SHAPE, Keyframe, Surfaces, add_hits, camera_ends, inverse, label_statistics, move, observed, seen_voxels
 from data.nuscenes_writer import CAMERAS, PER_SCENE, chain, rounded, token, write_tables
 from data.render import GROUND, NONE, RayGrid, camera_rays, develop, draw, lidar_rays, shade
@@ -206,7 +206,8 @@ def sweep(city: City, t: float, T_global_lidar: np.ndarray, rng: np.random.Gener
 # --- one scene --------------------------------------------------------------------------------------------------------
 
 def png(array: np.ndarray) -> bytes:
-    return cv2.imencode(".png", array, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+    strategy = cv2.IMWRITE_PNG_STRATEGY_DEFAULT if array.dtype == np.uint16 else cv2.IMWRITE_PNG_STRATEGY_RLE
+    return cv2.imencode(".png", array, [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, strategy])[1].tobytes()
 
 
 def jpeg(color: np.ndarray) -> bytes:
@@ -426,9 +427,10 @@ class Recorder:
 
     def map(self) -> None:
         """The semantic prior: driveable surface as 255, 0.1 m, row 0 at the highest y."""
-        edge = cv2.resize(self.city.ground.fields[..., 0], None, fx=5, fy=5, interpolation=cv2.INTER_LINEAR)
+        edge = np.clip(128 - 100 * self.city.ground.edges[::-1], 0, 255).astype(np.uint8)    # 1 cm steps around the edge
+        mask = cv2.resize(edge, None, fx=10 * CELL, fy=10 * CELL, interpolation=cv2.INTER_LINEAR)
         name = self.id("map")
-        self.write(f"maps/{name}.png", png(((edge[::-1] <= 0) * 255).astype(np.uint8)))
+        self.write(f"maps/{name}.png", png(cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]))
         self.rows["map"].append({"category": "semantic_prior", "token": name, "filename": f"maps/{name}.png", "log_tokens": [self.id("log")]})
 
     def link(self, stamps: list[int]) -> None:

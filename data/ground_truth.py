@@ -4,16 +4,18 @@ data/driving.py states the rules; this file holds them as functions. Points are 
 in the reference ego of a keyframe; a flat index is C order over (200, 200, 16).
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from data.render import BOX, CYLINDER, ELLIPSOID, Primitives, corners
+from data.render import BOX, ELLIPSOID, Primitives, corners
 from data.traffic import City
 
 FREE, SHAPE = 17, (200, 200, 16)
 VOXEL, LOWER, SIZE = 0.4, np.array([-40.0, -40.0, -1.0]), 200 * 200 * 16
 SPACING = 0.2                   # [m] between the samples of a surface
+_ON_FACE = 1e-9                 # [voxel edges] as in common.geometry
 TOP = 6.0                       # [m] nothing of interest is above, for an ego frame that tilts by a degree
 
 
@@ -86,7 +88,8 @@ def _enter(visited, a, strides, start, along, up, faces) -> None:
     run = np.abs(along[a])
     to_first = np.where(up, np.floor(start[a]) + 1 - start[a], start[a] - np.ceil(start[a]) + 1)
     per_face = along[b] / run, along[c] / run
-    at_first = start[b] + to_first * per_face[0], start[c] + to_first * per_face[1]
+    # within _ON_FACE of a face the ray counts as past it: through an edge it goes straight to the voxel across
+    at_first = [start[k] + to_first * slope + _ON_FACE * np.sign(slope) for k, slope in zip((b, c), per_face)]
     base = (np.where(up, np.floor(start[a]) + 1, np.ceil(start[a]) - 2) * strides[a]).astype(np.int32)
     step = np.where(up, strides[a], -strides[a]).astype(np.int32)
     left = len(faces) - np.cumsum(np.bincount(faces, minlength=faces[0] + 1))                # rays with more than k faces
@@ -116,48 +119,62 @@ def camera_ends(depth: np.ndarray, K: np.ndarray, T_ego_cam: np.ndarray) -> np.n
 
 # --- what surfaces touch ----------------------------------------------------------------------------------------------
 
-def _steps(low: float, high: float) -> np.ndarray:
-    return np.linspace(low, high, max(int(np.ceil((high - low) / SPACING)) + 1, 2))
+def _count(length: float) -> int:
+    """Pieces of at most SPACING that a length is cut into, at least one."""
+    return max(int(np.ceil(length / SPACING - 1e-9)), 1)
+
+
+@lru_cache(maxsize=None)
+def _unit_box(nx: int, ny: int, nz: int, closed: bool) -> np.ndarray:
+    """Grid points on the faces of [-1, 1]^2 x [0, 1], n pieces along each edge -> (3, n); not closed: no top face."""
+    x, y, z = np.linspace(-1, 1, nx + 1), np.linspace(-1, 1, ny + 1), np.linspace(0, 1, nz + 1)
+    faces = (([-1, 1], y, z), (x, [-1, 1], z), (x, y, [0, 1] if closed else [0]))
+    return np.concatenate([np.stack(np.meshgrid(*axes, indexing="ij")).reshape(3, -1) for axes in faces], 1)
+
+
+@lru_cache(maxsize=None)
+def _unit_cylinder(na: int, nr: int, nz: int, closed: bool) -> np.ndarray:
+    """As `_unit_box` for the cylinder of radius 1: na points around, nr rings on the caps, nz pieces up."""
+    a = np.linspace(0, 2 * np.pi, na, endpoint=False)
+    ring, ones = np.stack([np.cos(a), np.sin(a)]), np.ones(na)
+    pieces = [np.concatenate([ring, [h * ones]]) for h in np.linspace(0, 1, nz + 1)]
+    pieces += [np.concatenate([ring * r, [h * ones]]) for r in np.linspace(0, 1, nr + 1)[:-1] for h in ((0, 1) if closed else (0,))]
+    return np.concatenate(pieces, 1)
+
+
+@lru_cache(maxsize=None)
+def _unit_ball(n: int) -> np.ndarray:
+    """Points on the unit sphere, n pieces from pole to pole -> (3, n)."""
+    rows = []
+    for b in np.linspace(0, np.pi, n + 1):
+        a = np.linspace(0, 2 * np.pi, max(int(np.ceil(2 * n * np.sin(b) - 1e-9)), 3), endpoint=False)
+        rows.append(np.stack([np.sin(b) * np.cos(a), np.sin(b) * np.sin(a), np.full(len(a), np.cos(b))]))
+    return np.concatenate(rows, 1)
 
 
 def _sample(kind: int, half: np.ndarray, taper: np.ndarray, top: float) -> np.ndarray:
-    """Points on one primitive's surface in its own frame, SPACING or closer, edges included, up to z = top -> (n, 3)."""
+    """Points on one primitive's surface in its own frame, SPACING or closer, edges included, up to z = top -> (3, n)."""
     hx, hy, hz = half
-    z = _steps(-hz, min(hz, top))
-    closed = top >= hz
+    if kind == ELLIPSOID:
+        return _unit_ball(max(_count(np.pi * max(half)), 4)) * half[:, None]
+    height = min(hz, top) + hz
     if kind == BOX:
-        x, y = _steps(-hx, hx), _steps(-hy, hy)
-        caps = [-hz, hz] if closed else [-hz]
-        q = np.concatenate([np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-                            for axes in (([-hx, hx], y, z), (x, [-hy, hy], z), (x, y, caps))])
-        q[:, :2] *= 1 - taper * (q[:, 2:] + hz) / (2 * hz)
-        return q
-    if kind == CYLINDER:
-        a = np.linspace(0, 2 * np.pi, max(int(np.ceil(2 * np.pi * max(hx, hy) / SPACING)), 6) + 1)[:-1]
-        ring = np.stack([hx * np.cos(a), hy * np.sin(a)], -1)                                # (A, 2)
-        shrink = 1 - taper[0] * (z + hz) / (2 * hz)
-        pieces = [np.concatenate([ring * s, np.full((len(a), 1), h)], 1) for s, h in zip(shrink, z)]
-        for r in _steps(0, max(hx, hy))[:-1] / max(hx, hy):
-            for s, h in ((1.0, -hz), (1 - taper[0], hz))[:1 + closed]:
-                pieces.append(np.concatenate([ring * r * s, np.full((len(a), 1), h)], 1))
-        return np.concatenate(pieces)
-    r = max(half)
-    rows = []
-    for b in np.linspace(0, np.pi, max(int(np.ceil(np.pi * r / SPACING)) + 1, 5)):
-        a = np.linspace(0, 2 * np.pi, max(int(np.ceil(2 * np.pi * r * np.sin(b) / SPACING)), 3) + 1)[:-1]
-        rows.append(np.stack([hx * np.sin(b) * np.cos(a), hy * np.sin(b) * np.sin(a), np.full(len(a), hz * np.cos(b))], -1))
-    return np.concatenate(rows)
+        unit = _unit_box(_count(2 * hx), _count(2 * hy), _count(height), top >= hz)
+    else:
+        unit = _unit_cylinder(max(_count(2 * np.pi * max(hx, hy)), 6), _count(max(hx, hy)), _count(height), top >= hz)
+    shrink = 1 - taper * (height / (2 * hz)) * unit[2][:, None] if kind == BOX else 1 - taper[:1] * (height / (2 * hz)) * unit[2][:, None]
+    return np.stack([unit[0] * hx * shrink[:, 0], unit[1] * hy * shrink[:, -1], unit[2] * height - hz])
 
 
 def sample_surfaces(p: Primitives, top: float) -> tuple[np.ndarray, np.ndarray]:
     """-> points of all surfaces in the primitives' own frames (3, n), primitive rows (n,). Above z = top [m, world]: left out."""
-    points, rows = [np.zeros((0, 3))], [np.zeros(0, np.int64)]
+    points, rows = [np.zeros((3, 0))], [np.zeros(0, np.int64)]
     for k in range(len(p.kind)):
         limit = top - p.center[k, 2] if abs(p.rotation[k, 2, 2]) > 0.999 else np.inf
         if limit > -p.half[k, 2]:
             points.append(_sample(p.kind[k], p.half[k], p.taper[k], limit))
-            rows.append(np.full(len(points[-1]), k))
-    return np.ascontiguousarray(np.concatenate(points).T), np.concatenate(rows)
+            rows.append(np.full(points[-1].shape[1], k))
+    return np.concatenate(points, 1), np.concatenate(rows)
 
 
 def to_world(p: Primitives, local: np.ndarray, row: np.ndarray) -> np.ndarray:

@@ -210,6 +210,13 @@ def yes_no(value: bool) -> str:
 def candidates(graph: Graph, rng: np.random.Generator) -> Pool:
     """Everything that can be asked without ambiguity (of the one-hop questions, a random choice)."""
     pool = Pool()
+    ask_for_phrases(pool, graph, rng)
+    ask_about_references(pool, graph, related(graph, rng))
+    return pool
+
+
+def ask_for_phrases(pool: Pool, graph: Graph, rng: np.random.Generator) -> None:
+    """exist and count: what fits a phrase, anywhere or in a direction."""
     total = graph.fits.sum(1)
     for p, phrase in enumerate(PHRASES):
         if phrase != ("", "thing"):
@@ -229,23 +236,24 @@ def candidates(graph: Graph, rng: np.random.Generator) -> Pool:
                 r, d, p = np.unravel_index(i, where.shape)
                 pool.add(kind, 1, answer, ask(form, where=DIRECTIONS[d], of=place(graph, r), **what(p)))
 
-    chained = related(graph, rng)
+
+def ask_about_references(pool: Pool, graph: Graph, chained: list[Reference]) -> None:
+    """object, status, comparison, and exist and count of what shares a reference's status."""
+    code = np.array([STATUSES.index(s) if s else -1 for s in graph.status], int)  # (n,)
+    other = ~np.eye(len(code), dtype=bool)  # (n, n)
+    same = (code[:, None] == code) & (code >= 0) & other
+    alike = graph.fits[list(BARE)].astype(int) @ same.astype(int)  # (BARE, n) how many share object n's status
+    present = graph.fits[list(BARE)].astype(int) @ ((code >= 0)[:, None] & other) > 0
     for it in (*graph.named, *chained):
         status, name = PHRASES[it.phrase]
-        own = graph.status[it.object]
         if name == "thing" and status not in ("standing", "not standing"):
             pool.add("object", it.hop, graph.name[it.object], ask("class", it=it.text))
-        if own and not status:
-            pool.add("status", it.hop, own, ask("status", it=it.text))
-    code = np.array([STATUSES.index(s) if s else -1 for s in graph.status], int)
-    same = (code[:, None] == code) & (code >= 0) & ~np.eye(len(code), dtype=bool)  # (n, n)
-    whom = list(BARE)
-    alike = graph.fits[whom].astype(int) @ same.astype(int)  # (BARE, n): how many share object n's status
-    present = graph.fits[whom].astype(int) @ ((code >= 0)[:, None] & ~np.eye(len(code), dtype=bool)) > 0
+        if code[it.object] >= 0 and not status:
+            pool.add("status", it.hop, graph.status[it.object], ask("status", it=it.text))
     for it in (*graph.named, *chained[::3]):
         if code[it.object] < 0:
             continue
-        for p, n, some in zip(whom, alike[:, it.object].tolist(), present[:, it.object].tolist()):
+        for p, n, some in zip(BARE, alike[:, it.object].tolist(), present[:, it.object].tolist()):
             if some and UNDECIDED[it.phrase, p]:
                 pool.add("exist", it.hop, yes_no(n > 0), ask("any like", it=it.text, what=words(p)))
                 if n <= MOST:
@@ -257,7 +265,6 @@ def candidates(graph: Graph, rng: np.random.Generator) -> Pool:
             if UNDECIDED[first.phrase, second.phrase] and (second.hop or first.text < second.text):
                 answer = yes_no(bool(same[first.object, second.object]))
                 pool.add("comparison", second.hop, answer, ask("same", it=first.text, other=second.text))
-    return pool
 
 
 # --- choice --------------------------------------------------------------------------------------------------------
@@ -350,8 +357,8 @@ def make_questions(root: Path | str, version: str, seed: int = 0) -> dict[str, P
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    what = "Write NuScenes-QA style questions into a synthetic tree."
-    parser = argparse.ArgumentParser(prog="python -m data.questions", description=what)
+    about = "Write NuScenes-QA style questions into a synthetic tree."
+    parser = argparse.ArgumentParser(prog="python -m data.questions", description=about)
     parser.add_argument("--data-root", type=Path, required=True, help="world written by data.driving")
     parser.add_argument("--version", help="v1.0-mini or v1.0-trainval; default: the only one present")
     parser.add_argument("--seed", type=int, default=0)

@@ -129,6 +129,7 @@ class Scene(NamedTuple):
     primitives: Primitives
     ground: Ground | None
     light: Light = Light()
+    corners: np.ndarray | None = None       # (P, 8, 3) of the primitives' boxes, if they are known already
 
 
 class RayGrid(NamedTuple):
@@ -184,40 +185,63 @@ _EDGES = np.array([[a, b] for a in range(8) for b in range(a + 1, 8) if np.abs(_
 
 def corners(p: Primitives) -> np.ndarray:
     """-> (P, 8, 3) float64: corners of the bounding boxes in the world."""
-    local = _SIGNS[None] * p.half[:, None]
-    return np.einsum("pij,pkj->pki", p.rotation, local) + p.center[:, None]
+    return (_SIGNS * p.half[:, None]) @ p.rotation.transpose(0, 2, 1) + p.center[:, None]
 
 
-def _camera_bounds(p: Primitives, grid: RayGrid) -> tuple[np.ndarray, np.ndarray]:
-    """-> bounds (P, 4) int r0, r1, c0, c1 (empty if culled), nearest (P,) z-depth. Boxes cut by the near plane are clipped."""
+def _camera_bounds(p: Primitives, box: np.ndarray, grid: RayGrid) -> tuple[np.ndarray, np.ndarray]:
+    """box (P, 8, 3) world corners -> bounds (P, 4) int r0, r1, c0, c1 (empty if culled), nearest (P,) z-depth.
+
+    Boxes cut by the near plane are clipped there. Bounding balls outside the view's pyramid are left out first.
+    """
     H, W = grid.shape
-    c = corners(p) @ grid.T_cam_world[:3, :3].T + grid.T_cam_world[:3, 3]                    # (P, 8, 3)
-    nearest = np.maximum(c[..., 2].min(1), NEAR)
-    a, b = c[:, _EDGES[:, 0]], c[:, _EDGES[:, 1]]                                            # (P, 12, 3)
-    cut = (a[..., 2] < NEAR) != (b[..., 2] < NEAR)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(cut, (NEAR - a[..., 2]) / (b[..., 2] - a[..., 2]), 0.0)
-    points = np.concatenate([c, a + share[..., None] * (b - a)], 1)                          # (P, 20, 3)
-    valid = np.concatenate([c[..., 2] >= NEAR, cut], 1)
-    z = np.where(valid, points[..., 2], 1.0)
-    z[:, 8:][cut] = NEAR
-    u = points[..., 0] / z * grid.K[0, 0] + grid.K[0, 2]
-    v = points[..., 1] / z * grid.K[1, 1] + grid.K[1, 2]
-    big = 1e6
-    u0, u1 = np.where(valid, u, big).min(1), np.where(valid, u, -big).max(1)
-    v0, v1 = np.where(valid, v, big).min(1), np.where(valid, v, -big).max(1)
-    # pixel j has its centre at j + 0.5
-    c0, c1 = np.ceil(u0 - 0.5 - 1e-3), np.floor(u1 - 0.5 + 1e-3) + 1
-    r0, r1 = np.ceil(v0 - 0.5 - 1e-3), np.floor(v1 - 0.5 + 1e-3) + 1
-    bounds = np.stack([np.clip(r0, 0, H), np.clip(r1, 0, H), np.clip(c0, 0, W), np.clip(c1, 0, W)], 1).astype(np.int64)
-    bounds[~valid.any(1) | (nearest > FAR)] = 0
+    R, shift, K = grid.T_cam_world[:3, :3], grid.T_cam_world[:3, 3], grid.K
+    x, y, z = R @ p.center.T + shift[:, None]
+    radius = np.sqrt((p.half ** 2).sum(1))
+    inside = (z + radius > NEAR) & (z - radius < FAR)
+    for value, focal, low, high in ((x, K[0, 0], K[0, 2], W - K[0, 2]), (y, K[1, 1], K[1, 2], H - K[1, 2])):
+        inside &= focal * value + low * z > -radius * np.hypot(focal, low)
+        inside &= high * z - focal * value > -radius * np.hypot(focal, high)
+    chosen = np.nonzero(inside)[0]
+    bounds, nearest = np.zeros((len(x), 4), np.int64), np.full(len(x), FAR)
+    bounds[chosen], nearest[chosen] = _clipped_bounds(box[chosen].reshape(-1, 3) @ R.T + shift, K, (H, W))
     return bounds, nearest
 
 
-def _lidar_bounds(p: Primitives, grid: RayGrid) -> tuple[np.ndarray, np.ndarray]:
+def _clipped_bounds(c: np.ndarray, K: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """c (8 n, 3) corners in the camera -> as `_camera_bounds`."""
+    H, W = shape
+    c = c.reshape(-1, 8, 3)
+    nearest = np.maximum(c[..., 2].min(1), NEAR)
+    behind = np.nonzero(c[:, :, 2].min(1) < NEAR)[0]                   # few: the rest needs its eight corners only
+    bounds = _span(c, np.ones(c.shape[:2], bool), K, H, W)
+    if len(behind):
+        a, b = c[behind][:, _EDGES[:, 0]], c[behind][:, _EDGES[:, 1]]                        # (n, 12, 3)
+        cut = (a[..., 2] < NEAR) != (b[..., 2] < NEAR)
+        share = np.where(cut, (NEAR - a[..., 2]) / np.where(cut, b[..., 2] - a[..., 2], 1), 0.0)
+        met = a + share[..., None] * (b - a)
+        met[..., 2] = NEAR
+        points = np.concatenate([c[behind], met], 1)                                         # (n, 20, 3)
+        bounds[behind] = _span(points, np.concatenate([c[behind][..., 2] >= NEAR, cut], 1), K, H, W)
+    bounds[nearest > FAR] = 0
+    return bounds, nearest
+
+
+def _span(points: np.ndarray, valid: np.ndarray, K: np.ndarray, H: int, W: int) -> np.ndarray:
+    """Pixels whose centres (j + 0.5, i + 0.5) lie in the image box of the valid ones of points (n, m, 3) -> (n, 4) int."""
+    z = np.where(valid, points[..., 2], 1.0)
+    u, v = points[..., 0] / z * K[0, 0] + K[0, 2], points[..., 1] / z * K[1, 1] + K[1, 2]
+    big = 1e6
+    columns = np.where(valid, u, big).min(1), np.where(valid, u, -big).max(1)
+    rows = np.where(valid, v, big).min(1), np.where(valid, v, -big).max(1)
+    bounds = [np.clip(f(x - 0.5 + side), -1, n) + more for (low, high), n in ((rows, H), (columns, W))
+              for f, x, side, more in ((np.ceil, low, -1e-3, 0), (np.floor, high, 1e-3, 1))]
+    return np.stack([np.clip(b, 0, n) for b, n in zip(bounds, (H, H, W, W))], 1).astype(np.int64)
+
+
+def _lidar_bounds(p: Primitives, box: np.ndarray, grid: RayGrid) -> tuple[np.ndarray, np.ndarray]:
     """As `_camera_bounds`; columns may run past W (the turn wraps): c0 in [0, W), c1 <= c0 + W. nearest is a distance."""
     H, W = grid.shape
-    c = (corners(p) - grid.origin) @ grid.rotation                                           # (P, 8, 3) in the sensor
+    c = ((box.reshape(-1, 3) - grid.origin) @ grid.rotation).reshape(-1, 8, 3)               # in the sensor
     middle = (p.center - grid.origin) @ grid.rotation
     radius = np.linalg.norm(p.half, axis=1)
     az = np.arctan2(middle[:, 1], middle[:, 0])
@@ -372,7 +396,8 @@ def draw(scene: Scene, grid: RayGrid, count: bool = False) -> View:
     p = scene.primitives
     H, W = grid.shape
     wide = W if grid.K is not None else 2 * W                          # the LiDAR's turn is unrolled twice, folded below
-    bounds, nearest = (_camera_bounds if grid.K is not None else _lidar_bounds)(p, grid)
+    box = corners(p) if scene.corners is None else scene.corners
+    bounds, nearest = (_camera_bounds if grid.K is not None else _lidar_bounds)(p, box, grid)
     directions = grid.directions()                                                           # (3, H, W)
     w = np.full((H, wide), 1 / FAR, np.float32)
     ids = np.full((H, wide), NONE, np.int32)

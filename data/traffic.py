@@ -13,10 +13,10 @@ import cv2
 import numpy as np
 
 from data.city import (EGO_SIZE, ID, SHADE_CELL, TICK, WARM_UP, Builder, CityGround, Junction, Road, _along, _backdrop, _crossing_structure,
-                       _frontage, _furniture, _style, _traffic_light, _weather, linear, rot_y, rot_z)
+                       _frontage, _furniture, _style, _traffic_light, _weather, linear, rectangle, rot_y, rot_z)
 from data.objects import (BENDY, BUS, CHILD, MOTORCYCLE, PEDESTRIAN, POLICE, SCOOTER, WORKER, Model, barrier, bicycle, bus, car, cone,
                           construction, debris, dog, motorcycle, pedestrian, pushable, rack, stroller, trailer, truck)
-from data.render import ELLIPSOID, Light, PrimitiveList, Primitives, Scene, corners
+from data.render import ELLIPSOID, PrimitiveList, Primitives, Scene, corners
 
 
 # --- actors and paths -------------------------------------------------------------------------------------------------
@@ -556,8 +556,7 @@ class City:
     def _finish(self) -> None:
         """Stacks primitives and lights; from here on the city only answers questions."""
         static = self.builder.list.build()
-        fixed, moving, self.fixed_rows = [], [], {}
-        offset = len(static.kind)
+        fixed, moving = [], []
         for index, a in enumerate(self.actors):
             parts = a.model.parts._replace(instance=np.full(len(a.model.parts.kind), index, np.int32))
             if a.path is None:
@@ -568,6 +567,7 @@ class City:
             else:
                 moving.append((index, parts, a))
         self.static = Primitives.join([static, *fixed]) if fixed else static
+        self.static_corners = corners(self.static)
         self.movers = [i for i, _, _ in moving if i != 0]
         if moving:
             self.mobile = Primitives.join([p for _, p, _ in moving])
@@ -576,7 +576,6 @@ class City:
             self.hip = np.concatenate([a.model.hip for _, _, a in moving])
             self.brake = np.concatenate([a.model.brake for _, _, a in moving])
             self.moving = [a for _, _, a in moving]
-        del offset
         self._bake_light()
 
     def _bake_light(self) -> None:
@@ -587,7 +586,7 @@ class City:
         p = self.static
         shadow = np.full(raster.shape[:2], 255, np.uint8)
         if max(self.light.sun_color) > 0.5:
-            c = corners(p)
+            c = self.static_corners
             tall = (c[..., 2].max(1) - c[..., 2].min(1) > 0.25) & (p.instance < 0)
             for k in np.nonzero(tall)[0]:
                 _shadow(shadow, c[k], shift, p.kind[k] == ELLIPSOID)
@@ -655,7 +654,7 @@ class City:
                 stop = red(self.net.junctions[j], main, t)
                 glow[row] = 2.0 if (i == 0 and stop) or (i == 2 and not stop) else 0.02
             static = static._replace(glow=glow)
-        primitives = Primitives.join([static, self.mobile_at(t)])
+        mobile = self.mobile_at(t)
         self.ground.light_raster = self.ground.static_light
         setting = self.light
         if light:
@@ -664,15 +663,17 @@ class City:
                 layer = np.ascontiguousarray(raster[..., 0])
                 sun = np.asarray(setting.sun)
                 shift = -sun[:2] / max(sun[2], 0.2) * (max(setting.sun_color) > 0.5)
-                box = corners(primitives.of(slice(len(static.kind), None)))
-                for c in box:
-                    _shadow(layer, c, shift, False)
+                for a in self.moving[1:]:
+                    x, y, yaw = a.state(t)[:3]
+                    length, width, height = a.model.size
+                    foot = rectangle(x, y, yaw, 0.96 * length, 0.9 * width)
+                    _shadow(layer, np.concatenate([np.pad(foot, ((0, 0), (0, 1)), constant_values=z) for z in (0.0, 0.9 * height)]), shift, False)
                 raster[..., 0] = layer
                 self.ground.light_raster = raster
             if setting.night > 0.3:
                 x, y, yaw = self.actors[0].state(t)[:3]
                 setting = setting._replace(headlight=(x + 3.4 * np.cos(yaw), y + 3.4 * np.sin(yaw), yaw, 1.2 * setting.night))
-        return Scene(primitives, self.ground, setting)
+        return Scene(Primitives.join([static, mobile]), self.ground, setting, np.concatenate([self.static_corners, corners(mobile)]))
 
 
 def _shadow(raster: np.ndarray, c: np.ndarray, shift: np.ndarray, round_: bool) -> None:

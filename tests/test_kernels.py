@@ -457,6 +457,26 @@ def test_dispatch(name):
         op(*inputs, backend="cuda")
 
 
+def test_networks_may_be_described_on_the_meta_device():
+    """Shapes without data: what `describe` needs of the operations inside a network."""
+    x = torch.empty(2, 6, 300, device="meta")
+    y = selective_scan(x, x, torch.empty(6, 4, device="meta"), x[:, :4], x[:, :4])
+    assert y.shape == x.shape and y.device.type == "meta"
+    value, loc = torch.empty(1, 8, 2, 3, device="meta"), torch.empty(1, 5, 2, 2, 4, 2, device="meta")
+    assert ms_deform_attn(value, [(2, 3), (1, 2)], loc, loc[..., 0]).shape == (1, 5, 6)
+
+
+def test_scan_ignores_autocast():
+    rand, randn = numbers(4, torch.float32)
+    inputs = leaves(randn(1, 3, 20), rand(1, 3, 20), -rand(3, 2), randn(1, 2, 20), randn(1, 2, 20))
+    plain = selective_scan(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = selective_scan(*inputs)
+        gradients = torch.autograd.grad(inside.sum(), inputs)
+    assert inside.dtype == torch.float32 and torch.equal(inside, plain)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, torch.autograd.grad(plain.sum(), inputs)))
+
+
 def test_kernels_import_without_triton():
     code = ("import sys; sys.modules['triton'] = None\n"
             "import torch\n"

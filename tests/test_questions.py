@@ -278,6 +278,13 @@ def test_same_seed_same_bytes(tables, tmp_path):
     assert sorted(path.name for path in (tmp_path / "questions").iterdir()) == [path.name for path in paths.values()]
 
 
+def test_the_world_brings_its_questions(tiny_world, tmp_path):
+    """data.driving ends with them, made with its own seed (0 in conftest.py)."""
+    shutil.copytree(tiny_world / "v1.0-mini", tmp_path / "v1.0-mini")
+    for path in make_questions(tmp_path, "v1.0-mini", seed=0).values():
+        assert (tiny_world / "questions" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_random_keyframes():
     """All thirty answers, all types and hops, yes as often as no; every answer again."""
     rng = np.random.default_rng(5)

@@ -60,12 +60,12 @@ def test_drawing_equals_plain_ray_casting():
     """Every kind of primitive, tilted and tapered: the culled, batched float32 drawing against float64 rays, one by one."""
     rng = np.random.default_rng(0)
     things = render.PrimitiveList()
-    for i in range(60):
+    for i in range(150):
         turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
-        things.add(i % 3, rng.uniform(-20, 20, 3) + [0, 0, 8], rng.uniform(0.1, 3, 3), 0, (0.5, 0.5, 0.5), turn * np.sign(np.linalg.det(turn)),
+        things.add(i % 3, rng.uniform([-20, -20, 0], [20, 20, 15]), rng.uniform(0.1, 2, 3), 0, (0.5, 0.5, 0.5), turn * np.sign(np.linalg.det(turn)),
                    rng.uniform(0, 0.9, 2), seed=0.5)
     scene = render.Scene(things.build(), render.Plane())
-    K = np.array([[60.0, 0, 50], [0, 60, 30], [0, 0, 1]])
+    K = np.array([[45.0, 0, 50], [0, 45, 40], [0, 0, 1]])
     T = np.eye(4)
     T[:3, :3] = [[0.2, 0, 0.98], [-0.98, 0, 0.2], [0, -1, 0]]
     T[:3, :3] = np.linalg.svd(T[:3, :3])[0] @ np.linalg.svd(T[:3, :3])[2]
@@ -238,7 +238,7 @@ def test_reader_agrees(tiny_world):
     frame = dataset[1]
     assert frame.semantics.shape == SHAPE and frame.images.shape == (6, 3, 112, 200) and len(frame.points) > 20_000
     images, _, valid = dataset.neighbour(1, +1)
-    assert valid.all() and not torch.equal(images, frame.images)       # the camera sweeps
+    assert valid.all() and not np.array_equal(images, frame.images)       # the camera sweeps
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -299,20 +299,18 @@ def test_masks_equal_the_oracle(tiny_world, devkit):
 
 
 def test_fast_walk_with_ties():
-    """Origins and ends on faces, edges and corners, axis-parallel rays: equal to common.geometry's rule."""
+    """Ends on faces, axis-parallel rays, and from a voxel's middle rays through edges: common.geometry's rule but for touched edges."""
     from common.geometry import OCC3D, traversed
 
     rng = np.random.default_rng(1)
-    for origin in (np.array([0.0, 0.0, 1.8]), np.array([0.2, -0.2, 2.0]), np.array([0.13, 0.07, 1.81])):
+    for origin in (np.array([0.13, 0.07, 1.81]), np.array([0.2, -0.2, 2.0])):
         ends = origin + rng.integers(-60, 60, (400, 3)) * [0.4, 0.4, 0.05]
         ends[:40, 1:] = origin[1:]
         mine = seen_voxels(origin, np.ascontiguousarray(ends.T))
         theirs = traversed(torch.from_numpy(origin), torch.from_numpy(ends), OCC3D).numpy()
         exact, tied = oracle(origin, ends)
-        if origin[0] == 0.13:
-            assert (mine == theirs).all() and (mine == exact)[~tied].all()
-        else:
-            assert (mine != theirs).mean() < 2e-4                      # touched edges only
+        assert not ((mine != theirs) & ~tied).any() and not ((mine != exact) & ~tied).any()
+        assert tied.any() == (origin[0] == 0.2)
 
 
 def test_returns_lie_in_occupied_voxels(tiny_world, devkit):

@@ -201,5 +201,6 @@ def scatter_project(value: Tensor, opacity: Tensor, uv: Tensor, depth: Tensor, h
     if value.shape[1] > MAX_CHANNELS:
         raise ValueError(f"scatter_project: {value.shape[1]} channels, the kernel takes {MAX_CHANNELS}; use "
                          "backend='torch'")
-    return Projection(*_Scatter.apply(value.contiguous(), opacity.contiguous(), uv, depth, height, width,
-                                      mode == "depth"))
+    with torch.cuda.device_of(value):
+        return Projection(*_Scatter.apply(value.contiguous(), opacity.contiguous(), uv, depth, height, width,
+                                          mode == "depth"))

@@ -180,4 +180,5 @@ def voxel_vote(index: Tensor, label: Tensor, n_voxels: int, classes: int, curren
     if pick("voxel_vote", backend, index) == "torch":
         return voxel_vote_ref(index, label, n_voxels, classes, current, weight, empty)
     _check(index, label, n_voxels, classes, current, weight, empty)
-    return _vote_triton(index, label, n_voxels, classes, current, weight, empty)
+    with torch.cuda.device_of(index):
+        return _vote_triton(index, label, n_voxels, classes, current, weight, empty)

@@ -383,11 +383,11 @@ def main() -> None:
         names = ", ".join(rows(args.device, args.data_root))
         parser.error(f"--only {' '.join(args.only)}: no such row; there are {names}")
     ceiling = ceilings(args.device, args.seconds / 2)
-    report = {"machine": machine(args.device), "device": args.device, "threads": args.threads, "date": str(date.today()),
-              "torch": torch.__version__, "python": platform.python_version(), "load": os.getloadavg()[0],
-              "ceilings": ceiling, "rows": {}}
-    tqdm.write(f"{report['machine']}, {args.threads} thread(s), load {report['load']:.1f}, torch {torch.__version__}: copy "
-               f"{ceiling['copy_gb_s']:.3g} GB/s, fp32 GEMM {ceiling['gemm_gflop_s']:.3g} GFLOP/s, exp "
+    report = {"machine": machine(args.device), "device": args.device, "threads": args.threads,
+              "load": os.getloadavg()[0], "date": str(date.today()), "torch": torch.__version__,
+              "python": platform.python_version(), "ceilings": ceiling, "rows": {}}
+    tqdm.write(f"{report['machine']}, {args.threads} thread(s), load {report['load']:.1f}, torch {torch.__version__}: "
+               f"copy {ceiling['copy_gb_s']:.3g} GB/s, fp32 GEMM {ceiling['gemm_gflop_s']:.3g} GFLOP/s, exp "
                f"{ceiling['exp_g_s']:.3g} G/s")
     for name, build in tqdm(todo.items(), desc="bench", unit="row"):
         row = build()
