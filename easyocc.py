@@ -109,11 +109,12 @@ class Config:
     backbone: str = "microsoft/resnet-101"  # hub id, local path, or "conv"; Sec. 2.2: ResNet-101
     channels: int = 64  # of the lifted features; OccNeRF's code
     grid_stride: tuple[int, int, int] = (1, 1, 1)  # Occ3D cells per predicted cell along x, y, z; assumption
-    z_split: int = 1  # output cells per lifted cell along z; ours, saves 3D convolutions
+    split: tuple[int, int, int] = (1, 1, 1)  # predicted cells per lifted cell along x, y, z; ours, saves 3D convolutions
     cnn3d: Literal["hourglass", "unet"] = "hourglass"  # OccNeRF's code: PSMNet's three hourglasses
     cnn_channels: tuple[int, ...] = (32, 64, 64)  # OccNeRF's code
     norm: Literal["batch", "group", "instance"] = "batch"  # batch: papers; group: same loss under any batch split
     logit_norm: bool = True  # OccNeRF's code normalises the logits
+    position: Literal["learned", "coordinates"] = "learned"  # OccNeRF's code: a factor per cell and channel; ours: coordinates as channels
     free_bias: float = 0.0  # ours: first free logit; > 0 lets rays pass from the start, and voxels start as free
     contract_ratio: float = 2 / 3  # OccNeRF's code: share of the contracted axis that the real box gets
     # pseudo-labels
@@ -172,14 +173,14 @@ class Config:
 
 
 TINY = Config(  # two CPU cores
-    image_size=(112, 200), backbone="conv", channels=32, grid_stride=(2, 2, 1), z_split=2, cnn3d="unet",
-    cnn_channels=(16, 32, 64), norm="group", logit_norm=False, free_bias=4.0, contract_ratio=0.8, map_stride=2, outlier_nb=8,
-    w_semantic=0.5, render_size=(28, 50), samples=80, batch=1, steps=1200, lr_enc=2e-3, lr_dec=2e-3,
+    image_size=(112, 200), backbone="conv", channels=32, grid_stride=(2, 2, 1), split=(2, 2, 2), cnn3d="unet",
+    cnn_channels=(32, 64, 128), norm="group", logit_norm=False, position="coordinates", free_bias=2.0, contract_ratio=0.8, map_stride=2, outlier_nb=8,
+    w_semantic=0.5, render_size=(28, 50), samples=80, batch=1, steps=500, lr_enc=4e-3, lr_dec=4e-3,
     weight_decay=0.01, schedule="cosine", warmup=40, grad_clip=5.0, jitter=0.5, amp="off",
 )  # fmt: skip
 PRESETS = {
     "tiny": TINY,
-    "base": Config(image_size=(256, 704), batch=2, grid_stride=(2, 2, 1), z_split=2),  # ours: one 24 GB GPU
+    "base": Config(image_size=(256, 704), batch=2, grid_stride=(2, 2, 1), split=(1, 1, 2)),  # ours: one 24 GB GPU
     "paper": Config(),
 }
 
@@ -397,16 +398,18 @@ class OccupancyNet(nn.Module):
         super().__init__()
         self.grid = OCC3D.coarsen(cfg.grid_stride)
         self.ratio = cfg.contract_ratio if "occnerf" in cfg.model else 1.0
-        x, y, z = (round(n / self.ratio) for n in self.grid.shape)
-        self.cells = (x, y, z // cfg.z_split)  # of the lifted grid
-        self.channels = cfg.cnn_channels[0]
+        self.cells = tuple(round(n / self.ratio / s) for n, s in zip(self.grid.shape, cfg.split, strict=True))  # lifted
+        self.split = cfg.split
+        self.channels = cfg.cnn_channels[0] // (2 if math.prod(cfg.split) > 1 else 1)
         self.encoder = ImageEncoder(cfg.backbone, cfg.channels, "group" if cfg.backbone == "conv" else "instance", pretrained)
-        self.position = nn.Parameter(torch.ones(*self.cells, cfg.channels))  # OccNeRF's learned positional embedding
-        if cfg.cnn3d == "hourglass":
-            self.cnn = StackedHourglass(cfg.channels, cfg.cnn_channels, cfg.norm)
-        else:
-            self.cnn = UNet3D(cfg.channels, cfg.cnn_channels, cfg.norm)
-        self.split = nn.Conv3d(self.channels, self.channels * cfg.z_split, 1) if cfg.z_split > 1 else nn.Identity()
+        learned = cfg.position == "learned"
+        self.position = nn.Parameter(torch.ones(*self.cells, cfg.channels)) if learned else None
+        inputs = cfg.channels + (0 if learned else 5)
+        cnn3d = StackedHourglass if cfg.cnn3d == "hourglass" else UNet3D
+        self.cnn = cnn3d(inputs, cfg.cnn_channels, cfg.norm)
+        self.spread = nn.Identity()
+        if math.prod(cfg.split) > 1:
+            self.spread = nn.Conv3d(cfg.cnn_channels[0], self.channels * math.prod(cfg.split), 1)
         self.stride, self.classes = cfg.grid_stride, classes
         outputs = classes - 1 + math.prod(cfg.grid_stride)  # one free logit for each fine cell inside a cell
         self.classify = nn.Conv3d(self.channels, outputs, 1)
@@ -425,6 +428,12 @@ class OccupancyNet(nn.Module):
         unit = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
         return uncontract(unit, self.grid, self.ratio)
 
+    def coordinate_channels(self, centers: Tensor) -> Tensor:
+        """(V, 3) [m] -> (V, 5): contracted x, y, z in [-1, 1], the distance in the plane, and height over distance."""
+        unit = contract(centers, self.grid, self.ratio)
+        far = unit[:, :2].norm(dim=-1, keepdim=True)
+        return torch.cat([unit, far, unit[:, 2:] / (far + 0.1)], -1)
+
     def voxels(self, batch: dict) -> Tensor:
         """batch -> features (B, C, X, Y, Z) on the network's own cells (= `grid` when not contracted)."""
         images, K, T = batch["images"], batch["K"], batch["T_ego_cam"]
@@ -432,11 +441,17 @@ class OccupancyNet(nn.Module):
         scale = K.new_tensor([features.shape[-1] / images.shape[-1], features.shape[-2] / images.shape[-2], 1])
         centers = self.centers(K)
         volume = torch.stack([lift(f, centers, k * scale[:, None], t) for f, k, t in zip(features, K, T, strict=True)])
-        volume = volume.unflatten(1, self.cells) * self.position  # (B, X, Y, Z / z_split, C)
-        x = self.split(self.cnn(volume.movedim(-1, 1)))  # (B, C z_split, X, Y, Z / z_split)
-        B, _, X, Y, _ = x.shape
-        x = x.view(B, -1, self.channels, X, Y, x.shape[-1])  # (B, z_split, C, X, Y, Z / z_split)
-        return x.permute(0, 2, 3, 4, 5, 1).flatten(-2)  # (B, C, X, Y, Z)
+        volume = volume.unflatten(1, self.cells)  # (B, X', Y', Z', C)
+        if self.position is not None:
+            volume = volume * self.position
+        else:
+            place = self.coordinate_channels(centers).view(1, *self.cells, 5).expand(len(volume), *self.cells, 5)
+            volume = torch.cat([volume, place], -1)
+        x = self.spread(self.cnn(volume.movedim(-1, 1)))  # (B, C', X', Y', Z') on the lifted cells
+        if isinstance(self.spread, nn.Identity):
+            return x
+        x = x.unflatten(1, (*self.split, self.channels))  # (B, sx, sy, sz, C, X', Y', Z')
+        return x.permute(0, 4, 5, 1, 6, 2, 7, 3).flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (B, C, X, Y, Z)
 
     def scores(self, features: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> (B, K - 1 + F, X, Y, Z): the class logits of a cell, then one free logit for each of the F

@@ -147,6 +147,7 @@ def _spread(rows: list[dict], threshold: float) -> list[str]:
 
 
 def occupancy_table(rows: list[dict]) -> list[str]:
+    """Rows of an occupancy audit -> the lines of its table."""
     head = ("score", "protocol", "mask", "classes", "absent class", "%", "reported by")
     body = [
         (r["score"], r["protocol"], r["mask"], r["classes"], r["absent"], _shown(r["percent"], 2), r["reported_by"])
@@ -231,6 +232,7 @@ def _planning_spread(rows: list[dict]) -> list[str]:
 
 
 def planning_table(rows: list[dict]) -> list[str]:
+    """Rows of a planning audit -> the lines of its table."""
     horizons = ("1s", "2s", "3s", "avg")
     columns = [f"L2 {h} [m]" for h in horizons] + [f"box col {h} %" for h in horizons]
     head = ("protocol", "samples", *columns, "reported by")

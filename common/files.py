@@ -61,11 +61,13 @@ def atomic(path: Path | str):
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
+    """Writes the whole file or nothing; makes its folder."""
     with atomic(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_json(path: Path | str, value, indent: int | None = 1) -> None:
+    """A JSON value, whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=indent) + "\n").encode())
 
 
@@ -81,6 +83,7 @@ def write_npz(path: Path | str, **arrays: np.ndarray) -> None:
 
 
 def read_json(path: Path | str):
+    """The JSON value. Raises InputError if the file is missing or does not parse."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: file not found")

@@ -202,6 +202,7 @@ def find_version(root: Path, version: str | None = None) -> str:
 
 
 def default_cache() -> Path:
+    """The user's cache folder for parsed tables: $XDG_CACHE_HOME/minocc or ~/.cache/minocc."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minocc"
 
 

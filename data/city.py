@@ -1,695 +1,461 @@
-"""A procedural city block by block: roads and ground, buildings and furniture, objects, and traffic that drives by rules.
+"""One scene of the driving world: streets, objects and traffic, drawn from one seeded generator.
 
-    roads      through roads of circular arcs with lanes, parking bays, medians, verges and pavements; every point of the plane
-               has a lateral offset d and an arc length s on each road (closed form), rasterised to 0.5 m and read bilinearly
-    placing    everything that stands is a polygon in one occupancy raster: nothing stands in a road or in anything else
-    objects    compositions of primitives in a box's own frame (x forward, y left, z up from the ground)
-    traffic    vehicles follow lane paths (straight, turn, lane change, overtake) by the Intelligent Driver Model (Treiber et
-               al. 2000) against whatever is on the path ahead, and stop at red lights; ego is one of them
-
-A `City` is one scene: `scene(t)` is the renderer's scene at time t [s], `poses(t)` where the actors are, `ego(t)` the ego pose.
-Everything is drawn from one seeded generator. Global frame: metres, x, y >= 0, z up, road surface at z = 0.
+`scene(t)` is the renderer's scene at time t [s], `pose(i, t)` where actor i is, `ego(t)` the ego pose. Global frame:
+metres, x, y >= 0, z up, road surface at z = 0.
 """
-
-import colorsys
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from data.render import (BARK, BOX, BRICK, CONCRETE, CYLINDER, ELLIPSOID, FACADE, FOLIAGE, GLASS_GRID, LAMP, PLAIN, STRIPES, WOOD,
-                         Light, PrimitiveList, noise)
-
-# nuScenes-lidarseg's 32 classes, by index
-LIDARSEG_NAMES = (
-    "noise", "animal", "human.pedestrian.adult", "human.pedestrian.child", "human.pedestrian.construction_worker",
-    "human.pedestrian.personal_mobility", "human.pedestrian.police_officer", "human.pedestrian.stroller", "human.pedestrian.wheelchair",
-    "movable_object.barrier", "movable_object.debris", "movable_object.pushable_pullable", "movable_object.trafficcone",
-    "static_object.bicycle_rack", "vehicle.bicycle", "vehicle.bus.bendy", "vehicle.bus.rigid", "vehicle.car", "vehicle.construction",
-    "vehicle.emergency.ambulance", "vehicle.emergency.police", "vehicle.motorcycle", "vehicle.trailer", "vehicle.truck",
-    "flat.driveable_surface", "flat.other", "flat.sidewalk", "flat.terrain", "static.manmade", "static.other", "static.vegetation", "vehicle.ego")
-ID = {name: index for index, name in enumerate(LIDARSEG_NAMES)}
-DRIVEABLE, OTHER_FLAT, SIDEWALK, TERRAIN = ID["flat.driveable_surface"], ID["flat.other"], ID["flat.sidewalk"], ID["flat.terrain"]
-MANMADE, VEGETATION = ID["static.manmade"], ID["static.vegetation"]
-CAR, TRUCK, PEDESTRIAN = ID["vehicle.car"], ID["vehicle.truck"], ID["human.pedestrian.adult"]
-
-STEP = 0.15                     # [m] height of a kerb
-CELL = 1.0                      # [m] of the ground's rasters; d and s are smooth: bilinear reading is exact to 4 mm
-PLACE_CELL = 0.5                # [m] of the raster of taken places
-SHADE_CELL = 0.25               # [m] of the light raster
-TICK = 0.1                      # [s] of the traffic simulation
-WARM_UP = 4.0                   # [s] simulated before t = 0
-EGO_SIZE = (4.08, 1.73, 1.56)   # length, width, height of the recording car [m]; its origin is the rear axle
-EGO_CENTER = 1.4                # [m] from the rear axle forward to the middle of the car
+from data.objects import (BENDY, CHILD, PEDESTRIAN, POLICE, SCOOTER, WORKER, Model, barrier, bicycle,
+                          bus, car, cone, construction, debris, dog, motorcycle, pedestrian, pushable, rack, stroller,
+                          trailer, truck)
+from data.render import ELLIPSOID, PrimitiveList, Primitives, Scene, corners
+from data.streets import (EGO_CENTER, EGO_SIZE, ID, SHADE_CELL, TICK, WARM_UP, Builder, CityGround, Junction,
+                          add_backdrop, add_crossing_structure, add_frontage, add_furniture, add_traffic_light, linear,
+                          make_style, make_weather, rectangle, rot_y, rot_z)
+from data.traffic import Actor, Path, clashes, make_network, make_path, plan_ego, red, simulate
 
 
-def linear(r: float, g: float, b: float) -> np.ndarray:
-    """sRGB in [0, 1] -> linear."""
-    return np.float32([r, g, b]) ** 2.2
+class City:
+    """One scene. `actors[0]` is ego (no primitives); all others are annotated objects with instance = their index."""
 
+    def __init__(self, seed_words: list[int], duration: float, singapore: bool, turn: int = 0):
+        """duration [s]; turn 0..6: whose turn it is to have certain rare classes for sure (`_rare_things`)."""
+        r = np.random.default_rng(seed_words)
+        self.turn = turn
+        self.rng, self.duration = r, duration
+        self.size = 300.0 + 12 * max(duration - 2, 0)
+        self.style = make_style(r, singapore)
+        self.weather, self.light = make_weather(r)
+        self.net, self.middle = make_network(r, self.size, -1 if singapore else 1)
+        self.ground = CityGround(self.net.roads, self.size, r, self.style)
+        self.builder = Builder(self.ground, r, self.style)
+        self.ticks = int((WARM_UP + duration + 1.0) / TICK) + 2
+        self.lamps: list = []
+        self.signals: list = []
+        self.plan, ego_path, ego_start, blocker = plan_ego(r, self.net, self.middle, duration)
+        self.actors = [Actor(Model(ID["vehicle.ego"], EGO_SIZE, PrimitiveList().build(), np.zeros(0), np.zeros(0),
+                                   np.zeros(0, bool)),
+                             path=ego_path, start=ego_start)]
+        self._street_life(ego_path, ego_start, blocker)
+        self._stand_still()
+        simulate(self.actors, self.net.junctions, self.ticks)
+        gone = clashes(self.actors, np.arange(-0.5, duration + 0.6, 0.25))
+        self.actors = [a for i, a in enumerate(self.actors) if i not in gone]
+        self._finish()
 
-def rot_z(yaw: float) -> np.ndarray:
-    c, s = np.cos(yaw), np.sin(yaw)
-    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
+    # what stands
+    def _stand_still(self) -> None:
+        """Furniture, buildings, backdrop; after the objects, so that these find the free places."""
+        b, r = self.builder, self.rng
+        reach = 95 + 6 * self.duration
+        spans = []
+        for i, road in enumerate(self.net.roads):
+            mid = self._middle_of(i)
+            low = max(mid - reach, 0 if not road.start_open else -1e9)
+            spans.append((road, low, mid + reach))
+        for j, junction in enumerate(self.net.junctions):
+            if junction.signals:
+                self._junction_lights(j, junction)
+        if r.random() < 0.4:
+            add_crossing_structure(b, self.net.roads[0], self.middle + r.choice([-1, 1]) * r.uniform(12, 45))
+        for road, low, high in spans:
+            add_furniture(b, road, low, high, self.lamps)
+        for road, low, high in spans:
+            for side in (-1, 1):
+                add_frontage(b, road, side, low + r.uniform(0, 6), high)
+        add_backdrop(b, np.array([self.size, self.size]) / 2, self.size / 2 - 12)
 
+    def _junction_lights(self, j: int, junction: Junction) -> None:
+        side = self.net.side
+        for road, s, cross, main in ((junction.road, junction.s, junction.other, True),
+                                     (junction.other, junction.s_other, junction.road, False)):
+            road, cross = self.net.roads[road], self.net.roads[cross]
+            for direction in (1, -1):
+                if not road.start_open and direction > 0 and s < 5:
+                    continue
+                at = s - direction * (cross.carriageway() + 6.5)
+                d = -side * direction
+                half = float(road.half_width(np.array([d]), np.array([at]))[0])
+                x, y, heading = road.at(at, d * (half + 0.6))
+                yaw = heading + (np.pi if direction < 0 else 0)
+                if self.builder.claim(x, y, yaw, 0.5, 0.5, 0.1, 0.2):
+                    add_traffic_light(self.builder, x, y, yaw, side, self.signals, j, main)
 
-def rot_y(pitch: float) -> np.ndarray:
-    c, s = np.cos(pitch), np.sin(pitch)
-    return np.array([[c, 0, s], [0, 1.0, 0], [-s, 0, c]])
+    # what moves or could
+    def _street_life(self, ego_path: Path, ego_start: float, blocker) -> None:
+        r, net = self.rng, self.net
+        self._moving_vehicles(ego_path, ego_start)
+        if blocker is not None:
+            x, y, yaw = blocker
+            model = truck(r) if r.random() < 0.4 else car(r)
+            self._park(model, x, y, yaw, "vehicle.stopped", margin=0.1)
+        near = self._ego_places(ego_path, ego_start)
+        self._rare_things(near)
+        self._parked()
+        self._walkers()
 
-
-_AXLE = np.array([[1.0, 0, 0], [0, 0, -1.0], [0, 1.0, 0]])         # a cylinder's z becomes y: wheels
-
-
-# --- roads ------------------------------------------------------------------------------------------------------------
-
-class Road:
-    """A chain of arcs, G1 continuous, straight beyond both ends. d is the offset to the left [m], s the arc length [m]."""
-
-    def __init__(self, x: float, y: float, heading: float, arcs: list[tuple[float, float]], lanes: int, lane_width: float,
-                 median: float, parking: tuple[float, float], start_open: bool = True):
-        self.lanes, self.lane_width, self.median, self.start_open = lanes, lane_width, median, start_open
-        self.arcs = []                                             # x, y, heading, s at start, length, curvature
-        s = 0.0
-        for length, curvature in arcs:
-            self.arcs.append((x, y, heading, s, length, curvature))
-            x, y, heading = _along(x, y, heading, length, curvature)
-            s += length
-        self.length = s
-        self.parking = parking                                     # width of the parking bays left, right [m], 0: none
-        self.phase = (x * 0.37 + y * 0.11) % 1
-
-    def carriageway(self) -> float:
-        return self.median + self.lanes * self.lane_width + 0.3
-
-    def half_width(self, d: np.ndarray, s: np.ndarray) -> np.ndarray:
-        """Carriageway's edge on the side of d, parking bays included; bays come and go, the road breathes a little."""
-        bay = np.where(d > 0, self.parking[0], self.parking[1])
-        on = np.clip(6 * (np.sin(s / 19 + 6.28 * self.phase) + 0.55), 0, 1)
-        return self.carriageway() + bay * on + 0.25 * (1 + np.sin(s / 31 + 9 * self.phase))
-
-    def locate(self, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """xy (n, 2) -> d, s (n,) of the nearest point of the centre line."""
-        best = np.full(len(xy), np.inf, np.float32)
-        d_best, s_best = np.zeros(len(xy), np.float32), np.zeros(len(xy), np.float32)
-        for i, (x, y, heading, s0, length, curvature) in enumerate(self.arcs):
-            low = -1e4 if i == 0 and self.start_open else 0.0
-            high = 1e4 if i == len(self.arcs) - 1 else length
-            rel = (xy - np.float32([x, y])).astype(np.float32)
-            t, n = np.float32([np.cos(heading), np.sin(heading)]), np.float32([-np.sin(heading), np.cos(heading)])
-            if abs(curvature) < 1e-6:
-                s, d = rel @ t, rel @ n
-            else:
-                R = 1 / curvature
-                a, b = rel @ t, rel @ n - np.float32(R)
-                d = np.float32(R) - np.sign(R).astype(np.float32) * np.hypot(a, b)
-                turn = np.arctan2(a, -b * np.sign(curvature))                                # 0 at the start of the arc
-                middle = 0.5 * length * abs(curvature)
-                s = ((turn - middle + np.pi) % (2 * np.pi) - np.pi + middle) * abs(R)
-            over = np.maximum(s - high, 0) + np.maximum(low - s, 0)
-            distance = np.hypot(d, over)
-            near = distance < best
-            best[near], d_best[near], s_best[near] = distance[near], d[near], (np.clip(s, low, high) + s0)[near]
-            if not self.start_open and i == 0:                     # a T-junction's branch has no surface before its start
-                behind = near & (s < 0)
-                d_best[behind] = distance[behind] * np.where(d[behind] < 0, -1, 1)
-        return d_best, s_best
-
-    def at(self, s: float, d: float = 0.0) -> tuple[float, float, float]:
-        """-> x, y, heading of the point at arc length s, d to the left."""
-        i = len(self.arcs) - 1
-        while i > 0 and s < self.arcs[i][3]:
-            i -= 1
-        x, y, heading, s0, length, curvature = self.arcs[i]
-        run = s - s0
-        if (i == 0 and run < 0) or (i == len(self.arcs) - 1 and run > length):
-            edge = 0.0 if run < 0 else length
-            x, y, heading = _along(x, y, heading, edge, curvature)
-            run, curvature = run - edge, 0.0
-        x, y, heading = _along(x, y, heading, run, curvature)
-        return x - d * np.sin(heading), y + d * np.cos(heading), heading
-
-    def lane(self, side: int, direction: int, k: int) -> float:
-        """d of the k-th lane's middle (0: next to the centre) driven in `direction`; side 1: traffic keeps right."""
-        return -side * direction * (self.median + (k + 0.5) * self.lane_width)
-
-
-def _along(x, y, heading, length, curvature):
-    if abs(curvature) < 1e-9:
-        return x + length * np.cos(heading), y + length * np.sin(heading), heading
-    R, end = 1 / curvature, heading + length * curvature
-    return x + R * (np.sin(end) - np.sin(heading)), y - R * (np.cos(end) - np.cos(heading)), end
-
-
-class Junction(NamedTuple):
-    road: int
-    s: float
-    other: int
-    s_other: float
-    signals: bool
-    green: float                   # [s] the through road's lights are green in [green, green + 7) of every 15 s
-
-
-# --- the ground -------------------------------------------------------------------------------------------------------
-
-class CityGround:
-    """Roads painted on a plane: level 0 on carriageways, STEP elsewhere and on traffic islands."""
-
-    step = STEP
-
-    def __init__(self, roads: list[Road], size: float, rng: np.random.Generator, style: "Style"):
-        self.roads, self.size, self.style = roads, size, style
-        n = int(round(size / CELL)) + 1
-        axis = np.arange(n, dtype=np.float32) * CELL
-        xy = np.stack(np.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)             # row = y, column = x
-        edges, ds, ss = [], [], []
-        for road in roads:
-            d, s = road.locate(xy)
-            edges.append(np.abs(d) - road.half_width(d, s))
-            ds.append(d), ss.append(s)
-        edges = np.stack(edges)
-        order = np.argsort(edges, axis=0)
-        first = order[0]
-        rows = np.arange(len(xy))
-        e1 = edges[first, rows]
-        e2 = edges[order[1], rows] if len(roads) > 1 else np.full(len(xy), 60, np.float32)
-        fillet = 7.0                                               # rounds the corners of junctions
-        h = np.maximum(fillet - np.abs(e1 - e2), 0) / fillet
-        e1 = e1 - h * h * fillet / 4
-        d, s = np.stack(ds)[first, rows], np.stack(ss)[first, rows]
-        e2 = np.minimum(e2, 60)
-        self.fields = np.stack([e1, d, s, e2], -1).reshape(n, n, 4).astype(np.float32)
-        self.edges = np.ascontiguousarray(self.fields[..., 0])
-        self.road_of = first.reshape(n, n).astype(np.uint8)
-        self.lanes = np.float32([r.lanes for r in roads])
-        self.lane_width = np.float32([r.lane_width for r in roads])
-        self.median = np.float32([r.median for r in roads])
-        self.bays = np.float32([max(r.parking) for r in roads])
-        self.islands = bool((self.median > 0.4).any())
-        self.shift = rng.uniform(0, 60, 2).astype(np.float32)
-        m = int(round(size / SHADE_CELL)) + 1
-        self.static_light = np.zeros((m, m, 2), np.uint8)          # sunlit share, street lamps; 255 = 1
-        self.static_light[..., 0] = 255
-        self.light_raster = self.static_light
-
-    @staticmethod
-    def _read(raster: np.ndarray, x: np.ndarray, y: np.ndarray, cell: float) -> np.ndarray | tuple[np.ndarray, ...]:
-        """Bilinear reading of a raster (h, w) or (h, w, c) at x, y (n,) -> (n,), or c of them."""
-        n, width = len(x), 1024
-        if n == 0:
-            empty = np.zeros(0, raster.dtype)
-            return empty if raster.ndim == 2 else (empty,) * raster.shape[2]
-        rows = -(-n // width)
-        maps = np.zeros((2, rows * width if rows > 1 else n), np.float32)
-        np.multiply(x, np.float32(1 / cell), out=maps[0, :n])
-        np.multiply(y, np.float32(1 / cell), out=maps[1, :n])
-        maps = maps.reshape(2, rows, -1)
-        out = cv2.remap(raster, maps[0], maps[1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        if raster.ndim == 2:
-            return out.ravel()[:n]
-        return tuple(channel.ravel()[:n] for channel in cv2.split(out))
-
-    def _road(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        n = len(self.road_of)
-        i = np.clip((x * np.float32(1 / CELL) + np.float32(0.5)).astype(np.int32), 0, n - 1)
-        j = np.clip((y * np.float32(1 / CELL) + np.float32(0.5)).astype(np.int32), 0, n - 1)
-        return self.road_of.ravel()[j * np.int32(n) + i]
-
-    def read(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-        """-> distance to the carriageway's edge (negative on it), d, s on the nearest road, distance to the other road."""
-        return self._read(self.fields, x, y, CELL)
-
-    def edge(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return self._read(self.edges, x, y, CELL)
-
-    def _island(self, d, e2, road) -> np.ndarray:
-        """Positive on a raised median (n,)."""
-        m = self.median[road]
-        return np.where(m > 0.4, np.minimum(m - np.float32(0.25) - np.abs(d), e2 - 7), np.float32(-1))
-
-    def raised(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        if not self.islands:
-            return self.edge(x, y)
-        e1, d, _, e2 = self.read(x, y)
-        return np.maximum(e1, self._island(d, e2, self._road(x, y)))
-
-    def height(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.where(self.raised(np.asarray(x, np.float32), np.asarray(y, np.float32)) > 0, np.float32(STEP), np.float32(0))
-
-    def classes(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        e1, d, s, e2 = self.read(x, y)
-        return self._classify(e1, d, s, e2, self._road(x, y), x, y)
-
-    def _classify(self, e1, d, s, e2, road, x, y) -> np.ndarray:
-        style = self.style
-        beside = e1 > -0.02
-        out = np.where(beside, np.uint8(SIDEWALK), np.uint8(DRIVEABLE))
-        if self.islands:
-            out[~beside & (self._island(d, e2, road) > -0.02)] = OTHER_FLAT
-        out[(np.sin(s / 14 + road) > -0.5) & (e2 > 9) & (e1 < style.verge) & (e1 > 0.2)] = TERRAIN
-        beyond = np.nonzero(e1 > style.verge + style.pavement)[0]
-        block = noise(x[beyond] + self.shift[0], y[beyond] + self.shift[1], 0.012)
-        out[beyond] = np.where(block < style.plaza, SIDEWALK, np.where(block < style.plaza + 0.05, OTHER_FLAT, TERRAIN))
-        return out
-
-    def light(self, x: np.ndarray, y: np.ndarray, light: Light) -> tuple[np.ndarray, np.ndarray]:
-        sunlit, lamps = self._read(self.light_raster, x, y, SHADE_CELL)
-        return sunlit * np.float32(1 / 255), lamps * np.float32(1.2 * light.night / 255)
-
-    def paint(self, x: np.ndarray, y: np.ndarray, distance: np.ndarray) -> np.ndarray:
-        """Asphalt with wear and markings, kerbs, paving, grass -> (3, n). Lines are blurred to the pixel's footprint."""
-        e1, d, s, e2 = self.read(x, y)
-        road = self._road(x, y)
-        kind = self._classify(e1, d, s, e2, road, x, y)
-        coarse, fine = noise(x, y, 0.09), noise(x, y, 2.3)
-        blur = np.maximum(distance * np.float32(1 / 260), np.float32(0.03))
-        fine = 0.5 + (fine - np.float32(0.5)) * np.minimum(np.float32(0.12) / blur, 1)
-        color = np.empty((3, len(x)), np.float32)
-        on = np.nonzero(kind == DRIVEABLE)[0]
-        color[:, on] = self._asphalt(*(v[on] for v in (e1, d, s, e2, road, coarse, fine, blur)))
-        walk = np.nonzero(kind == SIDEWALK)[0]
-        joint = 3 * np.minimum(np.abs((s[walk] / np.float32(1.5)) % 1 - np.float32(0.5)), np.abs((d[walk] / np.float32(1.5)) % 1 - np.float32(0.5)))
-        grout = 0.3 * np.clip(1 - joint / (np.float32(0.04) + blur[walk]), 0, 1) * np.minimum(np.float32(0.12) / blur[walk], 1)
-        color[:, walk] = self.style.paving[:, None] * ((0.675 + 0.25 * coarse[walk] + 0.25 * fine[walk]) * (1 - grout))
-        earth = np.nonzero(kind == TERRAIN)[0]
-        dry = np.clip(coarse[earth] * np.float32(1.6) - np.float32(0.5), 0, 1)
-        grass, soil = linear(0.33, 0.45, 0.2)[:, None], linear(0.55, 0.47, 0.34)[:, None]
-        color[:, earth] = (grass + dry * (soil - grass)) * (0.55 + 0.9 * fine[earth])
-        flat = np.nonzero(kind == OTHER_FLAT)[0]
-        odd = ((s[flat] / np.float32(0.4)).astype(np.int32) + (d[flat] / np.float32(0.4)).astype(np.int32)) % 2
-        color[:, flat] = linear(0.6, 0.5, 0.45)[:, None] * ((1 - 0.2 * odd) * (0.7 + 0.5 * fine[flat]))
-        kerb = np.nonzero((e1 > -0.02) & (e1 < 0.2))[0]
-        pattern = np.where(s[kerb].astype(np.int32) % 2 == 0, np.float32(0.35), np.float32(0.08)) if self.style.striped_kerb else 0.33
-        color[:, kerb] = pattern * (0.8 + 0.3 * fine[kerb])
-        return color
-
-    def _asphalt(self, e1, d, s, e2, road, coarse, fine, blur):
-        lanes, width, median = self.lanes[road], self.lane_width[road], self.median[road]
-        a = np.abs(d)
-        u = (a - median) / width
-        track = np.exp(-(((u % 1) - 0.27) / 0.09) ** 2) + np.exp(-(((u % 1) - 0.73) / 0.09) ** 2)
-        tone = self.style.asphalt * (0.75 + 0.45 * coarse + 0.3 * (fine - 0.5) - 0.1 * track * (e2 > 2))
-        tone = tone * np.where(noise(s * 0.2, d * 0.2, 0.35) > 0.68, 0.7, 1.0)
-        gutter = np.clip(1 + e1 / 0.5, 0, 1)
-        color = (tone * (1 - 0.25 * gutter)) * np.float32([1.0, 0.99, 0.97])[:, None]
-        line = lambda x, half: np.clip((half - np.abs(x)) / blur + 0.5, 0, 1) * np.minimum(1, 2 * half / blur)   # noqa: E731
-        open_ = e2 > 4.9
-        solid = e2 < 22
-        dash = (s % 9 < 3.2) | solid
-        white = np.zeros_like(d)
-        for k in range(1, int(lanes.max(initial=1))):
-            white = np.maximum(white, line(a - median - k * width, 0.07) * (k < lanes) * dash)
-        white = np.maximum(white, line(a - median - lanes * width, 0.06) * (self.bays[road] > 0))
-        white = np.maximum(white, line(e1 + 0.28, 0.05) * (self.bays[road] == 0))
-        bay = (self.bays[road] > 0) & (e1 < -0.05) & (a > median + lanes * width)
-        white = np.maximum(white, bay * np.clip((0.05 - np.abs((s % 6.2) - 3.1)) / blur + 0.5, 0, 1))
-        yellow = np.where(median > 0.4, line(a - median + 0.1, 0.06),
-                          np.where(self.style.double_line, line(a - 0.14, 0.06), line(d, 0.07) * ((s % 6 < 3) | solid)))
-        white, yellow = white * open_, yellow * open_
-        if self.style.crossings:
-            zebra = (e2 > 1.3) & (e2 < 4.3) & (e1 < -0.2) & ((d / 0.55 % 2) < 1)
-            white = np.maximum(white, zebra)
-            stop = np.clip((0.2 - np.abs(e2 - 5.3)) / blur + 0.5, 0, 1) * (e1 < -0.3) * (a > median + 0.2)
-            white = np.maximum(white, stop)
-        lane_offset = ((u % 1) - 0.5) * width
-        arrow = (u < lanes) & (u > 0) & (e2 > 8) & (e2 < 12) & \
-            (np.abs(lane_offset) < np.where(e2 < 9.3, 0.28 * (e2 - 8) / 1.3 + 0.02, 0.08))
-        white = np.maximum(white, arrow * np.clip(0.3 / blur, 0, 1))
-        worn = np.clip(1.5 - 1.2 * noise(s, d, 0.4), 0.35, 1)
-        middle = np.float32([0.75, 0.75, 0.72]) if self.style.white_center else linear(0.85, 0.65, 0.15)
-        color += (0.85 * yellow * worn) * (middle[:, None] - color)
-        return color + (0.85 * white * worn) * (np.float32([0.72, 0.72, 0.70])[:, None] - color)
-
-
-# --- style ------------------------------------------------------------------------------------------------------------
-
-class Style(NamedTuple):
-    """What one neighbourhood looks like."""
-
-    name: str
-    frontage: tuple[float, ...]      # shares of building, wall, hedge, trees, open along a road
-    setback: tuple[float, float]     # of buildings behind the pavement [m]
-    height: tuple[float, float]      # of buildings [m]
-    verge: float                     # [m] grass between kerb and pavement
-    pavement: float                  # [m]
-    plaza: float                     # share of paved ground behind the pavement
-    trees: float                     # share of tree positions taken
-    parking: float                   # share of parking bays taken
-    paving: np.ndarray
-    asphalt: float
-    double_line: bool
-    white_center: bool
-    crossings: bool
-    striped_kerb: bool
-
-
-def _style(rng: np.random.Generator, singapore: bool) -> Style:
-    name = rng.choice(["downtown", "residential", "avenue", "park", "industry"], p=[0.3, 0.25, 0.2, 0.13, 0.12])
-    frontage = {"downtown": (0.84, 0.06, 0.06, 0.04, 0.0), "residential": (0.48, 0.14, 0.26, 0.12, 0.0),
-                "avenue": (0.6, 0.08, 0.16, 0.15, 0.01), "park": (0.22, 0.12, 0.34, 0.3, 0.02),
-                "industry": (0.52, 0.3, 0.1, 0.06, 0.02)}[name]
-    height = {"downtown": (12, 45), "residential": (5, 10), "avenue": (9, 30), "park": (5, 14), "industry": (5, 12)}[name]
-    setback = {"downtown": (0, 1.0), "residential": (0.3, 3.5), "avenue": (0, 2.5), "park": (0.5, 4), "industry": (0, 3)}[name]
-    verge = {"downtown": 0.5, "residential": 1.6, "avenue": 2.0, "park": 2.6, "industry": 1.2}[name] * rng.choice([0, 1, 1.3], p=[0.2, 0.5, 0.3])
-    gray = rng.uniform(0.5, 0.72)
-    return Style(name, frontage, setback, height, float(verge), float(rng.uniform(1.2, 2.4)),
-                 {"downtown": 0.45, "avenue": 0.15}.get(name, 0.05), float(rng.uniform(0.4, 1.0)) * (0.6 if name == "downtown" else 1),
-                 float(rng.uniform(0.35, 0.85)), linear(gray + rng.uniform(0, 0.06), gray, gray - rng.uniform(0, 0.06)),
-                 float(rng.uniform(0.06, 0.15)), bool(rng.random() < 0.6), singapore, bool(rng.random() < 0.8), singapore)
-
-
-def _weather(rng: np.random.Generator) -> tuple[str, Light]:
-    """A random time of day and weather -> description, light. About an eighth of the scenes are dark, as in nuScenes."""
-    kind = rng.choice(["sunny", "hazy sun", "overcast", "rain", "dusk", "night"], p=[0.36, 0.16, 0.2, 0.1, 0.06, 0.12])
-    azimuth, rise = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 1.15)
-    sun = (np.cos(azimuth) * np.cos(rise), np.sin(azimuth) * np.cos(rise), np.sin(rise))
-    tint = rng.uniform(0.94, 1.06, 3)
-    scaled = lambda *c: tuple(float(v) for v in np.array(c) * tint)    # noqa: E731
-    exposure = float(rng.uniform(0.85, 1.25))
-    if kind == "sunny":
-        return kind, Light(sun, scaled(2.6, 2.35, 1.95), scaled(0.42, 0.5, 0.66), scaled(0.95, 1.05, 1.2), scaled(0.22, 0.42, 0.85),
-                           float(rng.uniform(0.1, 0.6)), 0.0012, 0.0, 0.0, exposure)
-    if kind == "hazy sun":
-        return kind, Light(sun, scaled(1.6, 1.5, 1.3), scaled(0.65, 0.7, 0.76), scaled(1.15, 1.15, 1.12), scaled(0.6, 0.7, 0.85),
-                           float(rng.uniform(0.4, 0.7)), 0.005, 0.0, 0.0, exposure)
-    if kind == "overcast":
-        return kind, Light(sun, scaled(0.25, 0.25, 0.25), scaled(0.95, 0.98, 1.02), scaled(1.1, 1.12, 1.15), scaled(0.8, 0.83, 0.88),
-                           0.95, 0.003, 0.0, 0.0, exposure)
-    if kind == "rain":
-        return kind, Light(sun, scaled(0.08, 0.08, 0.08), scaled(0.62, 0.66, 0.7), scaled(0.72, 0.76, 0.8), scaled(0.5, 0.54, 0.6),
-                           1.0, 0.008, float(rng.uniform(0.5, 1.0)), 0.25, exposure * 1.2)
-    if kind == "dusk":
-        low = (np.cos(azimuth) * 0.97, np.sin(azimuth) * 0.97, 0.22)
-        return kind, Light(low, scaled(1.5, 0.85, 0.45), scaled(0.4, 0.42, 0.6), scaled(1.0, 0.7, 0.5), scaled(0.25, 0.3, 0.6),
-                           0.4, 0.003, 0.0, 0.5, exposure * 1.2)
-    return kind, Light(sun, (0.0, 0.0, 0.0), scaled(0.05, 0.055, 0.075), scaled(0.07, 0.06, 0.06), scaled(0.01, 0.012, 0.03), 0.2,
-                       0.004, float(rng.uniform(0, 0.4)), 1.0, exposure * 1.6)
-
-
-# --- things that stand ------------------------------------------------------------------------------------------------
-
-class Builder:
-    """Static background primitives, with an occupancy raster of what is taken and the shadows it throws."""
-
-    def __init__(self, ground: CityGround, rng: np.random.Generator, style: Style):
-        self.ground, self.rng, self.style = ground, rng, style
-        self.list = PrimitiveList()
-        self.taken = np.zeros((int(ground.size / PLACE_CELL) + 1,) * 2, np.uint8)
-
-    def cells(self, polygon: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice]]:
-        """polygon (m, 2) [m] -> its cells as a mask, and where the mask lies in the raster."""
-        n = len(self.taken)
-        low = np.clip(np.floor(polygon.min(0) / PLACE_CELL).astype(int) - 1, 0, n - 1)
-        high = np.clip(np.ceil(polygon.max(0) / PLACE_CELL).astype(int) + 2, 1, n)
-        high = np.maximum(high, low + 1)
-        mask = np.zeros((high[1] - low[1], high[0] - low[0]), np.uint8)
-        cv2.fillConvexPoly(mask, np.round(polygon / PLACE_CELL - low).astype(np.int32), 1)
-        return mask, (slice(low[1], high[1]), slice(low[0], high[0]))
-
-    def claim(self, x, y, yaw, length, width, margin: float = 0.2, least_edge: float | None = None, test: bool = True) -> bool:
-        """Takes an oriented rectangle if it is free, inside the world and not nearer to a road than `least_edge`."""
-        corners = rectangle(x, y, yaw, length + 2 * margin, width + 2 * margin)
-        if (corners < 4).any() or (corners > self.ground.size - 4).any():
+    def _park(self, model: Model, x, y, yaw, attribute: str = "", margin: float = 0.15, least_edge=None) -> bool:
+        if not self.builder.claim(x, y, yaw, model.size[0], model.size[1], margin, least_edge):
             return False
-        mask, where = self.cells(corners)
-        if test and (self.taken[where] & mask).any():
-            return False
-        if least_edge is not None:
-            spread = np.linspace(0, 1, 7)[:, None]
-            sides = np.concatenate([a + spread * (b - a) for a, b in zip(corners, np.roll(corners, -1, 0))])
-            if self.ground.edge(*sides.T.astype(np.float32)).min() < least_edge:
-                return False
-        self.taken[where] |= mask
+        self.actors.append(Actor(model, pose=(float(x), float(y), float(yaw)), attribute=attribute))
         return True
 
-    def color(self, saturation=(0.0, 0.25), value=(0.3, 0.85)) -> np.ndarray:
+    def _ego_places(self, path: Path, start: float) -> list[tuple[int, float, int]]:
+        """Places beside what ego passes: (road, s, side of d), shuffled."""
+        places = []
+        for s in np.arange(start + 20, start + 60 + 8 * self.duration, 4.0):
+            x, y, _ = path.at(s)
+            d, at = min(((abs(road.locate(np.float32([[x, y]]))[0][0]), i) for i, road in enumerate(self.net.roads)))
+            s_on = float(self.net.roads[at].locate(np.float32([[x, y]]))[1][0])
+            places += [(at, s_on, 1), (at, s_on, -1)]
+        self.rng.shuffle(places)
+        return places
+
+    def _kerb(self, place, beyond: float) -> tuple[float, float, float]:
+        """A point `beyond` [m] outside the carriageway's edge (negative: on it), and the lane's heading there."""
+        i, s, side = place
+        road = self.net.roads[i]
+        half = float(road.half_width(np.array([side]), np.array([s]))[0])
+        x, y, heading = road.at(s, side * (half + beyond))
+        return x, y, heading + (np.pi if side * self.net.side > 0 else 0)
+
+    def _rare_things(self, places: list) -> None:
+        """The rare classes, near ego's way. Each may be there by chance, and is for sure when it is the scene's turn:
+        neighbouring turns (so the two scenes of mini_val, 5 and 6) have all ten detection classes between them.
+        """
         r = self.rng
-        return linear(*colorsys.hsv_to_rgb(r.choice([r.uniform(0.02, 0.14), r.uniform(0, 1)], p=[0.7, 0.3]),
-                                           r.uniform(*saturation), r.uniform(*value)))
 
-    def box(self, x, y, z0, yaw, length, width, height, semantic, color, material=PLAIN, taper=(0, 0), tilt=None, glow=0.0):
-        rotation = rot_z(yaw) if tilt is None else rot_z(yaw) @ tilt
-        self.list.add(BOX, (x, y, z0 + height / 2), (length / 2, width / 2, height / 2), semantic, color, rotation, taper, -1,
-                      material, glow, self.rng.random())
+        def has(share: float, *turns: int) -> bool:
+            return r.random() < share or self.turn in turns
 
-    def tube(self, x, y, z0, radius, height, semantic, color, material=PLAIN, taper=0.0):
-        self.list.add(CYLINDER, (x, y, z0 + height / 2), (radius, radius, height / 2), semantic, color, None, (taper, 0), -1, material,
-                      0.0, self.rng.random())
+        def park_big(model: Model) -> None:
+            """In a bay where it fits, else behind the kerb."""
+            width = model.size[1]
+            for place in places:
+                if self._bay_holds(place, width):
+                    x, y, yaw = self._kerb(place, -width / 2 - 0.15)
+                    if not self._near_junction(x, y, 9) and self._park(model, x, y, yaw + r.normal(0, 0.02),
+                                                                       "vehicle.parked"):
+                        return
+                x, y, yaw = self._kerb(place, width / 2 + 0.4)
+                if self._park(model, x, y, yaw + r.normal(0, 0.02), "vehicle.parked", least_edge=0.25):
+                    return
 
-    def ball(self, x, y, z, radii, semantic, color, material=FOLIAGE):
-        self.list.add(ELLIPSOID, (x, y, z), radii, semantic, color, rot_z(self.rng.uniform(0, 3)), (0, 0), -1, material, 0.0,
-                      self.rng.random())
+        def on_pavement(model: Model, attribute: str = "", turn: float | None = None) -> None:
+            reach = max(0.8, self.style.verge + self.style.pavement - 0.4)
+            for place in places:
+                x, y, yaw = self._kerb(place, r.uniform(0.6, reach))
+                yaw += r.uniform(-3.1, 3.1) if turn is None else turn + r.normal(0, 0.1)
+                if self._park(model, x, y, yaw, attribute, 0.1, 0.1):
+                    return
 
+        for make, share, turns in ((construction, 0.4, (0, 2, 4, 6)), (trailer, 0.35, (1, 3, 5)), (bus, 0.25, (0, 2, 4, 6)),
+                                   (truck, 0.5, (1, 3, 5))):
+            if has(share, *turns):
+                park_big(bus(r, BENDY) if make is bus and r.random() < 0.15 else make(r))
+        if has(0.15, 2, 5):
+            on_pavement(bicycle(r, False), "cycle.without_rider")
+        if has(0.2, 3, 6):
+            on_pavement(motorcycle(r, False), "cycle.without_rider", r.choice([0, np.pi / 2]))
+        if has(0.08):
+            on_pavement(rack(r), turn=np.pi / 2)
+        for make, mean in ((pushable, 1.2), (debris, 0.8)):
+            for _ in range(r.poisson(mean)):
+                on_pavement(make(r))
+        if has(0.6, 0, 3, 6):
+            self._road_works(places)
+        for place in places[:int(r.poisson(1.0))]:                # single cones at the kerb
+            x, y, yaw = self._kerb(place, -0.35)
+            self._park(cone(r), x, y, yaw, margin=0.05)
 
-def rectangle(x, y, yaw, length, width) -> np.ndarray:
-    """Corners (4, 2) of an oriented rectangle."""
-    t, n = np.array([np.cos(yaw), np.sin(yaw)]) * length / 2, np.array([-np.sin(yaw), np.cos(yaw)]) * width / 2
-    return np.array([x, y]) + np.array([t + n, t - n, -t - n, -t + n])
+    def _bay_holds(self, place: tuple[int, float, int], width: float) -> bool:
+        """Whether a vehicle parked there leaves the lane free."""
+        i, s, side = place
+        road = self.net.roads[i]
+        return float(road.half_width(np.array([side]), np.array([s]))[0]) - width - 0.15 >= road.carriageway() - 0.28
 
+    def _middle_of(self, i: int) -> float:
+        """Arc length of road i's point next to the middle of the world."""
+        return self.middle if i == 0 else next(j.s_other for j in self.net.junctions if j.other == i)
 
-def _building(b: Builder, x, y, yaw, length, depth, height, facing: int) -> None:
-    """A house with its front towards `facing` (+1: -y side of its own frame looks at the road)."""
-    r = b.rng
-    material = r.choice([FACADE, GLASS_GRID, BRICK], p=[0.8, 0.14, 0.06])
-    color = b.color((0.0, 0.3), (0.35, 0.9))
-    base = STEP
-    b.box(x, y, base, yaw, length, depth, height, MANMADE, color, material)
-    front = rot_z(yaw)[:2, :2] @ np.array([0, -facing * depth / 2])
-    normal = front / np.linalg.norm(front)
-    tangent = np.array([np.cos(yaw), np.sin(yaw)])
-    if height < 12 and r.random() < 0.5:
-        b.box(x, y, base + height, yaw, length + 0.6, depth + 0.6, r.uniform(1.5, 3), MANMADE, b.color((0.2, 0.5), (0.2, 0.5)), BRICK, (0.0, 0.98))
-    elif r.random() < 0.6:
-        b.box(x, y, base + height, yaw, length * 0.4, depth * 0.4, r.uniform(2, 4), MANMADE, b.color(), CONCRETE)
-    at = np.array([x, y]) + front
-    for _ in range(r.integers(0, 3)):                             # bays and balconies
-        u = r.uniform(-0.4, 0.4) * length
-        p = at + tangent * u + normal * 0.25
-        z0 = r.uniform(2.6, max(2.7, min(height - 2, 8)))
-        b.box(*p, z0, yaw, r.uniform(1.5, 3.5), 0.6, r.uniform(0.9, 2.2), MANMADE, b.color(), PLAIN)
-    if r.random() < 0.35:                                         # awning
-        p = at + tangent * r.uniform(-0.2, 0.2) * length + normal * 0.5
-        b.box(*p, 2.5, yaw, min(length * 0.6, 6), 1.0, 0.25, MANMADE, b.color((0.4, 0.9), (0.3, 0.8)), STRIPES)
-    if r.random() < 0.4:                                          # pilasters make the wall uneven
-        for u in np.arange(-length / 2 + 0.3, length / 2, r.uniform(3, 6)):
-            b.box(*(at + tangent * u + normal * 0.08), base, yaw, 0.45, 0.4, min(height, r.uniform(3.4, 7)), MANMADE, color * 0.8, CONCRETE)
-    if r.random() < 0.35:                                         # steps
-        b.box(*(at + tangent * r.uniform(-0.3, 0.3) * length + normal * 0.35), base, yaw, 1.6, 0.7, 0.35, MANMADE, linear(0.6, 0.58, 0.55), CONCRETE)
+    def _near_junction(self, x: float, y: float, margin: float) -> bool:
+        return float(self.ground.read(np.float32([x]), np.float32([y]))[3][0]) < margin
 
-
-def _tree(b: Builder, x, y, scale: float = 1.0) -> None:
-    r = b.rng
-    green = linear(*colorsys.hsv_to_rgb(r.uniform(0.18, 0.36), r.uniform(0.35, 0.7), r.uniform(0.3, 0.55)))
-    trunk = r.uniform(1.9, 3.2) * scale
-    b.tube(x, y, 0, r.uniform(0.1, 0.2) * scale, trunk + 1, VEGETATION, linear(0.38, 0.3, 0.24), BARK, 0.3)
-    if r.random() < 0.15:                                         # conifer
-        b.list.add(CYLINDER, (x, y, 0.8 * scale + 2.5 * scale), (1.5 * scale, 1.5 * scale, 2.5 * scale), VEGETATION, green, None, (0.95, 0), -1,
-                   FOLIAGE, 0.0, r.random())
-        return
-    for _ in range(r.integers(3, 6)):
-        a, out = r.uniform(0, 6.28), r.uniform(0.2, 1.0) * scale
-        radii = np.array([r.uniform(0.9, 1.7), r.uniform(0.9, 1.7), r.uniform(0.7, 1.4)]) * scale
-        b.ball(x + out * np.cos(a), y + out * np.sin(a), trunk + r.uniform(0.2, 1.8) * scale, radii, VEGETATION, green * r.uniform(0.8, 1.2))
-
-
-def _bush(b: Builder, x, y, size: float) -> None:
-    green = linear(*colorsys.hsv_to_rgb(b.rng.uniform(0.2, 0.36), b.rng.uniform(0.35, 0.7), b.rng.uniform(0.28, 0.5)))
-    for _ in range(b.rng.integers(1, 4)):
-        dx, dy = b.rng.normal(0, 0.3 * size, 2)
-        b.ball(x + dx, y + dy, STEP + 0.45 * size, np.array([0.6, 0.6, 0.6]) * size * b.rng.uniform(0.7, 1.3, 3), VEGETATION, green)
-
-
-def _hedge(b: Builder, x, y, yaw, length, height) -> None:
-    green = linear(*colorsys.hsv_to_rgb(b.rng.uniform(0.22, 0.36), b.rng.uniform(0.4, 0.7), b.rng.uniform(0.25, 0.42)))
-    for u in np.arange(-length / 2 + 0.9, length / 2, 1.8):
-        h = height * b.rng.uniform(0.85, 1.15)
-        b.box(x + u * np.cos(yaw), y + u * np.sin(yaw), STEP, yaw + b.rng.normal(0, 0.06), 2.0, b.rng.uniform(0.8, 1.2), h, VEGETATION, green, FOLIAGE,
-              (0.15, 0.3))
-
-
-def _wall(b: Builder, x, y, yaw, length, height) -> None:
-    material = b.rng.choice([BRICK, CONCRETE, WOOD])
-    color = b.color((0.05, 0.4), (0.35, 0.75))
-    b.box(x, y, STEP, yaw, length, 0.25, height, MANMADE, color, material)
-    for u in np.arange(-length / 2, length / 2 + 0.1, 3.0):
-        b.box(x + u * np.cos(yaw), y + u * np.sin(yaw), STEP, yaw, 0.35, 0.35, height + 0.15, MANMADE, color * 0.8, CONCRETE)
-
-
-def _frontage(b: Builder, road: Road, side: int, low: float, high: float) -> None:
-    """What lines one side of a road from s = low to high: buildings, walls, hedges, trees; what does not fit is closed by hedges."""
-    r, style = b.rng, b.style
-    s = low
-    behind = style.verge + style.pavement
-    while s < high:
-        kind = int(r.choice(5, p=style.frontage))
-        length = r.uniform(9, 24) if kind == 0 else r.uniform(6, 16)
-        half = float(road.half_width(np.array([side]), np.array([s + length / 2]))[0])
-        placed = False
-        for attempt in range(4):
-            if attempt == 3:                                           # too tight for anything but a short hedge or wall
-                kind, length = int(r.choice([1, 2])), 3.5
-            if kind == 0:
-                depth, back = r.uniform(8, 15) / (attempt + 1), r.uniform(*style.setback)
-            else:
-                depth, back = (0.6, 1.2, 4.5, 4.5)[kind - 1], r.uniform(0.1, 1.0)
-            x, y, yaw = road.at(s + length / 2, side * (half + behind + back + 0.4 + depth / 2))
-            if b.claim(x, y, yaw, length, depth, 0.05, behind - 0.1):
-                placed = True
-                break
-            length *= 0.65
-        if placed:
-            along = np.array([np.cos(yaw), np.sin(yaw)])
-            if kind == 0:
-                _building(b, x, y, yaw, length, depth, r.uniform(*style.height) * r.choice([0.7, 1, 1.3]), side)
-                if back > 0.8 and r.random() < 0.7:                    # front gardens
-                    for u in np.arange(-length / 2 + 0.5, length / 2, 1.0):
-                        px, py, _ = road.at(s + length / 2 + u, side * (half + behind + 0.2 + r.uniform(0, 0.4)))
-                        if r.random() < 0.75 * (b.ground.edge(np.float32([px]), np.float32([py]))[0] > behind - 0.4):
-                            _bush(b, px, py, r.uniform(0.5, 1.1))
-            elif kind == 1:
-                _wall(b, x, y, yaw, length, r.uniform(1.8, 3.6))
-            elif kind == 2:
-                _hedge(b, x, y, yaw, length, r.uniform(1.4, 3.2))
-            elif kind == 3:
-                for u in np.arange(-length / 2 + 1.2, length / 2, r.uniform(2.2, 3.4)):
-                    _tree(b, *(np.array([x, y]) + u * along + r.normal(0, 0.5, 2)), r.uniform(0.8, 1.3))
-                    _bush(b, *(np.array([x, y]) + (u + 1.1) * along), r.uniform(0.9, 1.8))
-            if kind in (1, 2):                                         # gardens behind
-                for u in np.arange(-length / 2, length / 2, 3.5):
-                    px, py, _ = road.at(s + length / 2 + u, side * (half + behind + back + depth + r.uniform(1.5, 4)))
-                    if r.random() < 0.6 and b.claim(px, py, yaw, 1.5, 1.5, 0.1, behind + 1.2):
-                        _tree(b, px, py, r.uniform(0.9, 1.5))
-            s += length + (r.uniform(0.0, 0.5) if kind in (0, 1, 2) else r.uniform(0.3, 1.5))
-        else:
-            s += 1.5
-
-
-def _backdrop(b: Builder, center: np.ndarray, radius: float) -> None:
-    """Larger buildings and trees behind the first row, and a ring of far blocks that closes every street."""
-    r, style = b.rng, b.style
-    for _ in range(90):
-        x, y = center + r.uniform(-radius, radius, 2)
-        yaw, length, depth = r.uniform(0, 3.14), r.uniform(10, 24), r.uniform(10, 20)
-        if b.claim(x, y, yaw, length, depth, 0.5, style.verge + style.pavement + 6):
-            _building(b, x, y, yaw, length, depth, r.uniform(*style.height) * 1.4 + 3, 1)
-    for _ in range(70):
-        x, y = center + r.uniform(-radius, radius, 2)
-        if b.claim(x, y, 0, 2.5, 2.5, 0.2, style.verge + style.pavement + 2.5):
-            _tree(b, x, y, r.uniform(1.0, 1.7))
-    for a in np.arange(0, 2 * np.pi, 0.13):
-        far = r.uniform(radius * 1.35, radius * 1.7)
-        x, y = center + far * np.array([np.cos(a), np.sin(a)])
-        if r.random() < 0.7:
-            b.box(x, y, 0, a, r.uniform(15, 25), r.uniform(15, 32), r.uniform(*style.height) * 1.5 + 6, MANMADE, b.color(), FACADE)
-        else:
-            b.ball(x, y, 4, (9, 9, r.uniform(7, 12)), VEGETATION, linear(0.25, 0.35, 0.18))
-
-
-def _lamp_post(b: Builder, x, y, yaw, lamps: list) -> None:
-    """Post with an arm of 1.6 m along yaw."""
-    steel, h = linear(0.4, 0.42, 0.43), b.rng.uniform(6, 8.5)
-    b.tube(x, y, 0, 0.09, h, MANMADE, steel, taper=0.4)
-    b.box(x + 0.8 * np.cos(yaw), y + 0.8 * np.sin(yaw), h - 0.1, yaw, 1.8, 0.1, 0.1, MANMADE, steel)
-    b.box(x + 1.7 * np.cos(yaw), y + 1.7 * np.sin(yaw), h - 0.2, yaw, 0.7, 0.25, 0.12, MANMADE, linear(1, 0.9, 0.7), LAMP, glow=0.0)
-    lamps.append((x + 1.7 * np.cos(yaw), y + 1.7 * np.sin(yaw)))
-
-
-def _sign(b: Builder, x, y, yaw) -> None:
-    r = b.rng
-    b.tube(x, y, 0, 0.035, 2.6, MANMADE, linear(0.55, 0.55, 0.55))
-    color = [linear(0.8, 0.1, 0.1), linear(0.1, 0.25, 0.7), linear(0.9, 0.75, 0.1), linear(0.1, 0.45, 0.2), linear(0.9, 0.9, 0.9)][r.integers(5)]
-    if r.random() < 0.5:
-        b.list.add(CYLINDER, (x, y, 2.3), (0.32, 0.32, 0.03), MANMADE, color, rot_z(yaw) @ rot_y(np.pi / 2), (0, 0), -1, PLAIN, 0.0, 0.3)
-    else:
-        b.box(x, y, 1.9, yaw, 0.06, r.uniform(0.5, 0.9), r.uniform(0.5, 0.8), MANMADE, color)
-
-
-def _traffic_light(b: Builder, x, y, yaw, signals: list, junction: int, main: bool) -> None:
-    """Pole with an arm across the lanes; yaw is the direction of the traffic that it faces."""
-    dark = linear(0.2, 0.2, 0.2)
-    b.tube(x, y, 0, 0.1, 5.4, MANMADE, linear(0.45, 0.46, 0.45))
-    across = yaw + np.pi / 2
-    b.box(x + 1.6 * np.cos(across), y + 1.6 * np.sin(across), 5.2, across, 3.4, 0.12, 0.12, MANMADE, linear(0.45, 0.46, 0.45))
-    for u, z in ((0.0, 2.9), (2.9, 4.7)):
-        hx, hy = x + u * np.cos(across), y + u * np.sin(across)
-        b.box(hx, hy, z, yaw, 0.28, 0.36, 1.0, MANMADE, dark)
-        for i, color in enumerate(((1, 0.05, 0.03), (1, 0.6, 0.05), (0.05, 1, 0.35))):
-            signals.append((len(b.list.rows), junction, main, i))
-            b.list.add(ELLIPSOID, (hx - 0.14 * np.cos(yaw), hy - 0.14 * np.sin(yaw), z + 0.82 - 0.31 * i), (0.08, 0.11, 0.11), MANMADE,
-                       np.float32(color), rot_z(yaw), (0, 0), -1, LAMP, 0.0, 0.0)
-
-
-def _furniture(b: Builder, road: Road, low: float, high: float, lamps: list) -> None:
-    """Lamps, street trees, signs, bins, bollards, hydrants, benches, bus stops, power boxes along both kerbs."""
-    r, style = b.rng, b.style
-    spacing = r.uniform(22, 34)
-    for side in (-1, 1):
-        for s in np.arange(low + r.uniform(0, 7), high, 7.0):
-            half = float(road.half_width(np.array([side]), np.array([s]))[0])
-            near_kerb = half + 0.55 + 0.3 * (style.verge > 0)
-            x, y, heading = road.at(s, side * near_kerb)
-            if not b.claim(x, y, heading, 0.6, 0.6, 0.15, 0.25):
+    def _road_works(self, places: list) -> None:
+        """Cones and a row of barriers along a kerb, with workers behind."""
+        r = self.rng
+        color = linear(0.9, 0.35, 0.1) if r.random() < 0.5 else linear(0.75, 0.74, 0.72)
+        for place in places:
+            i, s, side = place
+            x, y, _ = self._kerb(place, 0)
+            if self._near_junction(x, y, 12):
                 continue
-            inward = heading - side * np.pi / 2
-            choice = r.random()
-            if (s - low) % spacing < 7.0 and side == (1 if road.lanes == 1 else side):
-                _lamp_post(b, x, y, inward, lamps)
-            elif choice < 0.6 * style.trees + 0.1 * (style.verge > 0):
-                _tree(b, x, y, r.uniform(0.7, 1.15))
-            elif choice < 0.76:
-                _sign(b, x, y, heading + (np.pi if side > 0 else 0) + r.normal(0, 0.1))
-            elif choice < 0.8:
-                b.tube(x, y, STEP, 0.12, 0.75, MANMADE, linear(0.8, 0.15, 0.1))
-            elif choice < 0.86:
-                b.box(x, y, STEP, heading, r.uniform(0.5, 1.3), 0.5, r.uniform(0.9, 1.6), MANMADE, b.color((0.1, 0.6), (0.25, 0.6)))
-            elif choice < 0.91:
-                for u in (-0.0, 1.5, 3.0):
-                    px, py, _ = road.at(s + u, side * near_kerb)
-                    b.tube(px, py, STEP, 0.09, 0.95, MANMADE, linear(0.25, 0.25, 0.27))
-            elif choice < 0.94:
-                px, py, _ = road.at(s, side * (near_kerb + 0.3))
-                b.box(px, py, STEP + 0.35, heading, 1.6, 0.45, 0.1, MANMADE, linear(0.5, 0.35, 0.2), WOOD)
-                b.box(px, py, STEP, heading, 0.1, 0.4, 0.4, MANMADE, linear(0.3, 0.3, 0.3))
-        if r.random() < 0.5:                                      # bus stop
-            s = r.uniform(low, high)
-            half = float(road.half_width(np.array([side]), np.array([s]))[0])
-            x, y, heading = road.at(s, side * (half + style.verge + min(style.pavement, 2.2) - 0.9))
-            if b.claim(x, y, heading, 4, 1.3, 0.1, 0.5):
-                b.box(x, y, 2.35, heading, 4.2, 1.5, 0.12, MANMADE, b.color((0, 0.6), (0.3, 0.7)))
-                bx, by, _ = road.at(s, side * (half + style.verge + min(style.pavement, 2.2) - 0.3))
-                b.box(bx, by, STEP, heading, 4, 0.06, 2.2, MANMADE, linear(0.55, 0.65, 0.68), GLASS_GRID)
-                for u in (-1.9, 1.9):
-                    px, py, _ = road.at(s + u, side * (half + style.verge + min(style.pavement, 2.2) - 1.4))
-                    b.tube(px, py, STEP, 0.05, 2.2, MANMADE, linear(0.3, 0.3, 0.3))
-        if style.name in ("avenue", "industry", "park") and r.random() < 0.6:      # guard rail
-            s0 = r.uniform(low, high)
-            for s in np.arange(s0, min(s0 + r.uniform(10, 30), high), 2.0):
+            n, placed = int(r.integers(3, 8)), 0
+            beyond = 0.45 if self.net.roads[i].parking[0 if side > 0 else 1] == 0 else r.choice([0.45, -0.6])
+            mixed = r.random() < 0.3
+            for k in range(n):
+                x, y, yaw = self._kerb((i, s + k * 2.05, side), beyond)
+                tone = linear(0.85, 0.85, 0.83) if mixed and k % 2 else color
+                placed += self._park(barrier(r, tone), x, y, yaw + np.pi / 2 + r.normal(0, 0.03), "", 0.0)
+            for k in range(int(r.integers(2, 6))):
+                x, y, yaw = self._kerb((i, s - 2.0 - 1.8 * k, side), beyond + 0.2 * k * np.sign(beyond))
+                self._park(cone(r), x, y, yaw, "", 0.02)
+            for _ in range(r.poisson(1.2)):
+                x, y, yaw = self._kerb((i, s + r.uniform(0, 2 * n), side), beyond + r.uniform(0.8, 1.8))
+                self._park(pedestrian(r, WORKER), x, y, r.uniform(-3, 3), "pedestrian.standing", 0.05, 0.2)
+            if placed:
+                return
+
+    def _parked(self) -> None:
+        """Vehicles in the parking bays."""
+        r = self.rng
+        reach = 75 + 5 * self.duration
+        for i, road in enumerate(self.net.roads):
+            mid = self._middle_of(i)
+            for side, bay in ((1, road.parking[0]), (-1, road.parking[1])):
+                for s in np.arange(mid - reach, mid + reach, 6.2):
+                    if bay == 0 or (s < 4 and not road.start_open) or r.random() > self.style.parking:
+                        continue
+                    kind = r.choice(["car", "truck", "motorcycle", "police"], p=[0.93, 0.05, 0.01, 0.01])
+                    model = truck(r) if kind == "truck" else motorcycle(r, False) if kind == "motorcycle" else \
+                        car(r, ID["vehicle.emergency.police"] if kind == "police" else ID["vehicle.car"])
+                    width = model.size[1]
+                    x, y, yaw = self._kerb((i, s, side), -0.15 - width / 2)
+                    if self._bay_holds((i, s, side), width) and not self._near_junction(x, y, 8):
+                        attribute = "cycle.without_rider" if kind == "motorcycle" else "vehicle.parked"
+                        self._park(model, x, y, yaw + r.normal(0, 0.025), attribute, 0.05)
+
+    def _moving_vehicles(self, ego_path: Path, ego_start: float) -> None:
+        """Traffic in every lane, at random gaps, each with its own speed and drift within the lane."""
+        r, net = self.rng, self.net
+        dense = r.uniform(0.5, 1.6)
+        taken = [np.array(ego_path.at(ego_start)[:2])]
+        length = 13 * (self.duration + WARM_UP) + 50
+
+        def choose(_, options):
+            return options[r.integers(len(options))]
+
+        lanes = [(i, direction, lane) for i, road in enumerate(net.roads) for direction in (1, -1)
+                 for lane in range(road.lanes)]
+        for i, direction, lane in lanes:
+            road, s = net.roads[i], self._middle_of(i) - 100 + r.uniform(0, 30)
+            while s < self._middle_of(i) + 110:
+                s += r.exponential(26) / dense + 10
+                kind = r.choice(["car", "truck", "bus", "motorcycle", "ambulance"], p=[0.83, 0.1, 0.04, 0.02, 0.01])
+                model = {"car": car, "truck": truck, "bus": bus}[kind](r) if kind in ("car", "truck", "bus") else \
+                    motorcycle(r, True) if kind == "motorcycle" else car(r, ID["vehicle.emergency.ambulance"])
+                here = np.array(road.at(s, road.lane(net.side, direction, lane))[:2])
+                apart = min(np.linalg.norm(here - other) for other in taken) > 8 + model.size[0] / 2
+                if not apart or (s < 15 and not road.start_open) or self._near_junction(*here, 1):
+                    continue
+                taken.append(here)
+                points, stops = net.lane_points(i, direction, lane, s, length, choose)
+                speed, phase = r.uniform(6, 12.5), r.uniform(0, 6)
+                drift = r.normal(0, 0.6 if kind == "motorcycle" else 0.2)
+                path = make_path(points, stops, speed, lambda q, a=drift, b=phase: a + 0.12 * np.sin(q / 17 + b))
+                self.actors.append(Actor(model, path=path, speed=speed))
+        for _ in range(r.poisson(0.35)):                          # cyclists on the carriageway's edge
+            i, direction = int(r.integers(len(net.roads))), int(r.choice([-1, 1]))
+            road = net.roads[i]
+            s = self._middle_of(i) + r.uniform(-40, 40)
+            if not road.start_open and s < 15:
+                continue
+            points, stops = net.lane_points(i, direction, road.lanes - 1, s, 7 * (self.duration + WARM_UP) + 40, choose)
+            edge = -net.side * (road.lane_width / 2 - 0.45)
+            path = make_path(points, stops, r.uniform(3.5, 6), lambda q, e=edge: e + 0 * q)
+            self.actors.append(Actor(bicycle(r, True), path=path, speed=5))
+
+    def _walkers(self) -> None:
+        """People on the pavements and at crossings, standing, sitting, in groups; children, strollers, dogs,
+        scooters.
+        """
+        r, net, style = self.rng, self.net, self.style
+        count = int(r.poisson({"downtown": 22, "avenue": 13, "residential": 9, "park": 10, "industry": 5}[style.name]))
+        for _ in range(count):
+            i = int(r.integers(len(net.roads)))
+            road = net.roads[i]
+            mid = self._middle_of(i)
+            s, side = mid + r.normal(0, 28), int(r.choice([-1, 1]))
+            if not road.start_open and s < 12:
+                continue
+            semantic = int(r.choice([PEDESTRIAN, CHILD, POLICE, SCOOTER], p=[0.87, 0.07, 0.03, 0.03]))
+            outer = style.verge + 1.0 + r.uniform(0, max(style.pavement - 1.5, 0.3))
+            group = 1 + int(r.random() < 0.25)
+            for g in range(group):
+                model = pedestrian(r, semantic)
+                walk = r.random()
                 half = float(road.half_width(np.array([side]), np.array([s]))[0])
-                x, y, heading = road.at(s, side * (half + 0.3))
-                if b.claim(x, y, heading, 1.9, 0.2, 0.0, 0.1):
-                    b.box(x, y, 0.6, heading, 2.05, 0.06, 0.32, MANMADE, linear(0.6, 0.62, 0.63))
-                    b.box(x, y, STEP, heading, 0.1, 0.12, 0.6, MANMADE, linear(0.5, 0.5, 0.5))
+                if walk < 0.62:
+                    direction, speed = int(r.choice([-1, 1])), float(r.uniform(0.8, 1.7))
+                    speed *= 2.5 if semantic == SCOOTER else 1
+                    d = side * (half + outer + 0.7 * g)
+                    span = np.arange(-8, speed * (self.duration + WARM_UP + 2) + 8, 0.7)
+                    edges = side * (road.half_width(np.full(len(span), side), s + direction * span) + outer + 0.7 * g)
+                    points = np.array([road.at(s + direction * u, e)[:2] for u, e in zip(span, edges)])
+                elif walk < 0.74 and self.style.crossings and net.junctions:     # at a crossing
+                    junction = net.junctions[int(r.integers(len(net.junctions)))]
+                    main = net.roads[junction.road]
+                    cross = net.roads[junction.other]
+                    at = junction.s + int(r.choice([-1, 1])) * (cross.carriageway() + 3.3 + r.uniform(-1, 1))
+                    speed, direction = float(r.uniform(1.0, 1.6)), int(r.choice([-1, 1]))
+                    reach = main.carriageway() + 12
+                    points = np.array([main.at(at, direction * d)[:2] for d in np.arange(-reach, reach + 18, 0.7)])
+                else:
+                    seated = semantic == PEDESTRIAN and r.random() < 0.2
+                    x, y, heading = road.at(s + 0.3 * g, side * (half + outer + 0.7 * g))
+                    if self.ground.edge(np.float32([x]), np.float32([y]))[0] > 0.3:
+                        self._park(pedestrian(r, seated=True) if seated else model, x, y, heading + r.uniform(-3, 3),
+                                   "pedestrian.sitting_lying_down" if seated else "pedestrian.standing", 0.02)
+                    continue
+                path = make_path(points, [], speed)
+                self.builder.keep_free(path.xy)
+                start = float(r.uniform(0, 6))
+                self.actors.append(Actor(model, path=path, start=start, speed=speed, idm=False))
+                if r.random() < 0.06:                             # a companion on four legs or wheels, a step ahead
+                    other = dog(r) if r.random() < 0.5 else stroller(r)
+                    self.actors.append(Actor(other, path=path, start=start + 1.1, speed=speed, idm=False))
+
+    # freezing
+    def _finish(self) -> None:
+        """Stacks primitives and lights; from here on the city only answers questions."""
+        static = self.builder.list.build()
+        fixed, moving = [], []
+        for index, a in enumerate(self.actors):
+            parts = a.model.parts._replace(instance=np.full(len(a.model.parts.kind), index, np.int32))
+            if a.path is None:
+                x, y, yaw = a.pose
+                z = float(self.ground.height([x], [y])[0])
+                R = rot_z(yaw)
+                fixed.append(parts._replace(center=parts.center @ R.T + [x, y, z], rotation=R @ parts.rotation))
+            else:
+                moving.append((index, parts, a))
+        self.static = Primitives.join([static, *fixed]) if fixed else static
+        self.static_corners = corners(self.static)
+        self.movers = [i for i, _, _ in moving if i != 0]
+        if moving:
+            self.mobile = Primitives.join([p for _, p, _ in moving])
+            self.mobile_actor = np.concatenate([np.full(len(p.kind), k) for k, (_, p, _) in enumerate(moving)])
+            self.swing = np.concatenate([a.model.swing for _, _, a in moving])
+            self.hip = np.concatenate([a.model.hip for _, _, a in moving])
+            self.brake = np.concatenate([a.model.brake for _, _, a in moving])
+            self.moving = [a for _, _, a in moving]
+        self._bake_light()
+
+    def _bake_light(self) -> None:
+        """Shadows of everything that stands (their outline swept along the sun), pools of street light."""
+        raster = self.ground.static_light
+        sun = np.asarray(self.light.sun)
+        shift = -sun[:2] / max(sun[2], 0.2)
+        p = self.static
+        shadow = np.full(raster.shape[:2], 255, np.uint8)
+        if max(self.light.sun_color) > 0.5:
+            c = self.static_corners
+            tall = (c[..., 2].max(1) - c[..., 2].min(1) > 0.25) & (p.instance < 0)
+            for k in np.nonzero(tall)[0]:
+                _shadow(shadow, c[k], shift, p.kind[k] == ELLIPSOID)
+            for k in np.nonzero((p.instance >= 0))[0]:
+                _shadow(shadow, c[k], shift, False)
+            shadow = cv2.GaussianBlur(shadow, (5, 5), 1.0)
+        lamps = np.zeros(raster.shape[:2], np.float32)
+        if self.light.night > 0:
+            for x, y in self.lamps:
+                n, j, i = 60, int(x / SHADE_CELL), int(y / SHADE_CELL)
+                if n < i < len(lamps) - n and n < j < len(lamps) - n:
+                    dy, dx = np.mgrid[-n:n + 1, -n:n + 1] * SHADE_CELL
+                    lamps[i - n:i + n + 1, j - n:j + n + 1] += np.exp(-(dx ** 2 + dy ** 2) / 38)
+        raster[..., 0], raster[..., 1] = shadow, np.clip(lamps, 0, 1) * 255
+
+    # answers
+    def ego(self, t: float) -> np.ndarray:
+        """-> T_global_ego (4, 4) at time t [s]: rear axle on the road; the body pitches with acceleration and rolls a
+        little.
+        """
+        x, y, yaw, speed, acceleration = self.actors[0].state(t)  # the middle of the car
+        x, y = x - EGO_CENTER * np.cos(yaw), y - EGO_CENTER * np.sin(yaw)
+        wobble = min(speed / 5, 1.0)
+        pitch = -0.0025 * acceleration + wobble * 0.0022 * np.sin(1.9 * t + x)
+        roll = wobble * 0.003 * np.sin(1.3 * t + y)
+        c, s = np.cos(roll), np.sin(roll)
+        T = np.eye(4)
+        T[:3, :3] = rot_z(yaw) @ rot_y(pitch) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+        T[:3, 3] = x, y, 0
+        return T
+
+    def pose(self, index: int, t: float) -> np.ndarray:
+        """-> T_global_object (4, 4): origin on the ground under the box's centre."""
+        x, y, yaw = self.actors[index].state(t)[:3]
+        T = np.eye(4)
+        T[:3, :3] = rot_z(yaw)
+        T[:3, 3] = x, y, self.ground.height([x], [y])[0]
+        return T
+
+    def mobile_at(self, t: float) -> Primitives:
+        """The movers' primitives at time t."""
+        states = np.array([a.state(t) for a in self.moving])
+        z = self.ground.height(states[:, 0], states[:, 1])
+        k = self.mobile_actor
+        yaw, speed = states[k, 2], states[k, 3]
+        travelled = np.array([float(np.interp((t + WARM_UP) / TICK, np.arange(len(a.s)), a.s)) for a in self.moving])[k]
+        angle = self.swing * np.sin(4.2 * travelled) * np.minimum(speed, 1)
+        cs, sn = np.cos(angle), np.sin(angle)
+        center, rotation = self.mobile.center, self.mobile.rotation
+        rel = center - np.stack([0 * self.hip, 0 * self.hip, self.hip], 1)
+        swung = np.stack([cs * rel[:, 0] + sn * rel[:, 2], rel[:, 1], -sn * rel[:, 0] + cs * rel[:, 2] + self.hip], 1)
+        S = np.zeros((len(k), 3, 3))
+        S[:, 0, 0], S[:, 0, 2], S[:, 1, 1], S[:, 2, 0], S[:, 2, 2] = cs, sn, 1, -sn, cs
+        c, s = np.cos(yaw), np.sin(yaw)
+        R = np.zeros((len(k), 3, 3))
+        R[:, 0, 0], R[:, 0, 1], R[:, 1, 0], R[:, 1, 1], R[:, 2, 2] = c, -s, s, c, 1
+        world = np.einsum("pij,pj->pi", R, swung) + np.stack([states[k, 0], states[k, 1], z[k]], 1)
+        braking = np.array([a[4] < -0.6 or a[3] < 0.3 for a in states])[k]
+        glow = np.where(self.brake & braking, 2.5, 0).astype(np.float32)
+        return self.mobile._replace(center=world, rotation=R @ S @ rotation, glow=glow)
+
+    def scene(self, t: float, light: bool = True) -> Scene:
+        """The renderer's scene at time t. light=False leaves out what only colours need."""
+        static = self.static
+        if light and self.signals:
+            glow = static.glow.copy()
+            for row, j, main, i in self.signals:
+                stop = red(self.net.junctions[j], main, t)
+                glow[row] = 2.0 if (i == 0 and stop) or (i == 2 and not stop) else 0.02
+            static = static._replace(glow=glow)
+        mobile = self.mobile_at(t)
+        self.ground.light_raster = self.ground.static_light
+        setting = self.light
+        if light:
+            if max(setting.sun_color) > 0.2 or setting.night == 0:
+                raster = self.ground.static_light.copy()
+                layer = np.ascontiguousarray(raster[..., 0])
+                sun = np.asarray(setting.sun)
+                shift = -sun[:2] / max(sun[2], 0.2) * (max(setting.sun_color) > 0.5)
+                for a in self.moving[1:]:
+                    x, y, yaw = a.state(t)[:3]
+                    length, width, height = a.model.size
+                    foot = rectangle(x, y, yaw, 0.96 * length, 0.9 * width)
+                    body = np.concatenate([np.insert(foot, 2, z, axis=1) for z in (0.0, 0.9 * height)])
+                    _shadow(layer, body, shift, False)
+                raster[..., 0] = layer
+                self.ground.light_raster = raster
+            if setting.night > 0.3:
+                x, y, yaw = self.actors[0].state(t)[:3]
+                setting = setting._replace(headlight=(x + 3.4 * np.cos(yaw), y + 3.4 * np.sin(yaw), yaw,
+                                                      1.2 * setting.night))
+        return Scene(Primitives.join([static, mobile]), self.ground, setting,
+                     np.concatenate([self.static_corners, corners(mobile)]))
 
 
-def _crossing_structure(b: Builder, road: Road, s: float) -> None:
-    """A footbridge or a sign gantry across the road."""
-    r = b.rng
-    reach = road.carriageway() + max(road.parking) + 1.2
-    x, y, heading = road.at(s)
-    posts = [road.at(s, d) for d in (-reach, reach)]
-    if not all(b.claim(px, py, heading, 1.4, 1.2, 0, 0.2) for px, py, _ in posts):
+def _shadow(raster: np.ndarray, c: np.ndarray, shift: np.ndarray, round_: bool) -> None:
+    """Darkens the ground where a box with corners c (8, 3) stands between it and the sun."""
+    points = c[:, :2] + c[:, 2:].clip(0) * shift
+    pixels = np.round(points / SHADE_CELL).astype(np.int32)
+    if (pixels.max(0) < 0).any() or (pixels.min(0) > len(raster)).any():
         return
-    if r.random() < 0.55:
-        z0 = r.uniform(4.7, 5.4)
-        b.box(x, y, z0, heading, r.uniform(2.5, 9), 2 * reach + 6, 0.7, MANMADE, b.color(), CONCRETE)
-        b.box(x, y, z0 + 0.7, heading, 2.5, 2 * reach + 6, 1.0, MANMADE, b.color(), GLASS_GRID)
-        for px, py, _ in posts:
-            b.box(px, py, 0, heading, 1.2, 0.9, z0, MANMADE, linear(0.6, 0.59, 0.57), CONCRETE)
+    if round_:
+        middle, span = points.mean(0) / SHADE_CELL, (points.max(0) - points.min(0)) / SHADE_CELL / 2
+        cv2.ellipse(raster, tuple(int(v) for v in middle), tuple(int(v) for v in np.maximum(span * 0.85, 1)), 0, 0, 360,
+                    40, -1)
     else:
-        z0 = r.uniform(5.2, 6.0)
-        for px, py, _ in posts:
-            b.tube(px, py, 0, 0.16, z0 + 1.2, MANMADE, linear(0.5, 0.52, 0.53))
-        b.box(x, y, z0 + 0.9, heading, 0.25, 2 * reach, 0.3, MANMADE, linear(0.5, 0.52, 0.53))
-        for d in (-reach / 2, reach / 2):
-            px, py, _ = road.at(s, d)
-            b.box(px, py, z0 - 0.4, heading, 0.12, min(reach * 0.8, 4), 1.5, MANMADE, linear(0.05, 0.4, 0.2))
+        cv2.fillConvexPoly(raster, cv2.convexHull(pixels), 30)

@@ -1,40 +1,46 @@
 """The driving world: a procedural city recorded as nuScenes records one, with Occ3D labels made as Occ3D's are.
 
-    python -m data.driving --out DIR --seed 0                      # ten scenes with the mini split's names, 20 keyframes each
-    python -m data.driving --out DIR --seed 0 --size demo          # 24 training and 10 validation scenes of 5 keyframes, trainval names
+    python -m data.driving --out DIR --seed 0                  # mini: its ten scenes' names, 20 keyframes each
+    python -m data.driving --out DIR --seed 0 --size demo      # 24 training and 10 validation scenes of 5 keyframes
 
-What is written: all thirteen v1.0 tables (the unmodified nuscenes-devkit loads them), six cameras as JPEG, LIDAR_TOP keyframes and
-sweeps, lidarseg, map masks, gts/ (Occ3D form), and exact/: depth, semantics and instances of every keyframe image, full solids.
+What is written: all thirteen v1.0 tables (the unmodified nuscenes-devkit loads them), six cameras as JPEG, LIDAR_TOP
+keyframes and sweeps, lidarseg, map masks, gts/ (Occ3D's form), questions/ (NuScenes-QA's form), and exact/: depth,
+semantics and instances of every keyframe image (0 m and class 17: nothing within 250 m), full solids, world.json.
 
-SENSORS     Keyframes at 2 Hz; a LIDAR_TOP timestamp is its sample's. Cameras trigger up to 43 ms before it, in the real order, and every
-            sensor_data has the ego pose of its own time; images show agents *and* ego at the camera's own time. A LiDAR sweep is cast
-            with everything at the sweep's time (nuScenes' sweeps are motion-compensated). `sweeps` LiDAR sweeps lie evenly between two
-            keyframes (2: every 167 ms); `camera_sweeps` 2 adds an image of each camera 83 ms before and after each keyframe's.
-            An image is the 1600x900 camera's, scaled by width / 1600; rows that the given height lacks are cropped evenly above and
-            below (400x224 has half a row less at either end than 400x225), so fx = fy and cy shifts.
-            LiDAR: 32 rings from -30.67 to 10.67 degrees, 1086 azimuths, to 100 m; 1 cm range noise (cut at 3 cm), dropped returns
-            (more when dark, wet or far). No radar; the car does not see itself.
+SENSORS   Keyframes at 2 Hz; a LIDAR_TOP timestamp is its sample's. Cameras trigger up to 43 ms before it, in the real
+          order. Every sample_data has the ego pose of its own time; images show agents *and* ego at the camera's own
+          time. A LiDAR sweep is cast with everything at its timestamp (nuScenes' sweeps are motion-compensated).
+          `sweeps` LiDAR sweeps lie evenly between two keyframes (2: every 167 ms); `camera_sweeps` 2 adds an image of
+          each camera 83 ms before and one 83 ms after each keyframe's.
+          An image is the 1600x900 camera's scaled by width / 1600; rows that the given height lacks are cropped evenly
+          above and below (400x224: half a row of 400x225 at either end), so fx = fy and cy shifts.
+          LiDAR: 32 rings from -30.67 to 10.67 degrees (ring 0 lowest), 1086 azimuths, to 100 m, 1 cm range noise (cut
+          at 3 cm), dropped returns (more when wet or far). No radar; the car does not see itself. The ego body pitches
+          and rolls by a fraction of a degree.
 
-LABELS      gts: a voxel is occupied if the keyframe's world (at its LiDAR time) has a surface in it that some sensor saw at some time
-            of the scene; everything else is 17.
-            * Surfaces are sampled every 0.2 m or closer, edges included, and every sample marks its voxel (overlap, not centre). The
-              voxels of the keyframe's own LiDAR returns, and of its own camera hits on things that never move, are added: so every
-              return lies in an occupied voxel (tolerance zero).
-            * "Saw": the surface's point in that voxel, carried through global (a mover's: through its own frame) to any keyframe of the
-              scene, lies in a voxel that this keyframe's mask_camera or mask_lidar marks.
-            * A voxel with several classes takes the one drawn last: ground, background, annotated things.
-            mask_lidar: the voxels on the segments from the LiDAR to each return of the keyframe's own .pcd.bin, returns included.
-            mask_camera: per camera one ray through every second pixel centre (pixels 0, 2, 4, ... of both axes) from the camera's own
-            pose at its own time, through global into the reference ego, to the depth that exact/depth holds (1/256 m), or out of the
-            grid where it holds none: the voxels on it and the one of its end are seen. So both masks can be recomputed
-            from the files. Ties on faces: common.geometry's rule (float64; a voxel counts if the ray spends a positive length in
-            it, and what runs within a face belongs to the voxel above).
+LABELS    gts: a voxel is occupied if the keyframe's world (at its LiDAR time) has a surface in it that some sensor saw
+          at some time of the scene; everything else is 17.
+          * Surfaces are sampled every 0.2 m or closer, edges included, and every sample marks its voxel: overlap, not
+            centre. The voxels of the keyframe's own LiDAR returns, and of its own camera hits on things that never
+            move, are added, so that every return lies in an occupied voxel (tolerance zero).
+          * Saw: the surface's point in that voxel, carried through global (a mover's: through its own frame) to any
+            keyframe of the scene, lies in a voxel that this keyframe's mask_camera or mask_lidar marks.
+          * A voxel with several classes takes the last of: ground, background, annotated things, moving things.
+          mask_lidar: the voxels on the segments from the LiDAR to each return of the keyframe's own .pcd.bin, the
+          returns' own included. Rays without a return see nothing, as in a real sweep.
+          mask_camera: per camera one ray through every second pixel centre (pixels 0, 2, 4, ... of both axes) from the
+          camera's own pose at its own time, brought through global into the reference ego, to the depth that
+          exact/depth holds (1/256 m), or out of the grid where it holds none: the voxels on it and its end's.
+          So both masks can be recomputed from the files alone. Ties on faces: common.geometry's rule (float64; a voxel
+          counts if the ray spends a positive length in it; what runs within a face belongs to the voxel above).
 """
 
 import argparse
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -44,18 +50,20 @@ import cv2
 import numpy as np
 
 from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
-from data.city import CELL, ID, LIDARSEG_NAMES
-from data.ground_truth import FREE, SHAPE, Keyframe, Surfaces, add_hits, camera_ends, inverse, label_statistics, move, observed, seen_voxels
+from data.city import City
+from data.ground_truth import (FREE, SHAPE, Keyframe, Surfaces, add_hits, camera_ends, inverse, label_statistics, move,
+                               observed, seen_voxels)
 from data.nuscenes_writer import CAMERAS, PER_SCENE, chain, rounded, token, write_tables
 from data.render import GROUND, NONE, RayGrid, camera_rays, develop, draw, lidar_rays, shade
-from data.traffic import City
+from data.streets import CELL, ID, LIDARSEG_NAMES
 
 NATIVE = (1600, 900)
 RING_ELEVATION = np.radians(np.linspace(-30.67, 10.67, 32))
 AZIMUTHS = 1086
 LIDAR_RANGE = 100.0             # [m]
 ANNOTATED = 60.0                # [m] from ego
-# channel: x, y, z [m], yaw [degrees], focal length, cx, cy [px at 1600x900], trigger before the LiDAR [ms]: rounded from public figures
+# channel: x, y, z [m], yaw [degrees], focal length, cx, cy [px at 1600x900], trigger before the LiDAR [ms]
+# (nuScenes' own, rounded)
 CAMERA_LAYOUT = {
     "CAM_FRONT": (1.70, 0.00, 1.51, 0.0, 1266, 816, 491, 35.5),
     "CAM_FRONT_RIGHT": (1.55, -0.49, 1.50, -56.0, 1261, 808, 495, 27.6),
@@ -66,8 +74,8 @@ CAMERA_LAYOUT = {
 }
 LIDAR_LAYOUT = (0.94, 0.0, 1.84, -90.0)
 LOCATIONS = ("boston-seaport", "singapore-onenorth", "singapore-queenstown", "singapore-hollandvillage")
-MINI_LOCATIONS = {"scene-0061": 1, "scene-0103": 0, "scene-0553": 0, "scene-0655": 0, "scene-0757": 0, "scene-0796": 2, "scene-0916": 2,
-                  "scene-1077": 3, "scene-1094": 3, "scene-1100": 3}
+MINI_LOCATIONS = {"scene-0061": 1, "scene-0103": 0, "scene-0553": 0, "scene-0655": 0, "scene-0757": 0, "scene-0796": 2,
+                  "scene-0916": 2, "scene-1077": 3, "scene-1094": 3, "scene-1100": 3}
 
 class Settings(NamedTuple):
     """What decides a world's bytes. image is (H, W)."""
@@ -104,7 +112,7 @@ def matrix(row: dict) -> np.ndarray:
 
 
 def calibration(rng: np.random.Generator, image: tuple[int, int]) -> dict[str, dict]:
-    """Sensor -> translation, rotation, camera_intrinsic of one vehicle: the nominal layout with a small jitter per log."""
+    """Sensor -> translation, rotation, camera_intrinsic of one car: the nominal layout with a small jitter per log."""
     def small(degrees):
         a = np.radians(rng.normal(0, degrees, 3))
         return np.array([[1, -a[2], a[1]], [a[2], 1, -a[0]], [-a[1], a[0], 1]])
@@ -120,13 +128,14 @@ def calibration(rng: np.random.Generator, image: tuple[int, int]) -> dict[str, d
     for channel, (x, y, z, yaw, focal, cx, cy, _) in CAMERA_LAYOUT.items():
         u, _, v = np.linalg.svd(small(0.35) @ turn(yaw) @ optical)
         f = focal * scale * (1 + rng.normal(0, 0.002))
-        K = [[f, 0.0, (cx + rng.normal(0, 3)) * scale], [0.0, f, (cy + rng.normal(0, 3)) * scale - (NATIVE[1] * scale - H) / 2], [0.0, 0.0, 1.0]]
-        rows[channel] = {"translation": rounded(np.array([x, y, z]) + rng.normal(0, 0.01, 3), 6), "rotation": quaternion(u @ v),
-                         "camera_intrinsic": K}
+        u0, v0 = (cx + rng.normal(0, 3)) * scale, (cy + rng.normal(0, 3)) * scale - (NATIVE[1] * scale - H) / 2
+        rows[channel] = {"translation": rounded(np.array([x, y, z]) + rng.normal(0, 0.01, 3), 6),
+                         "rotation": quaternion(u @ v),
+                         "camera_intrinsic": [[f, 0.0, u0], [0.0, f, v0], [0.0, 0.0, 1.0]]}
     x, y, z, yaw = LIDAR_LAYOUT
     u, _, v = np.linalg.svd(small(0.2) @ turn(yaw))
-    rows["LIDAR_TOP"] = {"translation": rounded(np.array([x, y, z]) + rng.normal(0, 0.01, 3), 6), "rotation": quaternion(u @ v),
-                         "camera_intrinsic": []}
+    rows["LIDAR_TOP"] = {"translation": rounded(np.array([x, y, z]) + rng.normal(0, 0.01, 3), 6),
+                         "rotation": quaternion(u @ v), "camera_intrinsic": []}
     return rows
 
 
@@ -139,16 +148,17 @@ def class_table() -> np.ndarray:
 
 
 class Image(NamedTuple):
-    """One camera frame: colour (H, W, 3) uint8; depth (H, W) uint16 [m * 256]; semantic, instance (H, W) (actor index + 1, 0 none)."""
+    """One camera frame; all but the colours are None if only these were asked for."""
 
-    color: np.ndarray
-    depth: np.ndarray
-    semantic: np.ndarray
-    instance: np.ndarray
-    covered: np.ndarray
+    color: np.ndarray                   # (H, W, 3) uint8
+    depth: np.ndarray | None            # (H, W) uint16 [m * 256], 0: nothing
+    semantic: np.ndarray | None         # (H, W) uint8 lidarseg class, 255: nothing
+    instance: np.ndarray | None         # (H, W) uint16 1 + actor, 0: none
+    covered: np.ndarray | None          # (actors,) pixels that each would have if nothing stood before it
 
 
-def photograph(city: City, t: float, K: np.ndarray, T_global_cam: np.ndarray, shape: tuple[int, int], rng, exact: bool) -> Image:
+def photograph(city: City, t: float, K: np.ndarray, T_global_cam: np.ndarray, shape: tuple[int, int],
+               rng: np.random.Generator, exact: bool) -> Image:
     """A camera's frame at time t; exact=False renders the colours only."""
     scene = city.scene(t)
     grid = camera_rays(K, T_global_cam, shape)
@@ -176,13 +186,14 @@ def surface_classes(city: City, scene, grid: RayGrid, view) -> np.ndarray:
 
 # intensity by class: mean of 0..255 (ours, after the look of real sweeps)
 _REFLECT = np.full(32, 22.0, np.float32)
-for _name, _value in (("flat.driveable_surface", 9), ("flat.sidewalk", 16), ("flat.terrain", 18), ("static.vegetation", 20), ("static.manmade", 26),
-                      ("movable_object.trafficcone", 60), ("movable_object.barrier", 35), ("vehicle.car", 32), ("vehicle.truck", 40)):
+for _name, _value in (("flat.driveable_surface", 9), ("flat.sidewalk", 16), ("flat.terrain", 18),
+                      ("static.vegetation", 20), ("static.manmade", 26), ("movable_object.trafficcone", 60),
+                      ("movable_object.barrier", 35), ("vehicle.car", 32), ("vehicle.truck", 40)):
     _REFLECT[ID[_name]] = _value
 
 
 def sweep(city: City, t: float, T_global_lidar: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """-> points (M, 5) float32 x, y, z [m, LiDAR frame], intensity, ring; lidarseg class (M,) uint8. Azimuth by azimuth."""
+    """-> points (M, 5) float32 x, y, z [m, LiDAR frame], intensity, ring; lidarseg class (M,). Azimuth by azimuth."""
     scene = city.scene(t, light=False)
     grid = lidar_rays(T_global_lidar, RING_ELEVATION, AZIMUTHS)
     view = draw(scene, grid)
@@ -193,21 +204,20 @@ def sweep(city: City, t: float, T_global_lidar: np.ndarray, rng: np.random.Gener
     keep = (view.ids != NONE) & (view.t < LIDAR_RANGE) & (rng.random((H, W)) > fade)
     noise = rng.gamma(4, 0.25, (H, W)).astype(np.float32)
     azimuth = (np.arange(W) + 0.5) / W * 2 * np.pi - np.pi
-    unit = np.stack([np.cos(RING_ELEVATION)[:, None] * np.cos(azimuth), np.cos(RING_ELEVATION)[:, None] * np.sin(azimuth),
-                     np.repeat(np.sin(RING_ELEVATION)[:, None], W, 1)], -1)
-    keep, order = keep.T, (1, 0)                                                             # azimuth first
-    xyz = (unit * distance[..., None]).transpose(1, 0, 2)[keep]
-    kind = semantic.transpose(order)[keep]
-    intensity = np.clip(_REFLECT[kind] * noise.transpose(order)[keep], 0, 255).round()
-    ring = np.repeat(np.arange(H)[None], W, 0)[keep]
-    return np.column_stack([xyz, intensity, ring]).astype(np.float32), kind
+    j, ring = np.nonzero(keep.T)                                       # azimuth first
+    distance, kind = distance[ring, j], semantic[ring, j]
+    flat = np.cos(RING_ELEVATION)[ring] * distance
+    intensity = np.clip(_REFLECT[kind] * noise[ring, j], 0, 255).round()
+    x, y, z = flat * np.cos(azimuth)[j], flat * np.sin(azimuth)[j], np.sin(RING_ELEVATION)[ring] * distance
+    return np.stack([x, y, z, intensity, ring], 1).astype(np.float32), kind
 
 
 # --- one scene --------------------------------------------------------------------------------------------------------
 
 def png(array: np.ndarray) -> bytes:
     strategy = cv2.IMWRITE_PNG_STRATEGY_DEFAULT if array.dtype == np.uint16 else cv2.IMWRITE_PNG_STRATEGY_RLE
-    return cv2.imencode(".png", array, [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, strategy])[1].tobytes()
+    flags = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, strategy]
+    return cv2.imencode(".png", array, flags)[1].tobytes()
 
 
 def jpeg(color: np.ndarray) -> bytes:
@@ -222,16 +232,17 @@ class Recorder:
         self.name = settings.scenes[index]
         seed = settings.seed
         self.number = int(self.name.split("-")[1])
-        self.location = LOCATIONS[MINI_LOCATIONS.get(self.name, self.number * 7 % 10 // 2 % 4 if self.number % 2 else 0)]
+        place = (0, 0, 1, 0, 2, 0, 3)[self.number % 7]                  # half of nuScenes is from Boston
+        self.location = LOCATIONS[MINI_LOCATIONS.get(self.name, place)]
         duration = 0.5 * (settings.keyframes - 1)
-        self.city = City([seed, self.number], duration, not self.location.startswith("boston"))
+        self.city = City([seed, self.number], duration, not self.location.startswith("boston"), self.number % 7)
         self.rng = np.random.default_rng([seed, self.number, 1])
         self.id = lambda *words: token(seed, self.name, *words)    # noqa: E731
         hour = {"night": 20, "dusk": 18}.get(self.city.weather, int(self.rng.integers(9, 17)))
         vehicle = "n008" if self.location.startswith("boston") else "n015"
-        day = 1 + self.number % 28
-        self.logfile = f"{vehicle}-2018-{6 + self.number % 5:02d}-{day:02d}-{hour:02d}-{self.number % 60:02d}-{self.number * 7 % 60:02d}" + \
-            ("-0400" if vehicle == "n008" else "+0800")
+        day = f"2018-{6 + self.number % 5:02d}-{1 + self.number % 28:02d}"
+        clock = f"{hour:02d}-{self.number % 60:02d}-{self.number * 7 % 60:02d}"
+        self.logfile = f"{vehicle}-{day}-{clock}{'-0400' if vehicle == 'n008' else '+0800'}"
         self.start = 1_527_811_200_000_000 + self.number * 86_400_000_000 + hour * 3_600_000_000        # [us]
         self.rows: dict[str, list[dict]] = {name: [] for name in PER_SCENE}
         self.classes = np.append(class_table(), np.full(224, FREE, np.uint8))                # index 255: nothing
@@ -240,7 +251,8 @@ class Recorder:
         self.folders: set[Path] = set()
         self.calibration = calibration(self.rng, settings.image)
         for channel, row in self.calibration.items():
-            self.rows["calibrated_sensor"].append({"token": self.id("calibrated_sensor", channel), "sensor_token": token(seed, "sensor", channel), **row})
+            self.rows["calibrated_sensor"].append({
+                "token": self.id("calibrated_sensor", channel), "sensor_token": token(seed, "sensor", channel), **row})
 
     # rows
     def pose(self, stamp: int, *words) -> dict:
@@ -266,7 +278,8 @@ class Recorder:
 
     # files
     def record(self) -> None:
-        stamps = [int(round(500_000 * k + self.rng.uniform(-400, 400) * (k > 0))) for k in range(self.settings.keyframes)]
+        jitter = self.rng.uniform(-400, 400, self.settings.keyframes)
+        stamps = [500_000 * k + int(round(jitter[k] * (k > 0))) for k in range(self.settings.keyframes)]      # [us]
         path = np.stack([self.city.ego(s / 1e6)[:2, 3] for s in stamps])
         self.surfaces = Surfaces(self.city, path)
         for k, stamp in enumerate(stamps):
@@ -282,7 +295,7 @@ class Recorder:
         self.link(stamps)
 
     def write(self, name: Path | str, data: bytes) -> None:
-        """A sensor file. No fsync for each: a scene counts only once its rows.json is there, and that is written last, after a sync."""
+        """A sensor file, without fsync: a scene counts once its rows.json is there, written last, after a sync."""
         path = self.root / name
         if path.parent not in self.folders:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,14 +305,16 @@ class Recorder:
     def lidar(self, stamp: int, sample: str, key: bool):
         """Casts and writes one sweep -> points (M, 5), lidarseg classes (M,), sample_data token."""
         row, T = self.data("LIDAR_TOP", stamp, sample, key)
-        points, kind = sweep(self.city, stamp / 1e6, T, np.random.default_rng([self.settings.seed, self.number, 2, stamp]))
+        rng = np.random.default_rng([self.settings.seed, self.number, 2, stamp])
+        points, kind = sweep(self.city, stamp / 1e6, T, rng)
         self.write(row["filename"], points.tobytes())
         return points, kind, row["token"]
 
     def keyframe(self, k: int, stamp: int) -> None:
         """One sample: sweep, six images with exact maps, masks, surface voxels, solids, annotations."""
         settings, sample, t = self.settings, self.id("sample", k), stamp / 1e6
-        self.rows["sample"].append({"token": sample, "timestamp": self.start + stamp, "prev": "", "next": "", "scene_token": self.id("scene")})
+        self.rows["sample"].append({"token": sample, "timestamp": self.start + stamp, "prev": "", "next": "",
+                                    "scene_token": self.id("scene")})
         points, kind, data_token = self.lidar(stamp, sample, True)
         name = f"lidarseg/{settings.version}/{data_token}_lidarseg.bin"
         self.write(name, kind.tobytes())
@@ -307,7 +322,7 @@ class Recorder:
         T_global_ego = matrix(self.rows["ego_pose"][-1])
         T_ego_global = inverse(T_global_ego)
         T_ego_lidar = matrix(self.calibration["LIDAR_TOP"])
-        returns = move(T_ego_lidar, np.ascontiguousarray(points[:, :3].T, np.float64))      # (3, M) in the reference ego
+        returns = move(T_ego_lidar, np.ascontiguousarray(points[:, :3].T, np.float64))       # (3, M), reference ego
         mask_lidar = seen_voxels(T_ego_lidar[:3, 3], returns)
 
         mask_camera = np.zeros(SHAPE, bool)
@@ -339,7 +354,8 @@ class Recorder:
         shell = self.surfaces.voxels(mobile, T_global_ego)
         shell = add_hits(shell, np.concatenate(hits, 1), np.concatenate(classes), T_global_ego)
         self.frames.append(Keyframe(t, sample, T_global_ego, mask_camera, mask_lidar, shell))
-        write_npz(self.root / f"exact/solid/{self.name}/{sample}.npz", semantics=self.surfaces.solids(mobile, T_global_ego, shell, self.classes))
+        solid = self.surfaces.solids(mobile, T_global_ego, shell, self.classes)
+        write_npz(self.root / f"exact/solid/{self.name}/{sample}.npz", semantics=solid)
         self.annotations_of(k, move(T_global_ego, returns))
 
     @property
@@ -351,8 +367,8 @@ class Recorder:
         if self.settings.camera_sweeps:
             for offset in (-83_333, 83_333):
                 row, T = self.data(channel, trigger + offset, sample, False)
-                image = photograph(self.city, (trigger + offset) / 1e6, np.array(self.calibration[channel]["camera_intrinsic"]), T,
-                                   self.settings.image, self.rng, False)
+                K = np.array(self.calibration[channel]["camera_intrinsic"])
+                image = photograph(self.city, (trigger + offset) / 1e6, K, T, self.settings.image, self.rng, False)
                 self.write(row["filename"], jpeg(image.color))
 
     def annotations_of(self, k: int, points: np.ndarray) -> None:
@@ -376,7 +392,8 @@ class Recorder:
             share = self.visible[k][index]
             attribute = self.attribute(actor, speed)
             self.rows["sample_annotation"].append({
-                "token": self.id("annotation", k, index), "sample_token": frame.token, "instance_token": self.id("instance", index),
+                "token": self.id("annotation", k, index), "sample_token": frame.token,
+                "instance_token": self.id("instance", index),
                 "visibility_token": str(1 + int(np.searchsorted([0.4, 0.6, 0.8], share, side="right"))),
                 "attribute_tokens": [token(self.settings.seed, "attribute", attribute)] if attribute else [],
                 "translation": center, "size": [width, length, height],
@@ -390,13 +407,14 @@ class Recorder:
             return actor.attribute or "cycle.with_rider"
         if name.startswith("vehicle."):
             return actor.attribute or ("vehicle.moving" if speed > 0.2 else "vehicle.stopped")
-        if name.startswith("human.") and name not in ("human.pedestrian.stroller", "human.pedestrian.personal_mobility"):
+        if name.startswith("human.") and name not in ("human.pedestrian.stroller",
+                                                      "human.pedestrian.personal_mobility"):
             return actor.attribute or "pedestrian.moving"
         return ""
 
     def labels(self) -> None:
         """gts of every keyframe, once all masks are known."""
-        self.counts = np.zeros((3, 18), np.int64)                                            # all, camera mask, interior
+        self.counts = np.zeros((3, 18), np.int64)                                            # as label_statistics
         self.shares = np.zeros(5)
         for k, frame in enumerate(self.frames):
             seen = observed(self.city, self.frames, k)
@@ -422,16 +440,21 @@ class Recorder:
                 self.rows["instance"].append({
                     "token": rows[0]["instance_token"],
                     "category_token": token(self.settings.seed, "category", LIDARSEG_NAMES[actor.model.semantic]),
-                    "nbr_annotations": len(rows), "first_annotation_token": rows[0]["token"], "last_annotation_token": rows[-1]["token"]})
+                    "nbr_annotations": len(rows), "first_annotation_token": rows[0]["token"],
+                    "last_annotation_token": rows[-1]["token"]})
                 self.instance_row[index + 1] = len(self.rows["instance"])
 
     def map(self) -> None:
         """The semantic prior: driveable surface as 255, 0.1 m, row 0 at the highest y."""
-        edge = np.clip(128 - 100 * self.city.ground.edges[::-1], 0, 255).astype(np.uint8)    # 1 cm steps around the edge
-        mask = cv2.resize(edge, None, fx=10 * CELL, fy=10 * CELL, interpolation=cv2.INTER_LINEAR)
+        ground, size = self.city.ground, round(10 * self.city.ground.size)
+        M = np.float64([[0.1 / CELL, 0, 0], [0, -0.1 / CELL, size * 0.1 / CELL]])            # mask pixel -> node of the field
+        edge = np.clip(128 - 100 * ground.edges, 0, 255).astype(np.uint8)                    # 1 cm steps near the edge
+        mask = cv2.warpAffine(edge, M, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                              borderMode=cv2.BORDER_REPLICATE)
         name = self.id("map")
         self.write(f"maps/{name}.png", png(cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]))
-        self.rows["map"].append({"category": "semantic_prior", "token": name, "filename": f"maps/{name}.png", "log_tokens": [self.id("log")]})
+        self.rows["map"].append({"category": "semantic_prior", "token": name, "filename": f"maps/{name}.png",
+                                 "log_tokens": [self.id("log")]})
 
     def link(self, stamps: list[int]) -> None:
         rows, city = self.rows, self.city
@@ -441,11 +464,12 @@ class Recorder:
             by_sensor.setdefault(row["calibrated_sensor_token"], []).append(row)
         for data in by_sensor.values():
             chain(sorted(data, key=lambda row: row["timestamp"]))
-        rows["log"].append({"token": self.id("log"), "logfile": self.logfile, "vehicle": self.logfile[:4], "date_captured": self.logfile[5:15],
-                            "location": self.location})
+        rows["log"].append({"token": self.id("log"), "logfile": self.logfile, "vehicle": self.logfile[:4],
+                            "date_captured": self.logfile[5:15], "location": self.location})
         rows["scene"].append({"token": self.id("scene"), "log_token": self.id("log"), "nbr_samples": len(stamps),
-                              "first_sample_token": rows["sample"][0]["token"], "last_sample_token": rows["sample"][-1]["token"],
-                              "name": self.name, "description": f"Synthetic, {city.weather}, {city.style.name}, {city.plan}"})
+                              "first_sample_token": rows["sample"][0]["token"],
+                              "last_sample_token": rows["sample"][-1]["token"], "name": self.name,
+                              "description": f"Synthetic, {city.weather}, {city.style.name}, {city.plan}"})
 
 
 _COUNTER = None
@@ -455,6 +479,13 @@ def _start_worker(counter) -> None:
     global _COUNTER
     _COUNTER = counter
     _one_thread()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, however it went."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _one_thread() -> None:
@@ -475,12 +506,14 @@ def record_scene(root: Path, settings: Settings, index: int, tick=_tick) -> None
     recorder.record()
     os.sync()
     write_json(recorder.staging / "rows.json", {"rows": recorder.rows, "instance_row": recorder.instance_row.tolist(),
-                                                "counts": recorder.counts.tolist(), "shares": recorder.shares.tolist()}, indent=None)
+                                                "counts": recorder.counts.tolist(), "shares": recorder.shares.tolist()},
+                                                indent=None)
 
 
 # --- the world --------------------------------------------------------------------------------------------------------
 
-SIZES = {"mini": ("v1.0-mini", 20, 0), "demo": ("v1.0-trainval", 5, 0), "claims": ("v1.0-trainval", 30, 2)}     # version, keyframes, camera sweeps
+# version, keyframes a scene, camera sweeps a keyframe
+SIZES = {"mini": ("v1.0-mini", 20, 0), "demo": ("v1.0-trainval", 5, 0), "claims": ("v1.0-trainval", 30, 2)}
 TRAINING, VALIDATION = 24, 10                                      # scenes of demo and claims
 
 
@@ -504,12 +537,13 @@ def scene_names(size: str, scenes: int | None) -> list[str]:
     return sorted([*spread(sorted(train), count - held), *spread(sorted(val), held)])
 
 
-def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int | None = None, keyframes: int | None = None, sweeps: int = 2,
-               camera_sweeps: int | None = None, image: tuple[int, int] = (224, 400), workers: int | None = None) -> Path:
+def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int | None = None,
+               keyframes: int | None = None, sweeps: int = 2, camera_sweeps: int | None = None,
+               image: tuple[int, int] = (224, 400), workers: int | None = None) -> Path:
     """Writes the world into `out` unless it is there already. image is (H, W). Returns `out`.
 
-    A finished world with the same settings is left alone; an unfinished one goes on with the scenes that it lacks. Raises InputError
-    if the settings make no sense or `out` holds anything else.
+    A finished world with the same settings is left alone; an unfinished one goes on with the scenes that it lacks.
+    Raises InputError if the settings make no sense or `out` holds anything else.
     """
     from tqdm import tqdm
 
@@ -521,13 +555,14 @@ def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int |
     version, default_keyframes, default_camera = SIZES[size]
     keyframes = default_keyframes if keyframes is None else keyframes
     camera_sweeps = default_camera if camera_sweeps is None else camera_sweeps
-    for flag, value, low, high in (("--keyframes", keyframes, 1, 200), ("--sweeps", sweeps, 0, 9), ("--seed", seed, 0, 2**31 - 1),
-                                   ("--image height", image[0], 16, 4096), ("--image width", image[1], 16, 4096),
-                                   ("--workers", 1 if workers is None else workers, 1, 1024)):
+    for flag, value, low, high in (
+            ("--keyframes", keyframes, 1, 200), ("--sweeps", sweeps, 0, 9), ("--seed", seed, 0, 2**31 - 1),
+            ("--image height", image[0], 16, 4096), ("--image width", image[1], 16, 4096),
+            ("--workers", 1 if workers is None else workers, 1, 1024)):
         if not low <= value <= high:
             raise InputError(f"{flag} {value}: it must be from {low} to {high}")
     if camera_sweeps not in (0, 2):
-        raise InputError(f"--camera-sweeps {camera_sweeps}: it is 0 or 2 (one image before and one after each keyframe)")
+        raise InputError(f"--camera-sweeps {camera_sweeps}: it is 0, or 2 (one before and one after each keyframe)")
     settings = Settings(seed, size, version, scene_names(size, scenes), keyframes, sweeps, camera_sweeps, tuple(image))
     if not _claim_folder(out, settings):
         print(f"world {out}: there already ({len(settings.scenes)} scenes x {keyframes} keyframes)")
@@ -550,25 +585,32 @@ def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int |
     _write_instances(out, settings, results)
     write_tables(out / version, seed, [r["rows"] for r in results])
     make_questions(out, version, seed)
-    write_json(out / "exact" / "world.json", {**settings._asdict(), "image": f"{image[1]}x{image[0]}", "generator": "data.driving"})
+    write_json(out / "exact" / "world.json", _description(settings))
     shutil.rmtree(building)
     if made:
         print(f"world {out}: {made} keyframes in {recorded:.0f} s, {made / recorded:.2f} keyframes/s with {workers} "
               f"process{'es' if workers > 1 else ''}; {time.time() - started:.0f} s in all")
-    print_shares(np.sum([r["counts"] for r in results], 0), np.sum([r["shares"] for r in results], 0) / (len(results) * keyframes))
+    shares = np.sum([r["shares"] for r in results], 0) / (len(results) * keyframes)
+    print_shares(np.sum([r["counts"] for r in results], 0), shares)
     return out
+
+
+def _description(settings: Settings) -> dict:
+    """What world.json says."""
+    return {**settings._asdict(), "image": f"{settings.image[1]}x{settings.image[0]}", "generator": "data.driving"}
 
 
 def _claim_folder(out: Path, settings: Settings) -> bool:
     """True if there is something to build in `out`; refuses a folder that holds anything else."""
-    wanted = {**settings._asdict(), "image": f"{settings.image[1]}x{settings.image[0]}", "generator": "data.driving"}
+    wanted = _description(settings)
     finished, plan = out / "exact" / "world.json", out / "exact" / "building" / "settings.json"
     for path in (finished, plan):
         if path.is_file():
             found = read_json(path)
             if found != wanted:
-                different = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
-                raise InputError(f"{out}: holds a world with another {', '.join(different)}: choose another --out or delete it")
+                other = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
+                raise InputError(
+                    f"{out}: holds a world with another {', '.join(other)}: choose another --out or delete it")
             if path == finished:
                 shutil.rmtree(out / "exact" / "building", ignore_errors=True)
             return path == plan
@@ -597,7 +639,7 @@ def _record_parallel(out: Path, settings: Settings, todo: list[int], workers: in
 
 
 def _write_instances(out: Path, settings: Settings, results: list[dict]) -> None:
-    """Instance maps get their final values once every scene's number of instances is known: 1 + row of instance.json."""
+    """Instance maps get their final values, 1 + row of instance.json, once every scene's number of rows is known."""
     before = 0
     for name, result in zip(settings.scenes, results):
         rows = np.array(result["instance_row"], np.uint32)
@@ -616,14 +658,19 @@ def print_shares(counts: np.ndarray, shares: np.ndarray) -> None:
     columns = [("world", counts, shares)]
     if real.is_file():
         label = read_npz(real, {key: (SHAPE, "uint8") for key in ("semantics", "mask_camera", "mask_lidar")})
-        columns.append(("one real frame", *label_statistics(label["semantics"], label["mask_camera"], label["mask_lidar"])))
+        statistics = label_statistics(label["semantics"], label["mask_camera"], label["mask_lidar"])
+        columns.append(("one real frame", *statistics))
     print(f"{'share [%]':28s}" + "".join(f"{name:>16s}" for name, _, _ in columns))
-    for i, name in enumerate(("seen by cameras", "seen by LiDAR", "seen by either", "occupied", "unseen voxels that are free")):
+    lines = ("seen by cameras", "seen by LiDAR", "seen by either", "occupied", "unseen voxels that are free")
+    for i, name in enumerate(lines):
         print(f"{name:28s}" + "".join(f"{100 * s[i]:16.2f}" for _, _, s in columns))
     print(f"{'class: of the occupied':28s}" + "".join(f"{'all':>8s}{'interior':>8s}" for _ in columns))
     for c in range(FREE):
-        cells = "".join(f"{100 * n[0, c] / max(n[0, :FREE].sum(), 1):8.3f}" + (f"{100 * n[2, c] / n[0, c]:8.1f}" if n[0, c] else f"{'-':>8s}") for _, n, _ in columns)
-        print(f"  {OCC3D_CLASSES[c]:26s}" + cells)
+        cells = ""
+        for _, n, _ in columns:
+            interior = f"{100 * n[2, c] / n[0, c]:.1f}" if n[0, c] else "-"
+            cells += f"{100 * n[0, c] / max(n[0, :FREE].sum(), 1):8.3f}{interior:>8s}"
+        print(f"  {OCC3D_CLASSES[c]:26s}{cells}")
 
 
 def parse_image(text: str) -> tuple[int, int]:
@@ -637,19 +684,23 @@ def parse_image(text: str) -> tuple[int, int]:
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.driving", description="Write the synthetic driving world as a nuScenes v1.0 tree.")
+    parser = argparse.ArgumentParser(prog="python -m data.driving",
+                                     description="Write the synthetic driving world as a nuScenes v1.0 tree.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", choices=list(SIZES), default="mini", help="mini: 10 scenes x 20 keyframes; demo: 34 x 5; claims: 34 x 30")
+    parser.add_argument("--size", choices=list(SIZES), default="mini",
+                        help="mini: 10 scenes x 20 keyframes; demo: 34 x 5; claims: 34 x 30")
     parser.add_argument("--scenes", type=int, help="number of scenes (default: the size's)")
     parser.add_argument("--keyframes", type=int, help="keyframes a scene (default: the size's)")
     parser.add_argument("--sweeps", type=int, default=2, help="LiDAR sweeps between two keyframes")
-    parser.add_argument("--camera-sweeps", type=int, help="0, or 2: an image of every camera before and after each keyframe")
+    parser.add_argument("--camera-sweeps", type=int,
+                        help="0, or 2: images of all cameras before and after each keyframe")
     parser.add_argument("--image", default="400x224", help="WIDTHxHEIGHT of the images")
     parser.add_argument("--format", choices=["nuscenes"], default="nuscenes")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     args = parser.parse_args(argv)
-    make_world(args.out, args.seed, args.size, args.scenes, args.keyframes, args.sweeps, args.camera_sweeps, parse_image(args.image), args.workers)
+    make_world(args.out, args.seed, args.size, args.scenes, args.keyframes, args.sweeps, args.camera_sweeps,
+               parse_image(args.image), args.workers)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the driving world's labels are made of: the voxels that rays see, the voxels that surfaces touch, and who saw which.
+"""What the driving world's labels are made of: the voxels that rays see, those that surfaces touch, and who saw which.
 
-data/driving.py states the rules; this file holds them as functions. Points are (3, n), [m]; the grid is Occ3D's (common.geometry.OCC3D)
-in the reference ego of a keyframe; a flat index is C order over (200, 200, 16).
+data/driving.py states the rules; this file holds them as functions. Points are (3, n), [m]; the grid is Occ3D's
+(common.geometry.OCC3D) in the reference ego of a keyframe; a flat index is C order over (200, 200, 16).
 """
 
 from functools import lru_cache
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.city import City
 from data.render import BOX, ELLIPSOID, Primitives, corners
-from data.traffic import City
 
 FREE, SHAPE = 17, (200, 200, 16)
 VOXEL, LOWER, SIZE = 0.4, np.array([-40.0, -40.0, -1.0]), 200 * 200 * 16
@@ -33,7 +33,7 @@ def move(T: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def move_back(T: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The inverse of T applied to points (3, n); the shift comes first, so that float32 keeps its digits far from the origin."""
+    """The inverse of T applied to points (3, n); shifted first: float32 keeps its digits far from the origin."""
     R, (x, y, z) = T[:3, :3].astype(points.dtype), points - T[:3, 3, None].astype(points.dtype)
     return np.stack([R[0, i] * x + R[1, i] * y + R[2, i] * z for i in range(3)])
 
@@ -54,9 +54,10 @@ def flat_index(points: np.ndarray) -> np.ndarray:
 def seen_voxels(origin: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Voxels on the segments origin (3,) in the grid -> ends (3, n), float64 -> (200, 200, 16) bool.
 
-    common.geometry.traversed's rule and its face-crossing method (every voxel but the first is entered through a face, so that the
-    crossings of each axis' faces, taken by themselves, find them all), specialised to one origin inside the grid: 2.4 times faster.
-    A ray enters the voxel behind each face strictly between its start and its end; the end's own voxel (by floor) is added.
+    common.geometry.traversed's rule and its face-crossing method (every voxel but the first is entered through a face,
+    so that the crossings of each axis' faces, taken by themselves, find them all), specialised to one origin that lies
+    in the grid and on no face: 2.4 times faster. A ray enters the voxel behind each face strictly between its start and
+    its end; the end's own voxel (by floor) is added.
     """
     visited = np.zeros(SIZE, bool)
     size = np.array(SHAPE, np.float64)[:, None]
@@ -76,7 +77,7 @@ def seen_voxels(origin: np.ndarray, ends: np.ndarray) -> np.ndarray:
         faces = np.where(up, np.minimum(np.ceil(final[a]), SHAPE[a]) - np.floor(start[a]) - 1,
                          np.ceil(start[a]) - 1 - np.maximum(np.floor(final[a]), 0)).astype(np.int64)
         order = np.argsort(-faces, kind="stable")
-        order = order[:np.count_nonzero(faces > 0)]                    # rays by falling number of faces: those with a k-th are a prefix
+        order = order[:np.count_nonzero(faces > 0)]                    # falling: the rays with a k-th face are a prefix
         if len(order):
             _enter(visited, a, strides, start[:, 0], along[:, order], up[order], faces[order])
     return visited.reshape(SHAPE)
@@ -92,7 +93,7 @@ def _enter(visited, a, strides, start, along, up, faces) -> None:
     at_first = [start[k] + to_first * slope + _ON_FACE * np.sign(slope) for k, slope in zip((b, c), per_face)]
     base = (np.where(up, np.floor(start[a]) + 1, np.ceil(start[a]) - 2) * strides[a]).astype(np.int32)
     step = np.where(up, strides[a], -strides[a]).astype(np.int32)
-    left = len(faces) - np.cumsum(np.bincount(faces, minlength=faces[0] + 1))                # rays with more than k faces
+    left = len(faces) - np.cumsum(np.bincount(faces, minlength=faces[0] + 1))              # rays with more than k faces
     k = 0
     while k < faces[0]:
         m = left[k]
@@ -109,7 +110,7 @@ def _enter(visited, a, strides, start, along, up, faces) -> None:
 
 
 def camera_ends(depth: np.ndarray, K: np.ndarray, T_ego_cam: np.ndarray) -> np.ndarray:
-    """Where the rays through every second pixel centre end: depth (H, W) uint16 [m * 256], 0 goes 300 m -> (3, n) float64."""
+    """Where the rays through every second pixel centre end. depth (H, W) uint16 [m * 256], 0: 300 m -> (3, n)."""
     H, W = depth.shape
     z = depth[::2, ::2].astype(np.float64) / 256
     z[z == 0] = 300.0
@@ -138,7 +139,8 @@ def _unit_cylinder(na: int, nr: int, nz: int, closed: bool) -> np.ndarray:
     a = np.linspace(0, 2 * np.pi, na, endpoint=False)
     ring, ones = np.stack([np.cos(a), np.sin(a)]), np.ones(na)
     pieces = [np.concatenate([ring, [h * ones]]) for h in np.linspace(0, 1, nz + 1)]
-    pieces += [np.concatenate([ring * r, [h * ones]]) for r in np.linspace(0, 1, nr + 1)[:-1] for h in ((0, 1) if closed else (0,))]
+    caps = (0, 1) if closed else (0,)
+    pieces += [np.concatenate([ring * r, [h * ones]]) for r in np.linspace(0, 1, nr + 1)[:-1] for h in caps]
     return np.concatenate(pieces, 1)
 
 
@@ -153,21 +155,22 @@ def _unit_ball(n: int) -> np.ndarray:
 
 
 def _sample(kind: int, half: np.ndarray, taper: np.ndarray, top: float) -> np.ndarray:
-    """Points on one primitive's surface in its own frame, SPACING or closer, edges included, up to z = top -> (3, n)."""
+    """Points on one primitive's surface in its own frame, SPACING or closer, edges too, up to z = top -> (3, n)."""
     hx, hy, hz = half
     if kind == ELLIPSOID:
         return _unit_ball(max(_count(np.pi * max(half)), 4)) * half[:, None]
     height = min(hz, top) + hz
     if kind == BOX:
-        unit = _unit_box(_count(2 * hx), _count(2 * hy), _count(height), top >= hz)
+        unit, (a, b) = _unit_box(_count(2 * hx), _count(2 * hy), _count(height), top >= hz), taper
     else:
         unit = _unit_cylinder(max(_count(2 * np.pi * max(hx, hy)), 6), _count(max(hx, hy)), _count(height), top >= hz)
-    shrink = 1 - taper * (height / (2 * hz)) * unit[2][:, None] if kind == BOX else 1 - taper[:1] * (height / (2 * hz)) * unit[2][:, None]
-    return np.stack([unit[0] * hx * shrink[:, 0], unit[1] * hy * shrink[:, -1], unit[2] * height - hz])
+        a = b = taper[0]
+    share = height / (2 * hz) * unit[2]
+    return np.stack([hx * unit[0] * (1 - a * share), hy * unit[1] * (1 - b * share), unit[2] * height - hz])
 
 
 def sample_surfaces(p: Primitives, top: float) -> tuple[np.ndarray, np.ndarray]:
-    """-> points of all surfaces in the primitives' own frames (3, n), primitive rows (n,). Above z = top [m, world]: left out."""
+    """-> points of all surfaces in the primitives' own frames (3, n), rows (n,). Above z = top [m, world]: left out."""
     points, rows = [np.zeros((3, 0))], [np.zeros(0, np.int64)]
     for k in range(len(p.kind)):
         limit = top - p.center[k, 2] if abs(p.rotation[k, 2, 2]) > 0.999 else np.inf
@@ -185,12 +188,12 @@ def to_world(p: Primitives, local: np.ndarray, row: np.ndarray) -> np.ndarray:
 
 
 class Shell(NamedTuple):
-    """Surface voxels: flat index (n,), lidarseg class (n,), a point of the surface in it (3, n) [m, global], its mover (n,) or -1."""
+    """Surface voxels of a keyframe."""
 
-    voxel: np.ndarray
-    semantic: np.ndarray
-    point: np.ndarray
-    owner: np.ndarray
+    voxel: np.ndarray       # (n,) flat index
+    semantic: np.ndarray    # (n,) uint8 lidarseg class
+    point: np.ndarray       # (3, n) a point of the surface in it [m, global]
+    owner: np.ndarray       # (n,) the mover it belongs to, -1: none
 
 
 class Surfaces:
@@ -202,7 +205,7 @@ class Surfaces:
         p = city.static
         reach = np.linalg.norm(p.half, axis=1) + 60
         p = p.of((np.linalg.norm(p.center[:, None, :2] - path[None], axis=2) < reach[:, None]).any(1))
-        self.static = p.of(np.argsort(p.instance >= 0, kind="stable"))                       # what is drawn later wins a voxel
+        self.static = p.of(np.argsort(p.instance >= 0, kind="stable"))             # what comes later wins a voxel
         local, row = sample_surfaces(self.static, TOP)
         self.points, self.semantic = to_world(self.static, local, row), self.static.semantic[row]
         low = self.points[2] <= TOP
@@ -210,7 +213,8 @@ class Surfaces:
         self.local, self.row = sample_surfaces(city.mobile, np.inf)
         self.local = self.local.astype(np.float32)
         line = np.arange(-39.9, 40, SPACING, dtype=np.float32)
-        self.level = np.stack([*np.meshgrid(line, line, indexing="ij"), np.zeros((len(line),) * 2, np.float32)]).reshape(3, -1)
+        flat = np.zeros((len(line), len(line)), np.float32)
+        self.level = np.stack([*np.meshgrid(line, line, indexing="ij"), flat]).reshape(3, -1)
 
     def voxels(self, mobile: Primitives, T_global_ego: np.ndarray) -> Shell:
         """All surface voxels of the grid with the movers' primitives where they are, seen or not."""
@@ -224,7 +228,7 @@ class Surfaces:
         flat = flat_index(move_back(T_global_ego, points))
         chosen = np.full(SIZE, -1, np.int32)
         inside = np.nonzero(flat >= 0)[0]
-        chosen[flat[inside]] = inside                                  # the last one stays: ground, background, things, movers
+        chosen[flat[inside]] = inside                                  # the last stays: ground, still things, movers
         voxel = np.nonzero(chosen >= 0)[0]
         row = chosen[voxel]
         a, b = ground.shape[1], ground.shape[1] + len(near)
@@ -238,7 +242,9 @@ class Surfaces:
         return Shell(voxel, semantic, points[:, row], owner)
 
     def solids(self, mobile: Primitives, T_global_ego: np.ndarray, shell: Shell, classes: np.ndarray) -> np.ndarray:
-        """The shell, and every voxel whose centre lies in a primitive -> (200, 200, 16) uint8 Occ3D ids. The ground has no inside."""
+        """The shell and every voxel whose centre is in a primitive -> (200, 200, 16) uint8. The ground has no
+        inside.
+        """
         out = np.full(SHAPE, FREE, np.uint8)
         p = Primitives.join([self.static, mobile])
         p = p.of(p.half.min(1) > 0.1)
@@ -251,22 +257,23 @@ class Surfaces:
         for k in np.nonzero((high > low).all(1))[0]:
             where = tuple(slice(a, b) for a, b in zip(low[k], high[k]))
             x, y, z = ((middle[i][where[i]] - center[k, i]).astype(np.float32) for i in range(3))
-            q = [x[:, None, None] * rotation[k, 0, i] + (y[:, None] * rotation[k, 1, i] + z * rotation[k, 2, i]) for i in range(3)]
+            q = [x[:, None, None] * R[0] + (y[:, None] * R[1] + z * R[2]) for R in rotation[k].T]
             hx, hy, hz = p.half[k].astype(np.float32)
-            share = (q[2] + hz) / (2 * hz)
+            a, b = 1 - p.taper[k, :, None, None, None] * ((q[2] + hz) / (2 * hz))            # what is left of hx, hy
+            level = np.abs(q[2]) <= hz
             if p.kind[k] == BOX:
-                inside = (np.abs(q[0]) <= hx * (1 - p.taper[k, 0] * share)) & (np.abs(q[1]) <= hy * (1 - p.taper[k, 1] * share)) & (np.abs(q[2]) <= hz)
+                inside = (np.abs(q[0]) <= hx * a) & (np.abs(q[1]) <= hy * b) & level
             elif p.kind[k] == ELLIPSOID:
                 inside = (q[0] / hx) ** 2 + (q[1] / hy) ** 2 + (q[2] / hz) ** 2 <= 1
             else:
-                inside = ((q[0] / hx) ** 2 + (q[1] / hy) ** 2 <= (1 - p.taper[k, 0] * share) ** 2) & (np.abs(q[2]) <= hz)
+                inside = ((q[0] / hx) ** 2 + (q[1] / hy) ** 2 <= a ** 2) & level
             out[where][inside] = classes[p.semantic[k]]
         out.ravel()[shell.voxel] = classes[shell.semantic]
         return out
 
 
 def add_hits(shell: Shell, points: np.ndarray, semantic: np.ndarray, T_global_ego: np.ndarray) -> Shell:
-    """The shell with the voxels of the hits that it lacks. points (3, n) float64 in the reference ego, semantic (n,)."""
+    """The shell with the voxels of the hits that it lacks. points (3, n) float64, reference ego; semantic (n,)."""
     flat = flat_index(points)
     have = np.zeros(SIZE, bool)
     have[shell.voxel] = True
@@ -292,7 +299,7 @@ class Keyframe(NamedTuple):
 
 
 def observed(city: City, frames: list[Keyframe], k: int) -> np.ndarray:
-    """Which voxels of frame k's shell some keyframe of the scene saw -> (n,) bool. Nearest keyframes are asked first."""
+    """Which voxels of frame k's shell some keyframe of the scene saw -> (n,) bool. The nearest ones are asked first."""
     shell, frame = frames[k].shell, frames[k]
     seen = (frame.mask_camera | frame.mask_lidar).ravel()[shell.voxel]
     movers = np.unique(shell.owner[shell.owner >= 0])
@@ -309,7 +316,8 @@ def observed(city: City, frames: list[Keyframe], k: int) -> np.ndarray:
         if len(carried):                                               # a mover's surface goes where the mover was
             T = np.stack([city.pose(m, other.t) @ b for m, b in zip(movers, back)]).astype(np.float32)
             r, (x, y, z) = rank[shell.owner[left[carried]]], point[:, carried]
-            point[:, carried] = [T[:, a, 0][r] * x + T[:, a, 1][r] * y + T[:, a, 2][r] * z + T[:, a, 3][r] for a in range(3)]
+            rows = (T[:, a][r].T for a in range(3))                    # (4, n)
+            point[:, carried] = [R[0] * x + R[1] * y + R[2] * z + R[3] for R in rows]
         flat = flat_index(move_back(other.T_global_ego, point))
         seen[left] = (flat >= 0) & (other.mask_camera | other.mask_lidar).ravel()[flat]
     return seen
@@ -320,8 +328,10 @@ def label_statistics(semantics, mask_camera, mask_lidar) -> tuple[np.ndarray, np
     shares (5): mask_camera, mask_lidar, either, occupied, unobserved voxels that are 17."""
     camera, lidar = mask_camera > 0, mask_lidar > 0
     occupied = semantics < FREE
-    o = np.pad(occupied, 1)
-    inner = o[2:, 1:-1, 1:-1] & o[:-2, 1:-1, 1:-1] & o[1:-1, 2:, 1:-1] & o[1:-1, :-2, 1:-1] & o[1:-1, 1:-1, 2:] & o[1:-1, 1:-1, :-2]
-    counts = np.stack([np.bincount(semantics[m].ravel(), minlength=18)[:18] for m in (np.ones(SHAPE, bool), camera, inner & occupied)])
-    unseen = ~(camera | lidar)
-    return counts, np.array([camera.mean(), lidar.mean(), (camera | lidar).mean(), occupied.mean(), (~occupied)[unseen].mean()])
+    inner, padded = occupied.copy(), np.pad(occupied, 1)
+    for axis in range(3):
+        for shift in (-1, 1):
+            inner &= np.roll(padded, shift, axis)[1:-1, 1:-1, 1:-1]
+    counts = [np.bincount(semantics[m].ravel(), minlength=18)[:18] for m in (np.ones(SHAPE, bool), camera, inner)]
+    either = camera | lidar
+    return np.stack(counts), np.array([m.mean() for m in (camera, lidar, either, occupied, ~occupied[~either])])

@@ -1,8 +1,8 @@
 """The thirteen nuScenes v1.0 tables and lidarseg.json, from what the scenes of data/driving.py recorded.
 
-A scene hands over its own rows as JSON (`SceneRows`); `write_tables` adds the rows that all share (sensors, categories, attributes,
-visibility levels), links everything with tokens and writes the version folder. Tokens are 32 hexadecimal digits, a hash of the seed
-and of what the row stands for, so the same seed gives the same tokens and no order or process matters.
+A scene hands over its own rows (PER_SCENE); `write_tables` adds the rows that all share (sensors, categories,
+attributes, visibility levels) and writes the version folder. Tokens are 32 hexadecimal digits, a hash of the seed and
+of what the row stands for, so the same seed gives the same tokens and no order or process matters.
 """
 
 import hashlib
@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from common.files import write_json
-from data.city import LIDARSEG_NAMES
+from data.streets import LIDARSEG_NAMES
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CHANNELS = (*CAMERAS, "LIDAR_TOP")
 ATTRIBUTES = ("vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
               "pedestrian.sitting_lying_down", "pedestrian.standing", "pedestrian.moving")
 VISIBILITY = (("1", "v0-40"), ("2", "v40-60"), ("3", "v60-80"), ("4", "v80-100"))
-PER_SCENE = ("log", "map", "scene", "sample", "sample_data", "ego_pose", "calibrated_sensor", "instance", "sample_annotation", "lidarseg")
+PER_SCENE = ("log", "map", "scene", "sample", "sample_data", "ego_pose", "calibrated_sensor", "instance",
+             "sample_annotation", "lidarseg")
 
 
 def token(seed: int, *words) -> str:
@@ -35,13 +36,17 @@ def chain(rows: list[dict]) -> None:
 
 def shared_tables(seed: int) -> dict[str, list[dict]]:
     """The rows that do not depend on a scene."""
+    def row(table: str, key: str, **more) -> dict:
+        return {"token": token(seed, table, key), **more}
+
+    made = "synthetic"
+    levels = [(t, level, level[1:].replace("-", " and ")) for t, level in VISIBILITY]
     return {
-        "category": [{"token": token(seed, "category", name), "name": name, "description": "synthetic", "index": index}
-                     for index, name in enumerate(LIDARSEG_NAMES)],
-        "attribute": [{"token": token(seed, "attribute", name), "name": name, "description": "synthetic"} for name in ATTRIBUTES],
-        "visibility": [{"token": t, "level": level, "description": f"visibility of whole object is between {level[1:].replace('-', ' and ')}%"}
-                       for t, level in VISIBILITY],
-        "sensor": [{"token": token(seed, "sensor", c), "channel": c, "modality": "lidar" if c == "LIDAR_TOP" else "camera"} for c in CHANNELS],
+        "category": [row("category", n, name=n, description=made, index=i) for i, n in enumerate(LIDARSEG_NAMES)],
+        "attribute": [row("attribute", n, name=n, description=made) for n in ATTRIBUTES],
+        "visibility": [{"token": t, "level": level, "description": f"visibility of whole object is between {text}%"}
+                       for t, level, text in levels],
+        "sensor": [row("sensor", c, channel=c, modality="camera" if c in CAMERAS else "lidar") for c in CHANNELS],
     }
 
 

@@ -1,35 +1,37 @@
-"""The things that are annotated: vehicles, people, cycles, cones, barriers and other movables, as compositions of primitives.
+"""The things that are annotated: vehicles, people, cycles, cones, barriers and other movables, as compositions of
+primitives.
 
-An object is a few primitives in its own frame: x forward, y left, z up from the ground under its centre, all inside its box (nuScenes'
-size). Parts may swing about the y axis at hip height (legs, arms), and brake lights glow when the actor slows down. Every function draws
-its variation from the generator it is given.
+An object is a few primitives in its own frame: x forward, y left, z up from the ground under its centre, all inside its
+box (nuScenes' size). Parts may swing about the y axis at hip height (legs, arms), and brake lights glow when the actor
+slows down. Every function draws its variation from the generator it is given.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from data.city import _AXLE, CAR, ID, PEDESTRIAN, TRUCK, linear, rot_y
-from data.render import (BOX, BUS_BODY, CAR_BODY, CAR_CABIN, CHEVRON, CLOTH, CONCRETE, CYLINDER, ELLIPSOID, LAMP, PLAIN, STRIPES, WHEEL,
-                         PrimitiveList, Primitives)
+from data.render import (BOX, BUS_BODY, CAR_BODY, CAR_CABIN, CHEVRON, CLOTH, CONCRETE, CYLINDER, ELLIPSOID, LAMP, PLAIN,
+                         STRIPES, WHEEL, PrimitiveList, Primitives)
+from data.streets import AXLE, CAR, ID, PEDESTRIAN, TRUCK, linear, rot_y
 
 BUS, BENDY, CONSTRUCTION, MOTORCYCLE, BICYCLE, TRAILER = (ID["vehicle." + n] for n in (
     "bus.rigid", "bus.bendy", "construction", "motorcycle", "bicycle", "trailer"))
-CONE, BARRIER, DEBRIS, PUSHABLE = (ID["movable_object." + n] for n in ("trafficcone", "barrier", "debris", "pushable_pullable"))
+CONE, BARRIER, DEBRIS, PUSHABLE = (
+    ID["movable_object." + n] for n in ("trafficcone", "barrier", "debris", "pushable_pullable"))
 CHILD, WORKER, POLICE, STROLLER, SCOOTER = (ID["human.pedestrian." + n] for n in (
     "child", "construction_worker", "police_officer", "stroller", "personal_mobility"))
 RACK, ANIMAL = ID["static_object.bicycle_rack"], ID["animal"]
 
 
 class Model(NamedTuple):
-    """An object's shape. size: length, width, height [m] of its box. swing (n,) [rad] and hip (n,) [m], brake (n,) bool per part."""
+    """An object's shape, n parts."""
 
-    semantic: int
-    size: tuple[float, float, float]
+    semantic: int                       # lidarseg class
+    size: tuple[float, float, float]    # length, width, height of its box [m]
     parts: Primitives
-    swing: np.ndarray
-    hip: np.ndarray
-    brake: np.ndarray
+    swing: np.ndarray                   # (n,) how far a part swings [rad]
+    hip: np.ndarray                     # (n,) height of its pivot [m]
+    brake: np.ndarray                   # (n,) bool, a brake light
 
 
 class Parts:
@@ -39,7 +41,8 @@ class Parts:
         self.semantic, self.rng, self.list = semantic, rng, PrimitiveList()
         self.swing, self.hip, self.brake = [], [], []
 
-    def add(self, kind, center, half, color, material=PLAIN, rotation=None, taper=(0, 0), swing=0.0, hip=0.0, brake=False):
+    def add(self, kind, center, half, color, material=PLAIN, rotation=None, taper=(0, 0), swing=0.0, hip=0.0,
+            brake=False):
         self.list.add(kind, center, half, self.semantic, color, rotation, taper, 0, material, 0.0, self.rng.random())
         self.swing.append(swing), self.hip.append(hip), self.brake.append(brake)
 
@@ -49,24 +52,26 @@ class Parts:
     def wheels(self, xs, y, radius, width=0.22):
         for x in xs:
             for side in (-1, 1):
-                self.add(CYLINDER, (x, side * (y - width / 2), radius), (radius, radius, width / 2), linear(0.1, 0.1, 0.1), WHEEL, _AXLE)
+                self.add(CYLINDER, (x, side * (y - width / 2), radius), (radius, radius, width / 2),
+                         linear(0.1, 0.1, 0.1), WHEEL, AXLE)
 
     def brakes(self, x, y, z):
         for side in (-1, 1):
             self.add(BOX, (x, side * y, z), (0.03, 0.11, 0.07), linear(0.7, 0.05, 0.04), LAMP, brake=True)
 
     def build(self, size) -> Model:
-        return Model(self.semantic, tuple(float(v) for v in size), self.list.build(), np.float64(self.swing), np.float64(self.hip),
-                     np.array(self.brake, bool))
+        return Model(self.semantic, tuple(float(v) for v in size), self.list.build(), np.float64(self.swing),
+                     np.float64(self.hip), np.array(self.brake, bool))
 
 
-CAR_PAINTS = [(0.85, 0.85, 0.85), (0.75, 0.76, 0.78), (0.55, 0.56, 0.58), (0.12, 0.12, 0.13), (0.2, 0.2, 0.22), (0.55, 0.08, 0.08),
-              (0.1, 0.2, 0.45), (0.15, 0.3, 0.25), (0.75, 0.65, 0.15), (0.45, 0.35, 0.28)]
+CAR_PAINTS = [(0.85, 0.85, 0.85), (0.75, 0.76, 0.78), (0.55, 0.56, 0.58), (0.12, 0.12, 0.13), (0.2, 0.2, 0.22),
+              (0.55, 0.08, 0.08), (0.1, 0.2, 0.45), (0.15, 0.3, 0.25), (0.75, 0.65, 0.15), (0.45, 0.35, 0.28)]
 
 
 def car(r: np.random.Generator, semantic: int = CAR) -> Model:
     shape = r.choice(["sedan", "hatch", "suv", "van"], p=[0.4, 0.25, 0.23, 0.12])
-    l, w, h = {"sedan": (4.6, 1.82, 1.47), "hatch": (4.05, 1.76, 1.5), "suv": (4.7, 1.92, 1.72), "van": (5.0, 1.95, 1.98)}[shape]
+    l, w, h = {"sedan": (4.6, 1.82, 1.47), "hatch": (4.05, 1.76, 1.5), "suv": (4.7, 1.92, 1.72),
+               "van": (5.0, 1.95, 1.98)}[shape]
     l, w, h = l * r.uniform(0.95, 1.06), w * r.uniform(0.97, 1.04), h * r.uniform(0.97, 1.05)
     color = linear(*CAR_PAINTS[r.integers(len(CAR_PAINTS))])
     if semantic != CAR:
@@ -74,8 +79,8 @@ def car(r: np.random.Generator, semantic: int = CAR) -> Model:
     p = Parts(semantic, r)
     belt = {"sedan": 0.62, "hatch": 0.6, "suv": 0.6, "van": 0.55}[shape] * h
     p.box(0, 0, 0.2, l, w, belt - 0.2, color, CAR_BODY, (0.05, 0.1))
-    length, x, taper = {"sedan": (0.58, -0.06, (0.38, 0.26)), "hatch": (0.66, -0.12, (0.32, 0.24)), "suv": (0.7, -0.13, (0.22, 0.2)),
-                        "van": (0.84, -0.07, (0.16, 0.12))}[shape]
+    length, x, taper = {"sedan": (0.58, -0.06, (0.38, 0.26)), "hatch": (0.66, -0.12, (0.32, 0.24)),
+                        "suv": (0.7, -0.13, (0.22, 0.2)), "van": (0.84, -0.07, (0.16, 0.12))}[shape]
     p.box(x * l, 0, belt, length * l, w * 0.93, h - belt, color, CAR_CABIN, taper)
     p.wheels((-0.315 * l, 0.315 * l), w / 2, 0.32)
     p.brakes(-l / 2 + 0.03, 0.4 * w, belt - 0.18)
@@ -96,7 +101,8 @@ def truck(r) -> Model:
         p.box(-lc / 2 - 0.05, 0, 0.95, l - lc - 0.15, w, h - 0.95, box, PLAIN)
     else:                                                         # open bed with a load
         p.box(-lc / 2 - 0.05, 0, 0.95, l - lc - 0.15, w, 0.6, box, STRIPES)
-        p.box(-lc / 2 - 0.3, 0, 1.5, (l - lc) * 0.6, w * 0.8, max(h - 1.6, 0.5), linear(0.45, 0.38, 0.28), CLOTH, (0.3, 0.3))
+        p.box(-lc / 2 - 0.3, 0, 1.5, (l - lc) * 0.6, w * 0.8, max(h - 1.6, 0.5), linear(0.45, 0.38, 0.28), CLOTH,
+              (0.3, 0.3))
         h = 1.5 + max(h - 1.6, 0.5)
     p.wheels((l / 2 - 1.0, -l / 2 + 1.9, -l / 2 + 0.8), w / 2, 0.45, 0.28)
     p.brakes(-l / 2 + 0.06, 0.4 * w, 0.75)
@@ -108,7 +114,8 @@ def bus(r, semantic: int = BUS) -> Model:
     if semantic == BENDY:
         l = 16.5
     p = Parts(semantic, r)
-    color = linear(*[(0.75, 0.1, 0.1), (0.85, 0.85, 0.85), (0.15, 0.35, 0.65), (0.2, 0.5, 0.3), (0.85, 0.65, 0.1)][r.integers(5)])
+    color = linear(*[(0.75, 0.1, 0.1), (0.85, 0.85, 0.85), (0.15, 0.35, 0.65), (0.2, 0.5, 0.3),
+                     (0.85, 0.65, 0.1)][r.integers(5)])
     halves = [(0.0, l)] if semantic == BUS else [(0.26 * l, 0.46 * l), (-0.27 * l, 0.45 * l)]
     for x, length in halves:
         p.box(x, 0, 0.35, length, w, h - 0.35, color, BUS_BODY, (0.01, 0.04))
@@ -123,9 +130,11 @@ def trailer(r) -> Model:
     l, w, h = r.uniform(7, 12), 2.5, r.uniform(2.8, 3.8)
     p = Parts(TRAILER, r)
     if r.random() < 0.7:
-        p.box(0.2, 0, 1.1, l - 0.4, w, h - 1.1, linear(*CAR_PAINTS[r.integers(len(CAR_PAINTS))]), STRIPES if r.random() < 0.3 else PLAIN)
+        p.box(0.2, 0, 1.1, l - 0.4, w, h - 1.1, linear(*CAR_PAINTS[r.integers(len(CAR_PAINTS))]),
+              STRIPES if r.random() < 0.3 else PLAIN)
     else:
-        p.add(CYLINDER, (0.2, 0, 1.0 + 0.45 * (h - 1)), ((h - 1) * 0.45, w / 2, l / 2 - 0.3), linear(0.75, 0.76, 0.78), PLAIN, rot_y(np.pi / 2))
+        p.add(CYLINDER, (0.2, 0, 1.0 + 0.45 * (h - 1)), ((h - 1) * 0.45, w / 2, l / 2 - 0.3), linear(0.75, 0.76, 0.78),
+              PLAIN, rot_y(np.pi / 2))
     p.box(0, 0, 0.8, l, 1.0, 0.3, linear(0.15, 0.15, 0.15))
     p.wheels((-l / 2 + 0.7, -l / 2 + 1.8, -l / 2 + 2.9), w / 2, 0.48, 0.3)
     p.box(l / 2 - 1.5, 0, 0, 0.2, 1.4, 0.9, linear(0.2, 0.2, 0.2))
@@ -164,14 +173,15 @@ def _rider(p: Parts, x, seat, r) -> None:
     p.add(ELLIPSOID, (x, 0, seat + 0.32), (0.19, 0.22, 0.36), shirt, CLOTH, rot_y(0.35))
     p.add(ELLIPSOID, (x + 0.14, 0, seat + 0.76), (0.12, 0.11, 0.14), linear(*r.uniform(0.1, 0.9, 3)), PLAIN)
     for side in (-1, 1):
-        p.add(CYLINDER, (x + 0.13, side * 0.13, seat - 0.22), (0.075, 0.075, 0.36), linear(0.15, 0.17, 0.25), CLOTH, rot_y(-0.5))
+        p.add(CYLINDER, (x + 0.13, side * 0.13, seat - 0.22), (0.075, 0.075, 0.36), linear(0.15, 0.17, 0.25), CLOTH,
+              rot_y(-0.5))
         p.add(CYLINDER, (x + 0.33, side * 0.21, seat + 0.36), (0.05, 0.05, 0.27), shirt, CLOTH, rot_y(1.15))
 
 
 def bicycle(r, rider: bool) -> Model:
     p, color = Parts(BICYCLE, r), linear(*r.uniform(0.1, 0.8, 3))
     for x in (-0.52, 0.52):
-        p.add(CYLINDER, (x, 0, 0.34), (0.34, 0.34, 0.03), linear(0.1, 0.1, 0.1), WHEEL, _AXLE)
+        p.add(CYLINDER, (x, 0, 0.34), (0.34, 0.34, 0.03), linear(0.1, 0.1, 0.1), WHEEL, AXLE)
     p.add(BOX, (0.1, 0, 0.62), (0.42, 0.03, 0.03), color, PLAIN, rot_y(-0.15))
     p.add(BOX, (-0.08, 0, 0.5), (0.36, 0.03, 0.03), color, PLAIN, rot_y(-0.75))
     p.add(BOX, (-0.28, 0, 0.6), (0.03, 0.03, 0.3), color, PLAIN, rot_y(-0.25))
@@ -186,7 +196,7 @@ def bicycle(r, rider: bool) -> Model:
 def motorcycle(r, rider: bool) -> Model:
     p, color = Parts(MOTORCYCLE, r), linear(*CAR_PAINTS[r.integers(len(CAR_PAINTS))])
     for x in (-0.68, 0.68):
-        p.add(CYLINDER, (x, 0, 0.31), (0.31, 0.31, 0.08), linear(0.1, 0.1, 0.1), WHEEL, _AXLE)
+        p.add(CYLINDER, (x, 0, 0.31), (0.31, 0.31, 0.08), linear(0.1, 0.1, 0.1), WHEEL, AXLE)
     p.box(-0.02, 0, 0.35, 0.85, 0.34, 0.4, linear(0.2, 0.2, 0.2))
     p.box(0.15, 0, 0.7, 0.6, 0.36, 0.25, color, PLAIN, (0.4, 0.3))
     p.box(-0.45, 0, 0.72, 0.7, 0.3, 0.14, linear(0.05, 0.05, 0.05))
@@ -220,8 +230,10 @@ def pedestrian(r, semantic: int = PEDESTRIAN, seated: bool = False) -> Model:
         p.add(ELLIPSOID, (0.02, 0, 0.92 * h - low), (0.1, 0.085, 0.08 * h), skin)
         return p.build((1.0, 0.6, h - low))
     for side in (-1, 1):
-        p.add(CYLINDER, (0, side * 0.09 * scale, hip / 2), (0.085 * scale, 0.085 * scale, hip / 2), trousers, CLOTH, swing=0.45 * side, hip=hip)
-        p.add(CYLINDER, (0, side * 0.235 * scale, 0.62 * h), (0.05 * scale, 0.05 * scale, 0.17 * h), shirt, CLOTH, swing=-0.35 * side, hip=0.78 * h)
+        p.add(CYLINDER, (0, side * 0.09 * scale, hip / 2), (0.085 * scale, 0.085 * scale, hip / 2), trousers, CLOTH,
+              swing=0.45 * side, hip=hip)
+        p.add(CYLINDER, (0, side * 0.235 * scale, 0.62 * h), (0.05 * scale, 0.05 * scale, 0.17 * h), shirt, CLOTH,
+              swing=-0.35 * side, hip=0.78 * h)
     p.add(CYLINDER, (0, 0, 0.655 * h), (0.13 * scale, 0.19 * scale, 0.175 * h), shirt, CLOTH)
     p.add(ELLIPSOID, (0, 0, 0.82 * h), (0.11 * scale, 0.2 * scale, 0.06 * h), shirt, CLOTH)
     p.add(ELLIPSOID, (0.02, 0, 0.92 * h), (0.1 * scale, 0.085 * scale, 0.08 * h), skin)
@@ -258,8 +270,8 @@ def barrier(r, color) -> Model:
 def debris(r) -> Model:
     p = Parts(DEBRIS, r)
     for _ in range(3):
-        p.box(r.uniform(-0.3, 0.3), r.uniform(-0.3, 0.3), 0, r.uniform(0.2, 0.6), r.uniform(0.2, 0.6), r.uniform(0.15, 0.5),
-              linear(*(np.array([0.55, 0.45, 0.35]) * r.uniform(0.5, 1.3))), CLOTH, (0.3, 0.3))
+        p.box(r.uniform(-0.3, 0.3), r.uniform(-0.3, 0.3), 0, r.uniform(0.2, 0.6), r.uniform(0.2, 0.6),
+              r.uniform(0.15, 0.5), linear(*(np.array([0.55, 0.45, 0.35]) * r.uniform(0.5, 1.3))), CLOTH, (0.3, 0.3))
     return p.build((1.2, 1.2, 0.5))
 
 
@@ -293,7 +305,7 @@ def rack(r) -> Model:
     for i in range(n):
         y = (i - (n - 1) / 2) * 0.65
         for x in (-0.52, 0.52):
-            p.add(CYLINDER, (x, y, 0.34), (0.33, 0.33, 0.03), linear(0.1, 0.1, 0.1), WHEEL, _AXLE)
+            p.add(CYLINDER, (x, y, 0.34), (0.33, 0.33, 0.03), linear(0.1, 0.1, 0.1), WHEEL, AXLE)
         p.add(BOX, (0, y, 0.62), (0.45, 0.03, 0.04), linear(*r.uniform(0.1, 0.8, 3)))
         p.add(BOX, (0.2, y + 0.3, 0.4), (0.3, 0.03, 0.4), linear(0.5, 0.5, 0.5))
     return p.build((1.8, n * 0.65 + 0.35, 1.05))

@@ -1,23 +1,25 @@
-"""One analytic renderer: boxes, ellipsoids, cylinders and a two-level ground -> depth, primitive ids, colour, LiDAR returns.
+"""One analytic renderer: boxes, ellipsoids, cylinders and a two-level ground -> depth, primitive ids, colour, LiDAR
+returns.
 
-Nothing is meshed and nothing is sampled in space: a ray meets a primitive's equation, so depth is exact (float32) at every
-pixel centre, and a camera, a LiDAR and `cast` see one and the same surface.
+Nothing is meshed and nothing is sampled in space: a ray meets a primitive's equation, so depth is exact (float32) at
+every pixel centre, and a camera, a LiDAR and `cast` see one and the same surface.
 
-    primitives   box        |x| <= hx, |y| <= hy, |z| <= hz in its own frame; `taper` (a, b) shrinks the top face to (1-a) hx and
+    primitives   box        |x| <= hx, |y| <= hy, |z| <= hz in its own frame; `taper` (a, b) shrinks the top face to
+                 (1-a) hx and
                             (1-b) hy: windscreens, hulls, gable roofs (b = 1)
                  ellipsoid  (x/hx)^2 + (y/hy)^2 + (z/hz)^2 <= 1
                  cylinder   upright along its own z, elliptic, capped; taper a shrinks the top radius to (1-a): cones
     ground       height 0, or `step` where `raised(xy)` is positive; the kerb between the two is a vertical face
-    ray grids    a camera and a spinning LiDAR are both  direction[i, j] = gain[i] column[j] + row[i]  (world axes), so that
-                 any function that is affine in the direction costs one broadcast addition per pixel
+    ray grids    a camera and a spinning LiDAR are both  direction[i, j] = gain[i] column[j] + row[i]  (world axes), so
+                 that any function that is affine in the direction costs one broadcast addition per pixel
 
-How it is fast: primitives are culled by their projected bounds, drawn front to back into a buffer of *inverse* distance w = 1/t
-(for a plane w is affine in the direction: a box needs six additions and no division), small ones all at once as a list of
-(primitive, pixel) pairs, and every pixel is shaded exactly once.
+How it is fast: primitives are culled by their projected bounds, drawn front to back into a buffer of *inverse* distance
+w = 1/t (for a plane w is affine in the direction: a box needs six additions and no division), small ones all at once as
+a list of (primitive, pixel) pairs, and every pixel is shaded exactly once.
 
-Letters: P primitives, H W rows and columns of a ray grid, n selected pixels. Per-pixel vectors and colours are (3, n): numpy is
-several times faster along a long last axis. World z is up; lengths in [m]. t is the z-depth for a camera (the ray is 1 at z = 1) and
-the distance for a LiDAR. Colours are linear light until `develop`.
+Letters: P primitives, H W rows and columns of a ray grid, n selected pixels. Per-pixel vectors and colours are (3, n):
+numpy is several times faster along a long last axis. World z is up; lengths in [m]. t is the z-depth for a camera (the
+ray is 1 at z = 1) and the distance for a LiDAR. Colours are linear light until `develop`.
 """
 
 from typing import NamedTuple, Protocol
@@ -31,8 +33,9 @@ NEAR, FAR = 0.2, 250.0                      # [m] what is nearer or farther is n
 SMALL = 700                                 # [px] bounds up to this area are drawn as pairs (ours, measured)
 
 # materials: what `texture` paints on a primitive
-PLAIN, FACADE, FOLIAGE, CAR_BODY, CAR_CABIN, BUS_BODY, BRICK, CONCRETE, STRIPES, WHEEL, LAMP, BARK, CLOTH, CHEVRON, GLASS_GRID, WOOD = range(16)
 MATERIALS = 16
+(PLAIN, FACADE, FOLIAGE, CAR_BODY, CAR_CABIN, BUS_BODY, BRICK, CONCRETE, STRIPES, WHEEL, LAMP, BARK, CLOTH, CHEVRON,
+ GLASS_GRID, WOOD) = range(MATERIALS)
 
 
 class Primitives(NamedTuple):
@@ -82,10 +85,12 @@ class Ground(Protocol):
 
     step: float                                                                  # height of the raised level [m]
 
-    def raised(self, x: np.ndarray, y: np.ndarray) -> np.ndarray: ...            # (n,) float32, positive where it is raised
+    # (n,) float32, positive where it is raised
+    def raised(self, x: np.ndarray, y: np.ndarray) -> np.ndarray: ...
     def classes(self, x: np.ndarray, y: np.ndarray) -> np.ndarray: ...           # (n,) uint8 semantic ids
     def paint(self, x: np.ndarray, y: np.ndarray, distance: np.ndarray) -> np.ndarray: ...       # (3, n) linear albedo
-    def light(self, x: np.ndarray, y: np.ndarray, light: "Light") -> tuple[np.ndarray, np.ndarray]: ...   # (n,) sunlit share, lamps
+    # (n,) sunlit share, lamps
+    def light(self, x: np.ndarray, y: np.ndarray, light: "Light") -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class Plane:
@@ -133,7 +138,9 @@ class Scene(NamedTuple):
 
 
 class RayGrid(NamedTuple):
-    """direction[i, j] = gain[i] column[j] + row[i] in world axes, from `origin`. K, T_cam_world: a camera's; None: LiDAR."""
+    """direction[i, j] = gain[i] column[j] + row[i] in world axes, from `origin`. K, T_cam_world: a camera's; None:
+    LiDAR.
+    """
 
     origin: np.ndarray              # (3,) float64
     gain: np.ndarray                # (H,) float32
@@ -227,7 +234,9 @@ def _clipped_bounds(c: np.ndarray, K: np.ndarray, shape: tuple[int, int]) -> tup
 
 
 def _span(points: np.ndarray, valid: np.ndarray, K: np.ndarray, H: int, W: int) -> np.ndarray:
-    """Pixels whose centres (j + 0.5, i + 0.5) lie in the image box of the valid ones of points (n, m, 3) -> (n, 4) int."""
+    """Pixels whose centres (j + 0.5, i + 0.5) lie in the image box of the valid ones of points (n, m, 3) -> (n, 4)
+    int.
+    """
     z = np.where(valid, points[..., 2], 1.0)
     u, v = points[..., 0] / z * K[0, 0] + K[0, 2], points[..., 1] / z * K[1, 1] + K[1, 2]
     big = 1e6
@@ -239,7 +248,9 @@ def _span(points: np.ndarray, valid: np.ndarray, K: np.ndarray, H: int, W: int) 
 
 
 def _lidar_bounds(p: Primitives, box: np.ndarray, grid: RayGrid) -> tuple[np.ndarray, np.ndarray]:
-    """As `_camera_bounds`; columns may run past W (the turn wraps): c0 in [0, W), c1 <= c0 + W. nearest is a distance."""
+    """As `_camera_bounds`; columns may run past W (the turn wraps): c0 in [0, W), c1 <= c0 + W. nearest is a
+    distance.
+    """
     H, W = grid.shape
     c = ((box.reshape(-1, 3) - grid.origin) @ grid.rotation).reshape(-1, 8, 3)               # in the sensor
     middle = (p.center - grid.origin) @ grid.rotation
@@ -249,7 +260,8 @@ def _lidar_bounds(p: Primitives, box: np.ndarray, grid: RayGrid) -> tuple[np.nda
     turn = (turn + np.pi) % (2 * np.pi) - np.pi
     lo, hi = turn.min(1), turn.max(1)
     flat = np.linalg.norm(c[..., :2], axis=2)                                                # (P, 8)
-    # distance in the sensor's plane from the axis to the footprint: nearest edge of the convex hull, or 0 around the axis
+    # distance in the sensor's plane from the axis to the footprint: nearest edge of the convex hull, or 0 around the
+    # axis
     around = hi - lo >= np.pi * 0.95
     a, b = c[:, _EDGES[:, 0], :2], c[:, _EDGES[:, 1], :2]
     ab = b - a
@@ -276,7 +288,9 @@ def _lidar_bounds(p: Primitives, box: np.ndarray, grid: RayGrid) -> tuple[np.nda
 # --- ray against primitive --------------------------------------------------------------------------------------------
 
 def box_planes(p: Primitives, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The six faces n . x <= h of boxes: n (P, 6, 3) outward in world axes (not unit if tapered), h (P, 6) from `origin`."""
+    """The six faces n . x <= h of boxes: n (P, 6, 3) outward in world axes (not unit if tapered), h (P, 6) from
+    `origin`.
+    """
     P = len(p.kind)
     n = np.zeros((P, 6, 3))
     h = np.zeros((P, 6))
@@ -293,9 +307,11 @@ def box_planes(p: Primitives, origin: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _box_w(faces, outside):
-    """faces: six arrays slope / h, slope = n . direction; outside: whether h < 0 (six bools or six arrays) -> w, 0 where missed.
+    """faces: six arrays slope / h, slope = n . direction; outside: whether h < 0 (six bools or six arrays) -> w, 0
+    where missed.
 
-    A face seen from outside bounds w from above, one seen from inside from below; the box is hit where an upper bound is left.
+    A face seen from outside bounds w from above, one seen from inside from below; the box is hit where an upper bound
+    is left.
     """
     upper, lower = np.float32(np.inf), np.float32(0)
     for w, out in zip(faces, outside):
@@ -311,7 +327,8 @@ def _box_w(faces, outside):
 def _ellipsoid_w(o, D, half):
     """o (3 scalars or arrays) origin, D (3 arrays) directions in the own frame -> w, 0 where missed.
 
-    The origin first moves along the ray to its closest approach to the centre, so that float32 keeps its digits far away.
+    The origin first moves along the ray to its closest approach to the centre, so that float32 keeps its digits far
+    away.
     """
     shift = -(o[0] * D[0] + o[1] * D[1] + o[2] * D[2]) / (D[0] * D[0] + D[1] * D[1] + D[2] * D[2])
     q = [(o[k] + shift * D[k]) / half[k] for k in range(3)]
@@ -329,7 +346,8 @@ def _cylinder_w(o, D, half, taper):
     q = [o[k] + shift * D[k] for k in range(3)]
     x, y, dx, dy = q[0] / half[0], q[1] / half[1], D[0] / half[0], D[1] / half[1]
     lean = -taper / (2 * half[2])
-    m0, m1 = 1 - taper / 2 + lean * q[2], lean * D[2]                                        # radius share along the ray
+    # radius share along the ray
+    m0, m1 = 1 - taper / 2 + lean * q[2], lean * D[2]
     a = dx * dx + dy * dy - m1 * m1
     a = np.where(np.abs(a) < 1e-12, 1e-12, a)
     b = x * dx + y * dy - m0 * m1
@@ -352,8 +370,9 @@ def _cylinder_w(o, D, half, taper):
 def _ground_t(ground: Ground, origin, directions: np.ndarray) -> np.ndarray:
     """origin (3,) or (3, n) above the ground, directions (3, n) -> t (n,) float32, inf where the ray stays above.
 
-    A ray that meets the upper level where it is raised stops there; one that passes over it and meets the lower level under
-    raised ground has gone through the kerb's face, which 12 bisections find (a strip passed over entirely is not seen).
+    A ray that meets the upper level where it is raised stops there; one that passes over it and meets the lower level
+    under raised ground has gone through the kerb's face, which 12 bisections find (a strip passed over entirely is not
+    seen).
     """
     dx, dy, dz = directions
     ox, oy, oz = (np.float32(v) if np.ndim(v) == 0 else v.astype(np.float32) for v in origin)
@@ -395,7 +414,8 @@ def draw(scene: Scene, grid: RayGrid, count: bool = False) -> View:
     """First surface along every ray of the grid."""
     p = scene.primitives
     H, W = grid.shape
-    wide = W if grid.K is not None else 2 * W                          # the LiDAR's turn is unrolled twice, folded below
+    # the LiDAR's turn is unrolled twice, folded below
+    wide = W if grid.K is not None else 2 * W
     box = corners(p) if scene.corners is None else scene.corners
     bounds, nearest = (_camera_bounds if grid.K is not None else _lidar_bounds)(p, box, grid)
     directions = grid.directions()                                                           # (3, H, W)
@@ -444,7 +464,8 @@ def _draw_large(p, k, bounds, nearest, grid, w, ids, seen) -> None:
 
     def affine(vectors):                                               # (3, m) -> m arrays (h, w): vector . direction
         b, c = (columns @ vectors).astype(np.float32), (rows @ vectors).astype(np.float32)
-        return [(b[:, m] + c[:, m, None]) if camera else (gain * b[:, m] + c[:, m, None]) for m in range(vectors.shape[1])]
+        return [(b[:, m] + c[:, m, None]) if camera else (gain * b[:, m] + c[:, m, None])
+                for m in range(vectors.shape[1])]
 
     if p.kind[k] == BOX:
         n, h = box_planes(one, grid.origin)
@@ -501,7 +522,10 @@ def _draw_small(p, small, bounds, nearest, grid, directions, w, ids, seen) -> No
         else:
             local = [R[0, k][r] * d[0] + R[1, k][r] * d[1] + R[2, k][r] * d[2] for k in range(3)]
             start, size = [o[k][r] for k in range(3)], [half[k][r] for k in range(3)]
-            new[first:last] = _ellipsoid_w(start, local, size) if kind == ELLIPSOID else _cylinder_w(start, local, size, taper[r])
+            if kind == ELLIPSOID:
+                new[first:last] = _ellipsoid_w(start, local, size)
+            else:
+                new[first:last] = _cylinder_w(start, local, size, taper[r])
     if seen is not None:
         hit = (new > 0) & (chosen.instance[row] >= 0)
         seen.append(chosen.instance[row[hit]].astype(np.int64) * w.size + flat[hit])
@@ -513,7 +537,8 @@ def _draw_small(p, small, bounds, nearest, grid, directions, w, ids, seen) -> No
 
 
 def cast(scene: Scene, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Single rays: origins (3,) or (R, 3), directions (R, 3) of any length -> t (R,) in units of the direction (0: no hit), ids (R,).
+    """Single rays: origins (3,) or (R, 3), directions (R, 3) of any length -> t (R,) in units of the direction (0: no
+    hit), ids (R,).
 
     Every ray against every primitive, one primitive at a time, in float64: the plain way, for few rays and for checks.
     """
@@ -531,7 +556,8 @@ def cast(scene: Scene, origins: np.ndarray, directions: np.ndarray) -> tuple[np.
             o = (origins - p.center[k]) @ p.rotation[k]
             D = directions @ p.rotation[k]
             if p.kind[k] == BOX:
-                n, h = box_planes(p.of(slice(k, k + 1))._replace(center=np.zeros((1, 3)), rotation=np.eye(3)[None]), np.zeros(3))
+                n, h = box_planes(p.of(slice(k, k + 1))._replace(center=np.zeros((1, 3)), rotation=np.eye(3)[None]),
+                                  np.zeros(3))
                 h = (h - o @ n[0].T).T                                                       # (6, R)
                 h = np.where(np.abs(h) < 1e-9, 1e-9, h)
                 new = _box_w((D @ n[0].T).T / h, h < 0)
@@ -581,6 +607,12 @@ def _tone(*rgb: float) -> np.ndarray:
     return np.float32(rgb)[:, None]
 
 
+def _fourth(x: np.ndarray) -> np.ndarray:
+    """x ** 4; numpy's power of arrays is many times slower."""
+    x = x * x
+    return x * x
+
+
 def _facade(a, z, half, seed, color, night):
     """Windows on a wall: a runs along it, z from the ground [m]. -> albedo (3, n), glow (3, n)."""
     ground_floor = z < 3.4
@@ -591,8 +623,9 @@ def _facade(a, z, half, seed, color, night):
     fa, fz = a / bay, np.where(ground_floor, z, z - np.float32(3.4)) / storey
     ia, iz = np.floor(fa), np.floor(fz)
     u, v = np.abs(fa - ia - np.float32(0.5)), fz - iz
-    window = (u < share_w / 2 + np.float32(0.12) * ground_floor) & (v > np.where(ground_floor, np.float32(0.12), np.float32(0.28))) & \
-        (v < np.where(ground_floor, np.float32(0.78), 0.28 + share_h)) & (z < 2 * half - 0.8)
+    sill = np.where(ground_floor, np.float32(0.12), np.float32(0.28))
+    lintel = np.where(ground_floor, np.float32(0.78), 0.28 + share_h)
+    window = (u < share_w / 2 + np.float32(0.12) * ground_floor) & (v > sill) & (v < lintel) & (z < 2 * half - 0.8)
     r = _hash(ia, iz, seed * 4096)
     grain = 0.85 + 0.3 * noise(a, z, 0.5) - 0.25 * (noise(a * np.float32(0.13), z * np.float32(0.05), 1.0) > 0.62)
     grain[(v < 0.05) & ~ground_floor] *= 0.75
@@ -620,9 +653,12 @@ def _facade(a, z, half, seed, color, night):
 
 
 def texture(material: int, q, normal, half, seed, color, night: float):
-    """Albedo (3, n) and glow (3, n) or None of one material. q, normal (3, n) in the own frame [m]; half (3, n); color (3, n)."""
+    """Albedo (3, n) and glow (3, n) or None of one material. q, normal (3, n) in the own frame [m]; half (3, n); color
+    (3, n).
+    """
     x, y, z = q
-    up = z + half[2]                                                                         # height above the own bottom
+    # height above the own bottom
+    up = z + half[2]
     glow = None
     ends = np.abs(normal[0]) > 0.5                                                           # faces front and back
     along = np.where(ends, y, x)
@@ -651,7 +687,8 @@ def texture(material: int, q, normal, half, seed, color, night: float):
     elif material == FOLIAGE:
         s = seed * 97
         coarse = noise(x + s, y + z * np.float32(0.7) + s, 0.5)
-        fine = noise(x * np.float32(1.3) + z, y - z + s, 2.2) + noise(y + s, z - x, 2.9)     # two views: streaks do not align
+        # two views: streaks do not align
+        fine = noise(x * np.float32(1.3) + z, y - z + s, 2.2) + noise(y + s, z - x, 2.9)
         leaf = np.clip(0.3 + 0.6 * coarse + 0.75 * (fine - 1), 0.08, 1.6)
         albedo = color * leaf
         albedo[0] += 0.012 * fine
@@ -662,7 +699,8 @@ def texture(material: int, q, normal, half, seed, color, night: float):
         share = up / (2 * half[2])
         xs, ys = np.abs(x / half[0]), np.abs(y / half[1])
         low = share < 0.3
-        albedo *= np.where(low, np.float32(0.35), np.where(~ends & (np.abs(xs - 0.12) < 0.012), np.float32(0.5), np.float32(1)))
+        albedo *= np.where(low, np.float32(0.35), np.where(~ends & (np.abs(xs - 0.12) < 0.012), np.float32(0.5),
+                                                           np.float32(1)))
         put(~ends & (np.abs(xs - 0.63) < 0.16) & (share < 0.55), 0.02, 0.02, 0.02)
         lamp = ends & (ys > 0.55) & (share > 0.45) & (share < 0.8)
         front, rear = lamp & (x > 0), lamp & (x < 0)
@@ -687,7 +725,8 @@ def texture(material: int, q, normal, half, seed, color, night: float):
         albedo[:, band] = 1 - albedo[:, band]
         sign = ends & (share > 0.87) & (share < 0.96) & (ys < 0.6)
         put(sign, 0.02, 0.02, 0.02)
-        glow = _tone(1.0, 0.6, 0.05) * (np.float32(0.7) * sign) + _tone(0.9, 0.85, 0.7) * (np.float32(0.5 * night) * (window & ~ends))
+        glow = _tone(1.0, 0.6, 0.05) * (np.float32(0.7) * sign)
+        glow += _tone(0.9, 0.85, 0.7) * (np.float32(0.5 * night) * (window & ~ends))
         lamp = ends & (ys > 0.7) & (share > 0.08) & (share < 0.16)
         put(lamp & (x < 0), 0.5, 0.02, 0.02)
         put(lamp & (x > 0), 0.8, 0.8, 0.8)
@@ -708,7 +747,9 @@ def texture(material: int, q, normal, half, seed, color, night: float):
 
 
 def _surface(p: Primitives, k: np.ndarray, points: np.ndarray, R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows k (n,), world points (3, n) on them, R (3, 3, P) rotations -> own-frame position (3, n) and unit normal (3, n), float32."""
+    """Rows k (n,), world points (3, n) on them, R (3, 3, P) rotations -> own-frame position (3, n) and unit normal (3,
+    n), float32.
+    """
     center = p.center.T.astype(np.float32)
     rel = [points[a] - center[a][k] for a in range(3)]
     q = np.stack([R[0, i][k] * rel[0] + R[1, i][k] * rel[1] + R[2, i][k] * rel[2] for i in range(3)])
@@ -764,7 +805,8 @@ def shade(scene: Scene, grid: RayGrid, view: View) -> np.ndarray:
             d, distance = directions[:, pixels], t[pixels]
             points = grid.origin.astype(np.float32)[:, None] + distance * d
             color = shader(scene, ids[pixels], points, d, distance)
-            image[:, pixels] = color + (1 - np.exp(distance * np.float32(-light.fog))) * (_tone(*light.sky_low) * np.float32(0.85) - color)
+            haze = 1 - np.exp(distance * np.float32(-light.fog))
+            image[:, pixels] = color + haze * (_tone(*light.sky_low) * np.float32(0.85) - color)
     return cv2.merge(list(image.reshape(3, H, W)))
 
 
@@ -783,7 +825,7 @@ def _shade_ground(scene: Scene, ids, points, d, distance) -> np.ndarray:
     color *= total if glow is None else total + glow
     if light.wet:
         shiny = light.wet * (0.25 + 0.5 * noise(points[0], points[1], 0.13))
-        fresnel = (1 - np.abs(d[2]) / np.sqrt((d * d).sum(0))) ** 4
+        fresnel = _fourth(1 - np.abs(d[2]) / np.sqrt((d * d).sum(0)))
         color = color * np.float32(1 - 0.4 * light.wet) + (shiny * fresnel) * _tone(*light.sky_low)
     return color
 
@@ -811,7 +853,8 @@ def _shade_things(scene: Scene, ids, points, d, distance) -> np.ndarray:
     thing = np.nonzero((p.instance >= 0)[k])[0]
     if scene.ground is not None and len(thing):                        # movable things stand in the shadow of buildings
         drop = points[2, thing] / max(sun[2], np.float32(0.05))
-        sunlit[thing] *= scene.ground.light(points[0, thing] - sun[0] * drop, points[1, thing] - sun[1] * drop, light)[0]
+        sunlit[thing] *= scene.ground.light(points[0, thing] - sun[0] * drop, points[1, thing] - sun[1] * drop,
+                                            light)[0]
     foliage = slice(starts[FOLIAGE], starts[FOLIAGE + 1])
     sunlit[foliage] = 0.25 + 0.75 * sunlit[foliage]
     open_sky = 0.62 + 0.38 * n[2] - 0.25 * np.exp(np.maximum(points[2], 0) * np.float32(-2.5))
@@ -824,7 +867,7 @@ def _shade_things(scene: Scene, ids, points, d, distance) -> np.ndarray:
         v = v / np.sqrt((v * v).sum(0))
         cosine = (v * m).sum(0)
         r = v - 2 * cosine * m
-        fresnel = 0.06 + 0.5 * (1 - np.abs(cosine)) ** 4
+        fresnel = 0.06 + 0.5 * _fourth(1 - np.abs(cosine))
         color[:, polished] += (fresnel * (r[2] > 0.05)) * _sky(light, r)
         mirror = np.maximum(sun[0] * r[0] + sun[1] * r[1] + sun[2] * r[2], 0) ** 60
         color[:, polished] += mirror * (0.45 * (sunlit[polished] > 0)) * _tone(*light.sun_color)
@@ -860,7 +903,7 @@ def _sky(light: Light, d: np.ndarray) -> np.ndarray:
     color += cover * (_tone(*light.sky_low) * np.float32(1.1) - color)
     sun = _sun(light)
     near = np.maximum(sun[0] * d[0] + sun[1] * d[1] + sun[2] * d[2], 0)
-    halo = near ** 8 * 0.15
+    halo = _fourth(near * near) * np.float32(0.15)
     disc = np.nonzero(near > 0.97)[0]
     halo[disc] += 3 * near[disc] ** 250
     return color + (halo * (1 - light.clouds)).astype(np.float32) * _tone(*light.sun_color)

@@ -241,11 +241,13 @@ def test_points_in_boxes(nusc):
 def test_map_pointcloud_to_image_lands_on_the_exact_depth(nusc):
     """Each point's depth lies within the exact depths of the 3x3 pixels around it, to 0.10 m (LiDAR noise 0.03 m).
 
-    Counted apart: pixels of things that move (the camera fires up to 43 ms earlier), pixels where the 3x3 depths differ
-    by more than 0.5 m + 10 % (edges, thin things), and points behind the surface: the LiDAR looks from above, so it
-    sees over what hides them from the camera. Of the rest no more than 0.2 % may lie in front of what the camera sees.
-    The same points three pixels lower must not fit.
+    Counted apart: pixels and points of things that move (the camera fires up to 43 ms earlier), pixels where the 3x3
+    depths differ by more than 0.5 m + 10 % (edges, thin things), and points behind the surface: the LiDAR looks from
+    above, so it sees over what hides them from the camera. Of the rest at most 0.3 % may lie in front of what the
+    camera sees. The same points three pixels lower must not fit.
     """
+    from nuscenes.utils.geometry_utils import points_in_box
+
     still = [speed(nusc, row["first_annotation_token"]) < STILL and speed(nusc, row["last_annotation_token"]) < STILL
              for row in nusc.instance]  # fmt: skip
     moves = ~np.array([True, *still])
@@ -258,13 +260,21 @@ def test_map_pointcloud_to_image_lands_on_the_exact_depth(nusc):
             depth, instance = exact(nusc, "depth", data) / 256.0, exact(nusc, "instance", data)
             assert depth.shape == instance.shape == image.size[::-1]
             depth[depth == 0] = 1e4  # sky
+            camera = nusc.get("calibrated_sensor", data["calibrated_sensor_token"])
+            place = np.linalg.inv(camera["camera_intrinsic"]) @ (points * z)
+            for row in (camera, nusc.get("ego_pose", data["ego_pose_token"])):  # back to global
+                place = Quaternion(row["rotation"]).rotation_matrix @ place + np.array(row["translation"])[:, None]
+            on_mover = np.zeros(len(z), bool)
+            for token in sample["anns"]:
+                if not speed(nusc, token) < STILL:
+                    on_mover |= points_in_box(nusc.get_box(token), place, wlh_factor=1.2)
             for down in (0, 3):
                 u, v = np.floor(points[0]).astype(int), np.floor(points[1] + down).astype(int)
                 keep = (u >= 1) & (v >= 1) & (u < depth.shape[1] - 1) & (v < depth.shape[0] - 1)
                 window = [(v[keep] + dv, u[keep] + du) for dv in (-1, 0, 1) for du in (-1, 0, 1)]
-                around = np.stack([depth[place] for place in window])
+                around = np.stack([depth[pixel] for pixel in window])
                 low, high, own = around.min(0), around.max(0), z[keep]
-                moving = np.any([moves[instance[place]] for place in window], axis=0)
+                moving = on_mover[keep] | np.any([moves[instance[pixel]] for pixel in window], axis=0)
                 edge = ~moving & (high - low > 0.5 + 0.1 * low)
                 plain = ~moving & ~edge
                 fits = plain & (own > low - 0.1) & (own < high + 0.1)
@@ -276,8 +286,8 @@ def test_map_pointcloud_to_image_lands_on_the_exact_depth(nusc):
                              front=int((plain & (own <= low - 0.1)).sum()))  # fmt: skip
         share = {name: round(count[name] / count["plain"], 4) for name in ("fit", "behind", "front")}
         print(f"{channel:16} {count['points']:7} points, {count['moving']} moving, {count['edge']} edges; rest {share}")
-        assert count["plain"] > 0.7 * count["points"] > 700
-        assert share["front"] < 0.002 and share["fit"] > 0.92
+        assert count["plain"] > 0.5 * count["points"] > 500
+        assert share["front"] < 0.003 and share["fit"] > 0.92
     assert shifted["fit"] < 0.85 * shifted["points"]
 
 
@@ -308,10 +318,13 @@ def test_boxes_cover_their_pixels(nusc):
 
 
 def test_map_mask(nusc):
-    """The ego drives on the semantic prior; LiDAR points are on it if and only if lidarseg calls them driveable."""
+    """The ego drives on the semantic prior, and so lies what lidarseg calls driveable; the prior is not displaced.
+
+    Sidewalk may lie on it: the carriageway's traffic islands.
+    """
     shares = defaultdict(list)
     names = {name: index for index, name in nusc.lidarseg_idx2name_mapping.items()}
-    road, off = [names["flat.driveable_surface"]], [names["flat.sidewalk"], names["flat.terrain"]]
+    road, off = names["flat.driveable_surface"], [names["flat.sidewalk"], names["flat.terrain"]]
     for sample in some(nusc.sample, 12):
         log = nusc.get("log", nusc.get("scene", sample["scene_token"])["log_token"])
         mask = nusc.get("map", log["map_token"])["mask"]
@@ -320,11 +333,14 @@ def test_map_mask(nusc):
         points, label = lidar_in_global(nusc, sample)
         for shift in ((0, 0), (0.2, 0), (-0.2, 0), (0, 0.2), (0, -0.2)):
             on = mask.is_on_mask(points[0] + shift[0], points[1] + shift[1])
-            right = on[np.isin(label, road)].sum() + (~on[np.isin(label, off)]).sum()
-            shares[shift].append((right, np.isin(label, road + off).sum()))
-    shares = {shift: float(np.divide(*np.sum(rows, 0))) for shift, rows in shares.items()}
-    print({shift: round(share, 4) for shift, share in shares.items()})
-    assert shares[0, 0] > 0.98 and max(shares, key=shares.get) == (0, 0)
+            right = on[label == road].sum() + (~on[np.isin(label, off)]).sum()
+            shares[shift].append((right, (label == road).sum() + np.isin(label, off).sum()))
+            if shift == (0, 0):
+                shares["road"].append((on[label == road].sum(), (label == road).sum()))
+    shares = {what: float(np.divide(*np.sum(rows, 0))) for what, rows in shares.items()}
+    print({what: round(share, 4) for what, share in shares.items()})
+    assert shares.pop("road") > 0.985 and shares[0, 0] > 0.96
+    assert max(shares, key=shares.get) == (0, 0)
 
 
 def test_multisweep(nusc):

@@ -43,6 +43,8 @@ MAX_CHANNELS = 256  # the sums of a pixel in the registers of one warp
 
 
 class Projection(NamedTuple):
+    """What has accumulated on each image plane."""
+
     image: Tensor   # (N, C, H, W)
     weight: Tensor  # (N, H, W)
 

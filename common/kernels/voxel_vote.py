@@ -35,6 +35,8 @@ UNIT = 2 ** 16  # votes per unit of weight
 
 
 class Votes(NamedTuple):
+    """The vote of every voxel."""
+
     winner: Tensor  # (V,) uint8, `empty` where nobody voted
     share: Tensor   # (V,) float32, winner's share of the votes
     count: Tensor   # (V,) int32, points that voted
