@@ -109,7 +109,7 @@ class Config:
     backbone: str = "microsoft/resnet-101"  # hub id, local path, or "conv"; Sec. 2.2: ResNet-101
     channels: int = 64  # of the lifted features; OccNeRF's code
     grid_stride: tuple[int, int, int] = (1, 1, 1)  # Occ3D cells per predicted cell along x, y, z; assumption
-    split: tuple[int, int, int] = (1, 1, 1)  # predicted cells per lifted cell along x, y, z; ours, saves 3D convolutions
+    cell_split: tuple[int, int, int] = (1, 1, 1)  # predicted cells per lifted cell along x, y, z; ours, saves 3D convolutions
     cnn3d: Literal["hourglass", "unet"] = "hourglass"  # OccNeRF's code: PSMNet's three hourglasses
     cnn_channels: tuple[int, ...] = (32, 64, 64)  # OccNeRF's code
     norm: Literal["batch", "group", "instance"] = "batch"  # batch: papers; group: same loss under any batch split
@@ -173,14 +173,14 @@ class Config:
 
 
 TINY = Config(  # two CPU cores
-    image_size=(112, 200), backbone="conv", channels=32, grid_stride=(2, 2, 1), split=(2, 2, 2), cnn3d="unet",
+    image_size=(112, 200), backbone="conv", channels=32, grid_stride=(2, 2, 1), cell_split=(2, 2, 2), cnn3d="unet",
     cnn_channels=(32, 64, 128), norm="group", logit_norm=False, position="coordinates", free_bias=2.0, contract_ratio=0.8, map_stride=2, outlier_nb=8,
     w_semantic=0.5, render_size=(28, 50), samples=80, batch=1, steps=500, lr_enc=4e-3, lr_dec=4e-3,
     weight_decay=0.01, schedule="cosine", warmup=40, grad_clip=5.0, jitter=0.5, amp="off",
 )  # fmt: skip
 PRESETS = {
     "tiny": TINY,
-    "base": Config(image_size=(256, 704), batch=2, grid_stride=(2, 2, 1), split=(1, 1, 2)),  # ours: one 24 GB GPU
+    "base": Config(image_size=(256, 704), batch=2, grid_stride=(2, 2, 1), cell_split=(1, 1, 2)),  # ours: one 24 GB GPU
     "paper": Config(),
 }
 
@@ -398,9 +398,9 @@ class OccupancyNet(nn.Module):
         super().__init__()
         self.grid = OCC3D.coarsen(cfg.grid_stride)
         self.ratio = cfg.contract_ratio if "occnerf" in cfg.model else 1.0
-        self.cells = tuple(round(n / self.ratio / s) for n, s in zip(self.grid.shape, cfg.split, strict=True))  # lifted
-        self.split = cfg.split
-        self.channels = cfg.cnn_channels[0] // (2 if math.prod(cfg.split) > 1 else 1)
+        self.cells = tuple(round(n / self.ratio / s) for n, s in zip(self.grid.shape, cfg.cell_split, strict=True))  # lifted
+        self.split = cfg.cell_split
+        self.channels = cfg.cnn_channels[0] // (2 if math.prod(cfg.cell_split) > 1 else 1)
         self.encoder = ImageEncoder(cfg.backbone, cfg.channels, "group" if cfg.backbone == "conv" else "instance", pretrained)
         learned = cfg.position == "learned"
         self.position = nn.Parameter(torch.ones(*self.cells, cfg.channels)) if learned else None
@@ -408,8 +408,8 @@ class OccupancyNet(nn.Module):
         cnn3d = StackedHourglass if cfg.cnn3d == "hourglass" else UNet3D
         self.cnn = cnn3d(inputs, cfg.cnn_channels, cfg.norm)
         self.spread = nn.Identity()
-        if math.prod(cfg.split) > 1:
-            self.spread = nn.Conv3d(cfg.cnn_channels[0], self.channels * math.prod(cfg.split), 1)
+        if math.prod(cfg.cell_split) > 1:
+            self.spread = nn.Conv3d(cfg.cnn_channels[0], self.channels * math.prod(cfg.cell_split), 1)
         self.stride, self.classes = cfg.grid_stride, classes
         outputs = classes - 1 + math.prod(cfg.grid_stride)  # one free logit for each fine cell inside a cell
         self.classify = nn.Conv3d(self.channels, outputs, 1)
@@ -790,7 +790,6 @@ def scale_to(K: Tensor, size: tuple[int, int], new: tuple[int, int]) -> Tensor:
 def label_scene(job: tuple) -> int:
     """Writes the labels of one scene's keyframes (in order of time). -> keyframes written; finished ones are kept."""
     dataset, indices, labeler_name, options, cfg, out = job
-    torch.set_num_threads(1)
     labeler = make_labeler(labeler_name, dataset, **options)
     path = {i: out / dataset.scene_names[i] / dataset.tokens[i] / "labels.npz" for i in indices}
     todo = [not path[i].is_file() for i in indices]
@@ -848,7 +847,7 @@ def make_labels(dataset: NuScenesOccupancy, labeler: str, cfg: Config, out: Path
                 written += label_scene(job)
                 bar.update(len(job[1]))
         else:  # spawned, not forked: torch's threads do not survive a fork
-            with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
                 for job, count in zip(jobs, pool.imap(label_scene, jobs), strict=True):
                     written += count
                     bar.update(len(job[1]))

@@ -18,7 +18,7 @@ import easyocc as E
 from common.nuscenes import NuScenesOccupancy
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--grid-stride", "4", "4", "2", "--split", "1", "1", "1", "--cnn-channels", "8", "16", "--channels", "8", "--image-size", "56", "100",
+SMALL = ["--grid-stride", "4", "4", "2", "--cell-split", "1", "1", "1", "--cnn-channels", "8", "16", "--channels", "8", "--image-size", "56", "100",
          "--render-size", "8", "12", "--samples", "16", "--map-stride", "8", "--workers", "1", "--warmup", "1"]  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_every_model_learns_its_own_terms(model, data, tmp_path):
 
 def test_one_keyframe_is_overfitted(tiny_world, data, tmp_path):
     flags, labels = data
-    cfg = E.replace(E.TINY, grid_stride=(4, 4, 2), split=(1, 1, 1), cnn_channels=(16, 32), channels=16, image_size=(56, 100), lr_dec=5e-3)
+    cfg = E.replace(E.TINY, grid_stride=(4, 4, 2), cell_split=(1, 1, 1), cnn_channels=(16, 32), channels=16, image_size=(56, 100), lr_dec=5e-3)
     dataset = E.open_split(tiny_world, None, None, cfg, flags[3])
     torch.manual_seed(0)
     net, item = E.build(cfg), E.Keyframes(dataset, labels, E.replace(cfg, jitter=0.0))(0, np.random.default_rng(0))
