@@ -308,3 +308,14 @@ def test_real_tree_without_maps_names_the_remedy(capsys, tmp_path):
     assert "driveable surface within 0.3 m" in json.loads((tmp_path / "l" / "labels.json").read_text())["data"]["note"]
     label = np.load(next((tmp_path / "l").glob("scene-*/*/labels.npz")))["semantics"]
     assert set(np.unique(label)) >= {0, 4, 11, 17}  # others, car, driveable surface, free
+
+
+def test_a_world_at_a_relative_path_is_whole(tmp_path, monkeypatch):
+    """The verbs write to data/worlds/..., a relative folder: every image has its three exact maps, and nothing is beside."""
+    from data.driving import make_world
+
+    monkeypatch.chdir(tmp_path)
+    make_world("w", seed=1, size="mini", scenes=1, keyframes=1, sweeps=0, image=(56, 100))
+    names = {kind: sorted(p.name for p in Path("w/exact", kind).glob("*/*.png")) for kind in ("depth", "semantic", "instance")}
+    assert len(names["depth"]) == 6 and names["depth"] == names["semantic"] == names["instance"]
+    assert not Path("w/w").exists()
