@@ -68,6 +68,7 @@ class City:
         add_backdrop(b, np.array([self.size, self.size]) / 2, self.size / 2 - 12)
 
     def _junction_lights(self, j: int, junction: Junction) -> None:
+        """A traffic light at the near right corner of every approach (left, where traffic keeps left)."""
         side = self.net.side
         for road, s, cross, main in ((junction.road, junction.s, junction.other, True),
                                      (junction.other, junction.s_other, junction.road, False)):
@@ -85,6 +86,7 @@ class City:
 
     # what moves or could
     def _street_life(self, ego_path: Path, ego_start: float, blocker) -> None:
+        """All annotated things but ego, roughly in the order of their right to a place."""
         r, net = self.rng, self.net
         self._moving_vehicles(ego_path, ego_start)
         if blocker is not None:
@@ -97,6 +99,7 @@ class City:
         self._walkers()
 
     def _park(self, model: Model, x, y, yaw, attribute: str = "", margin: float = 0.15, least_edge=None) -> bool:
+        """Puts a still thing there if the place is free."""
         if not self.builder.claim(x, y, yaw, model.size[0], model.size[1], margin, least_edge):
             return False
         self.actors.append(Actor(model, pose=(float(x), float(y), float(yaw)), attribute=attribute))
@@ -105,7 +108,7 @@ class City:
     def _ego_places(self, path: Path, start: float) -> list[tuple[int, float, int]]:
         """Places beside what ego passes: (road, s, side of d), shuffled."""
         places = []
-        for s in np.arange(start + 20, start + 60 + 8 * self.duration, 4.0):
+        for s in np.arange(start + 20, start + 48 + 4 * self.duration, 3.0):
             x, y, _ = path.at(s)
             d, at = min(((abs(road.locate(np.float32([[x, y]]))[0][0]), i) for i, road in enumerate(self.net.roads)))
             s_on = float(self.net.roads[at].locate(np.float32([[x, y]]))[1][0])
@@ -131,17 +134,16 @@ class City:
             return r.random() < share or self.turn in turns
 
         def park_big(model: Model) -> None:
-            """In a bay where it fits, else behind the kerb."""
+            """In a bay where it fits, else beyond the kerb, as near as the bend allows."""
             width = model.size[1]
-            for place in places:
-                if self._bay_holds(place, width):
-                    x, y, yaw = self._kerb(place, -width / 2 - 0.15)
-                    if not self._near_junction(x, y, 9) and self._park(model, x, y, yaw + r.normal(0, 0.02),
-                                                                       "vehicle.parked"):
+            for beyond in (-width / 2 - 0.15, width / 2 + 0.4, width / 2 + 1.2, width / 2 + 2.4):
+                for place in places:
+                    x, y, yaw = self._kerb(place, beyond)
+                    if beyond < 0 and (not self._bay_holds(place, width) or self._near_junction(x, y, 9)):
+                        continue
+                    yaw += r.normal(0, 0.02)
+                    if self._park(model, x, y, yaw, "vehicle.parked", least_edge=None if beyond < 0 else 0.25):
                         return
-                x, y, yaw = self._kerb(place, width / 2 + 0.4)
-                if self._park(model, x, y, yaw + r.normal(0, 0.02), "vehicle.parked", least_edge=0.25):
-                    return
 
         def on_pavement(model: Model, attribute: str = "", turn: float | None = None) -> None:
             reach = max(0.8, self.style.verge + self.style.pavement - 0.4)
@@ -151,8 +153,8 @@ class City:
                 if self._park(model, x, y, yaw, attribute, 0.1, 0.1):
                     return
 
-        for make, share, turns in ((construction, 0.4, (0, 2, 4, 6)), (trailer, 0.35, (1, 3, 5)), (bus, 0.25, (0, 2, 4, 6)),
-                                   (truck, 0.5, (1, 3, 5))):
+        for make, share, turns in ((construction, 0.4, (0, 2, 4, 6)), (trailer, 0.35, (1, 3, 5)),
+                                   (bus, 0.25, (0, 2, 4, 6)), (truck, 0.5, (1, 3, 5))):
             if has(share, *turns):
                 park_big(bus(r, BENDY) if make is bus and r.random() < 0.15 else make(r))
         if has(0.15, 2, 5):
@@ -181,6 +183,7 @@ class City:
         return self.middle if i == 0 else next(j.s_other for j in self.net.junctions if j.other == i)
 
     def _near_junction(self, x: float, y: float, margin: float) -> bool:
+        """Whether another road's edge is nearer than margin [m]."""
         return float(self.ground.read(np.float32([x]), np.float32([y]))[3][0]) < margin
 
     def _road_works(self, places: list) -> None:

@@ -215,12 +215,14 @@ def sweep(city: City, t: float, T_global_lidar: np.ndarray, rng: np.random.Gener
 # --- one scene --------------------------------------------------------------------------------------------------------
 
 def png(array: np.ndarray) -> bytes:
+    """Lossless, fast: level 1, and run lengths for 8-bit maps."""
     strategy = cv2.IMWRITE_PNG_STRATEGY_DEFAULT if array.dtype == np.uint16 else cv2.IMWRITE_PNG_STRATEGY_RLE
     flags = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, strategy]
     return cv2.imencode(".png", array, flags)[1].tobytes()
 
 
 def jpeg(color: np.ndarray) -> bytes:
+    """color (H, W, 3) RGB."""
     return cv2.imencode(".jpg", cv2.cvtColor(color, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
 
 
@@ -278,6 +280,7 @@ class Recorder:
 
     # files
     def record(self) -> None:
+        """The whole scene, all but rows.json."""
         jitter = self.rng.uniform(-400, 400, self.settings.keyframes)
         stamps = [500_000 * k + int(round(jitter[k] * (k > 0))) for k in range(self.settings.keyframes)]      # [us]
         path = np.stack([self.city.ego(s / 1e6)[:2, 3] for s in stamps])
@@ -339,7 +342,7 @@ class Recorder:
             self.write(row["filename"], jpeg(image.color))
             self.write(f"exact/depth/{channel}/{stem}.png", png(image.depth))
             self.write(f"exact/semantic/{channel}/{stem}.png", png(self.classes[image.semantic]))
-            self.write(self.staging / f"{channel}/{stem}.png", png(image.instance))
+            self.write(self.staging.relative_to(self.root) / f"{channel}/{stem}.png", png(image.instance))
             T_ego_cam = T_ego_global @ T_global_cam
             ends = camera_ends(image.depth, K, T_ego_cam)
             mask_camera |= seen_voxels(T_ego_cam[:3, 3], ends)
@@ -360,6 +363,7 @@ class Recorder:
 
     @property
     def staging(self) -> Path:
+        """Where the scene keeps what the finished tree does not have."""
         return self.root / "exact" / "building" / self.name
 
     def camera_sweeps(self, channel: str, trigger: int, sample: str) -> None:
@@ -402,6 +406,7 @@ class Recorder:
 
     @staticmethod
     def attribute(actor, speed: float) -> str:
+        """An annotation's attribute name, or none."""
         name = LIDARSEG_NAMES[actor.model.semantic]
         if name in ("vehicle.bicycle", "vehicle.motorcycle"):
             return actor.attribute or "cycle.with_rider"
@@ -447,7 +452,7 @@ class Recorder:
     def map(self) -> None:
         """The semantic prior: driveable surface as 255, 0.1 m, row 0 at the highest y."""
         ground, size = self.city.ground, round(10 * self.city.ground.size)
-        M = np.float64([[0.1 / CELL, 0, 0], [0, -0.1 / CELL, size * 0.1 / CELL]])            # mask pixel -> node of the field
+        M = np.float64([[0.1 / CELL, 0, 0], [0, -0.1 / CELL, size * 0.1 / CELL]])            # mask pixel -> node
         edge = np.clip(128 - 100 * ground.edges, 0, 255).astype(np.uint8)                    # 1 cm steps near the edge
         mask = cv2.warpAffine(edge, M, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                               borderMode=cv2.BORDER_REPLICATE)
@@ -457,6 +462,7 @@ class Recorder:
                                  "log_tokens": [self.id("log")]})
 
     def link(self, stamps: list[int]) -> None:
+        """Chains of samples and sensors; the log and scene rows."""
         rows, city = self.rows, self.city
         chain(rows["sample"])
         by_sensor: dict[str, list[dict]] = {}
@@ -489,12 +495,14 @@ def _end_with_parent() -> None:
 
 
 def _one_thread() -> None:
+    """Scenes are the parallel unit; their libraries stay on one core."""
     import torch
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 
 
 def _tick() -> None:
+    """One keyframe more, for the progress bar of the process that waits."""
     if _COUNTER is not None:
         with _COUNTER.get_lock():
             _COUNTER.value += 1
@@ -616,11 +624,15 @@ def _claim_folder(out: Path, settings: Settings) -> bool:
             return path == plan
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: not empty and not a world of data.driving: choose another --out")
-    write_json(plan, wanted)
+    try:
+        write_json(plan, wanted)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}): choose another --out") from error
     return True
 
 
 def _record_parallel(out: Path, settings: Settings, todo: list[int], workers: int, bar) -> None:
+    """Scenes of `todo` in `workers` processes; bar counts keyframes."""
     context = multiprocessing.get_context("spawn")
     counter = context.Value("l", 0)
     shown = 0
@@ -684,6 +696,7 @@ def parse_image(text: str) -> tuple[int, int]:
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m data.driving",
                                      description="Write the synthetic driving world as a nuScenes v1.0 tree.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

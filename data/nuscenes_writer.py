@@ -60,4 +60,5 @@ def write_tables(folder: Path, seed: int, scenes: list[dict[str, list[dict]]]) -
 
 
 def rounded(values, digits: int) -> list[float]:
+    """Any array -> flat list of floats."""
     return [round(float(v), digits) for v in np.asarray(values).ravel()]

@@ -43,23 +43,28 @@ class Parts:
 
     def add(self, kind, center, half, color, material=PLAIN, rotation=None, taper=(0, 0), swing=0.0, hip=0.0,
             brake=False):
+        """A primitive; swing [rad] about a pivot at height hip [m]; brake: a brake light."""
         self.list.add(kind, center, half, self.semantic, color, rotation, taper, 0, material, 0.0, self.rng.random())
         self.swing.append(swing), self.hip.append(hip), self.brake.append(brake)
 
     def box(self, x, y, z0, l, w, h, color, material=PLAIN, taper=(0, 0), **more):
+        """A box that stands on z0."""
         self.add(BOX, (x, y, z0 + h / 2), (l / 2, w / 2, h / 2), color, material, None, taper, **more)
 
     def wheels(self, xs, y, radius, width=0.22):
+        """A pair of wheels at each of xs; y: half the track's width."""
         for x in xs:
             for side in (-1, 1):
                 self.add(CYLINDER, (x, side * (y - width / 2), radius), (radius, radius, width / 2),
                          linear(0.1, 0.1, 0.1), WHEEL, AXLE)
 
     def brakes(self, x, y, z):
+        """A pair of brake lights."""
         for side in (-1, 1):
             self.add(BOX, (x, side * y, z), (0.03, 0.11, 0.07), linear(0.7, 0.05, 0.04), LAMP, brake=True)
 
     def build(self, size) -> Model:
+        """size: length, width, height [m]."""
         return Model(self.semantic, tuple(float(v) for v in size), self.list.build(), np.float64(self.swing),
                      np.float64(self.hip), np.array(self.brake, bool))
 
@@ -69,6 +74,7 @@ CAR_PAINTS = [(0.85, 0.85, 0.85), (0.75, 0.76, 0.78), (0.55, 0.56, 0.58), (0.12,
 
 
 def car(r: np.random.Generator, semantic: int = CAR) -> Model:
+    """Sedan, hatchback, SUV or van; semantic: also police and ambulance."""
     shape = r.choice(["sedan", "hatch", "suv", "van"], p=[0.4, 0.25, 0.23, 0.12])
     l, w, h = {"sedan": (4.6, 1.82, 1.47), "hatch": (4.05, 1.76, 1.5), "suv": (4.7, 1.92, 1.72),
                "van": (5.0, 1.95, 1.98)}[shape]
@@ -91,6 +97,7 @@ def car(r: np.random.Generator, semantic: int = CAR) -> Model:
 
 
 def truck(r) -> Model:
+    """Cab, chassis, box or open bed with a load."""
     l, w, h = r.uniform(5.8, 9.5), r.uniform(2.2, 2.6), r.uniform(2.6, 3.6)
     p, cab, box = Parts(TRUCK, r), linear(*CAR_PAINTS[r.integers(len(CAR_PAINTS))]), linear(*CAR_PAINTS[r.integers(3)])
     lc = 1.9
@@ -110,6 +117,7 @@ def truck(r) -> Model:
 
 
 def bus(r, semantic: int = BUS) -> Model:
+    """Rigid, double-decked or bendy."""
     l, w, h = r.uniform(10, 12.3), 2.55, r.choice([3.1, 3.4, 4.2])
     if semantic == BENDY:
         l = 16.5
@@ -127,6 +135,7 @@ def bus(r, semantic: int = BUS) -> Model:
 
 
 def trailer(r) -> Model:
+    """A box or a tank on three axles, without its tractor."""
     l, w, h = r.uniform(7, 12), 2.5, r.uniform(2.8, 3.8)
     p = Parts(TRAILER, r)
     if r.random() < 0.7:
@@ -142,6 +151,7 @@ def trailer(r) -> Model:
 
 
 def construction(r) -> Model:
+    """An excavator or a wheel loader."""
     p, yellow = Parts(CONSTRUCTION, r), linear(0.95, 0.68, 0.08)
     if r.random() < 0.6:                                          # excavator
         for side in (-1, 1):
@@ -163,12 +173,14 @@ def construction(r) -> Model:
 
 
 def _centred(p: Parts, x: float, size) -> Model:
+    """Moves the parts back by x [m], so that the box is centred on them."""
     m = p.build(size)
     m.parts.center[:, 0] -= x
     return m
 
 
 def _rider(p: Parts, x, seat, r) -> None:
+    """Somebody on a cycle, with the seat at x and height seat [m]."""
     shirt = linear(*r.uniform(0.15, 0.85, 3))
     p.add(ELLIPSOID, (x, 0, seat + 0.32), (0.19, 0.22, 0.36), shirt, CLOTH, rot_y(0.35))
     p.add(ELLIPSOID, (x + 0.14, 0, seat + 0.76), (0.12, 0.11, 0.14), linear(*r.uniform(0.1, 0.9, 3)), PLAIN)
@@ -179,6 +191,7 @@ def _rider(p: Parts, x, seat, r) -> None:
 
 
 def bicycle(r, rider: bool) -> Model:
+    """With or without a rider."""
     p, color = Parts(BICYCLE, r), linear(*r.uniform(0.1, 0.8, 3))
     for x in (-0.52, 0.52):
         p.add(CYLINDER, (x, 0, 0.34), (0.34, 0.34, 0.03), linear(0.1, 0.1, 0.1), WHEEL, AXLE)
@@ -194,6 +207,7 @@ def bicycle(r, rider: bool) -> Model:
 
 
 def motorcycle(r, rider: bool) -> Model:
+    """With or without a rider."""
     p, color = Parts(MOTORCYCLE, r), linear(*CAR_PAINTS[r.integers(len(CAR_PAINTS))])
     for x in (-0.68, 0.68):
         p.add(CYLINDER, (x, 0, 0.31), (0.31, 0.31, 0.08), linear(0.1, 0.1, 0.1), WHEEL, AXLE)
@@ -209,6 +223,7 @@ def motorcycle(r, rider: bool) -> Model:
 
 
 def pedestrian(r, semantic: int = PEDESTRIAN, seated: bool = False) -> Model:
+    """Walking or standing, or seated on something low."""
     scale = {CHILD: r.uniform(0.62, 0.78)}.get(semantic, r.normal(1.0, 0.045))
     h = 1.73 * scale
     p = Parts(semantic, r)
@@ -245,6 +260,7 @@ def pedestrian(r, semantic: int = PEDESTRIAN, seated: bool = False) -> Model:
 
 
 def stroller(r) -> Model:
+    """A child's carriage."""
     p = Parts(STROLLER, r)
     p.box(0, 0, 0.45, 0.6, 0.45, 0.35, linear(*r.uniform(0.1, 0.6, 3)), CLOTH)
     p.add(ELLIPSOID, (-0.1, 0, 0.85), (0.25, 0.23, 0.2), linear(*r.uniform(0.1, 0.6, 3)), CLOTH)
@@ -253,6 +269,7 @@ def stroller(r) -> Model:
 
 
 def cone(r) -> Model:
+    """A traffic cone with stripes."""
     p, h = Parts(CONE, r), r.uniform(0.6, 0.95)
     p.box(0, 0, 0, 0.4, 0.4, 0.05, linear(0.1, 0.1, 0.1))
     p.add(CYLINDER, (0, 0, h / 2 + 0.02), (0.16, 0.16, h / 2 - 0.02), linear(0.95, 0.3, 0.05), CHEVRON, None, (0.8, 0))
@@ -268,6 +285,7 @@ def barrier(r, color) -> Model:
 
 
 def debris(r) -> Model:
+    """A heap of boxes and sacks."""
     p = Parts(DEBRIS, r)
     for _ in range(3):
         p.box(r.uniform(-0.3, 0.3), r.uniform(-0.3, 0.3), 0, r.uniform(0.2, 0.6), r.uniform(0.2, 0.6),
@@ -276,6 +294,7 @@ def debris(r) -> Model:
 
 
 def pushable(r) -> Model:
+    """A wheeled bin or a trolley."""
     p = Parts(PUSHABLE, r)
     color = linear(*[(0.15, 0.4, 0.2), (0.2, 0.25, 0.5), (0.25, 0.25, 0.25), (0.6, 0.5, 0.15)][r.integers(4)])
     if r.random() < 0.6:                                          # wheeled bin
@@ -290,6 +309,7 @@ def pushable(r) -> Model:
 
 
 def dog(r) -> Model:
+    """Some dog."""
     p, fur = Parts(ANIMAL, r), linear(*(np.array([0.6, 0.45, 0.3]) * r.uniform(0.3, 1.3)))
     p.add(ELLIPSOID, (0, 0, 0.42), (0.34, 0.13, 0.14), fur, CLOTH)
     p.add(ELLIPSOID, (0.38, 0, 0.58), (0.14, 0.09, 0.1), fur, CLOTH)

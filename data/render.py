@@ -55,9 +55,11 @@ class Primitives(NamedTuple):
 
     @staticmethod
     def join(parts: "list[Primitives]") -> "Primitives":
+        """All of them in one."""
         return Primitives(*(np.concatenate(fields) for fields in zip(*parts)))
 
     def of(self, keep: np.ndarray) -> "Primitives":
+        """The rows `keep`."""
         return Primitives(*(field[keep] for field in self))
 
 
@@ -69,10 +71,12 @@ class PrimitiveList:
 
     def add(self, kind: int, center, half, semantic: int, color, rotation=None, taper=(0.0, 0.0), instance: int = -1,
             material: int = PLAIN, glow: float = 0.0, seed: float = 0.0) -> None:
+        """center, half (3,) [m]; rotation (3, 3) maps own to world axes; color (3,) linear."""
         rotation = np.eye(3) if rotation is None else rotation
         self.rows.append((kind, center, rotation, half, taper, semantic, instance, material, color, glow, seed))
 
     def build(self) -> Primitives:
+        """-> all that was added."""
         columns = list(zip(*self.rows)) if self.rows else [[] for _ in Primitives._fields]
         shapes = [(), (3,), (3, 3), (3,), (2,), (), (), (), (3,), (), ()]
         types = [np.uint8, np.float64, np.float64, np.float64, np.float64, np.uint8, np.int32, np.uint8,
@@ -131,6 +135,8 @@ class Light(NamedTuple):
 
 
 class Scene(NamedTuple):
+    """All that a ray can meet, and the light on it."""
+
     primitives: Primitives
     ground: Ground | None
     light: Light = Light()
@@ -153,6 +159,7 @@ class RayGrid(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(H, W)."""
         return len(self.row), len(self.column)
 
     def directions(self) -> np.ndarray:
@@ -604,6 +611,7 @@ def _hash(*values: np.ndarray) -> np.ndarray:
 
 
 def _tone(*rgb: float) -> np.ndarray:
+    """A colour (3, 1) that broadcasts over pixels."""
     return np.float32(rgb)[:, None]
 
 
@@ -811,6 +819,7 @@ def shade(scene: Scene, grid: RayGrid, view: View) -> np.ndarray:
 
 
 def _sun(light: Light) -> np.ndarray:
+    """Unit vector towards the sun (3,)."""
     sun = np.float32(light.sun)
     return sun / np.linalg.norm(sun)
 

@@ -52,11 +52,13 @@ def linear(r: float, g: float, b: float) -> np.ndarray:
 
 
 def rot_z(yaw: float) -> np.ndarray:
+    """-> (3, 3) turn about z."""
     c, s = np.cos(yaw), np.sin(yaw)
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
 
 
 def rot_y(pitch: float) -> np.ndarray:
+    """-> (3, 3) turn about y; positive lowers what is in front."""
     c, s = np.cos(pitch), np.sin(pitch)
     return np.array([[c, 0, s], [0, 1.0, 0], [-s, 0, c]])
 
@@ -85,6 +87,7 @@ class Road:
         self.phase = (x * 0.37 + y * 0.11) % 1
 
     def carriageway(self) -> float:
+        """Half of its width, without parking bays [m]."""
         return self.median + self.lanes * self.lane_width + 0.3
 
     def half_width(self, d: np.ndarray, s: np.ndarray) -> np.ndarray:
@@ -141,6 +144,7 @@ class Road:
 
 
 def along(x, y, heading, length, curvature):
+    """The end of an arc that starts at x, y, heading -> x, y, heading."""
     if abs(curvature) < 1e-9:
         return x + length * np.cos(heading), y + length * np.sin(heading), heading
     R, end = 1 / curvature, heading + length * curvature
@@ -148,12 +152,14 @@ def along(x, y, heading, length, curvature):
 
 
 class Junction(NamedTuple):
-    road: int
+    """Where two roads meet."""
+
+    road: int                      # the through road, and where on it
     s: float
-    other: int
+    other: int                     # the road across it, or into it
     s_other: float
-    signals: bool
-    green: float                   # [s] the through road's lights are green in [green, green + 7) of every 15 s
+    signals: bool                  # traffic lights
+    green: float                   # [s] the through road's are green in [green, green + 6.5) of every 15 s
 
 
 # --- the ground -------------------------------------------------------------------------------------------------------
@@ -216,18 +222,20 @@ class CityGround:
         return tuple(channel.ravel()[:n] for channel in cv2.split(out))
 
     def _road(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """-> (n,) the nearest road."""
         n = len(self.road_of)
         i = np.clip((x * np.float32(1 / CELL) + np.float32(0.5)).astype(np.int32), 0, n - 1)
         j = np.clip((y * np.float32(1 / CELL) + np.float32(0.5)).astype(np.int32), 0, n - 1)
         return self.road_of.ravel()[j * np.int32(n) + i]
 
     def read(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-        """-> distance to the carriageway's edge (negative on it), d, s on the nearest road, distance to the other
-        road.
+        """-> e1, d, s, e2 (n,): distance to the carriageway's edge (negative on it), lateral offset and arc length on
+        the nearest road, distance to the edge of the next one.
         """
         return self._read(self.fields, x, y, CELL)
 
     def edge(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """-> (n,) distance to the carriageway's edge, negative on it."""
         return self._read(self.edges, x, y, CELL)
 
     def _island(self, d, e2, road) -> np.ndarray:
@@ -236,20 +244,23 @@ class CityGround:
         return np.where(m > 0.4, np.minimum(m - np.float32(0.25) - np.abs(d), e2 - 7), np.float32(-1))
 
     def raised(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """-> (n,) positive on the upper level."""
         if not self.islands:
             return self.edge(x, y)
         e1, d, _, e2 = self.read(x, y)
         return np.maximum(e1, self._island(d, e2, self._road(x, y)))
 
     def height(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.where(self.raised(np.asarray(x, np.float32), np.asarray(y, np.float32)) > 0, np.float32(STEP),
-                        np.float32(0))
+        """-> (n,) [m]."""
+        return np.float32(STEP) * (self.raised(np.asarray(x, np.float32), np.asarray(y, np.float32)) > 0)
 
     def classes(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """-> (n,) uint8 lidarseg class: road, island, verge, pavement, and blocks of ground behind it."""
         e1, d, s, e2 = self.read(x, y)
         return self._classify(e1, d, s, e2, self._road(x, y), x, y)
 
     def _classify(self, e1, d, s, e2, road, x, y) -> np.ndarray:
+        """`classes` from `read`'s fields."""
         style = self.style
         beside = e1 > -0.02
         out = np.where(beside, np.uint8(SIDEWALK), np.uint8(DRIVEABLE))
@@ -262,11 +273,12 @@ class CityGround:
         return out
 
     def light(self, x: np.ndarray, y: np.ndarray, light: Light) -> tuple[np.ndarray, np.ndarray]:
+        """-> (n,) share of the sun that arrives, (n,) light of street lamps."""
         sunlit, lamps = self._read(self.light_raster, x, y, SHADE_CELL)
         return sunlit * np.float32(1 / 255), lamps * np.float32(1.2 * light.night / 255)
 
     def paint(self, x: np.ndarray, y: np.ndarray, distance: np.ndarray) -> np.ndarray:
-        """Asphalt with wear and markings, kerbs, paving, grass -> (3, n). Lines are blurred to the pixel's
+        """-> (3, n) asphalt with wear and markings, kerbs, paving, grass. Lines are blurred to the pixel's
         footprint.
         """
         e1, d, s, e2 = self.read(x, y)
@@ -298,17 +310,18 @@ class CityGround:
         return color
 
     def _asphalt(self, e1, d, s, e2, road, coarse, fine, blur):
+        """Points of carriageways: `read`'s fields, road, two noises, footprint [m] (all (n,)) -> (3, n)."""
         lanes, width, median = self.lanes[road], self.lane_width[road], self.median[road]
         a = np.abs(d)
         u = (a - median) / width
         track = np.exp(-(((u % 1) - 0.27) / 0.09) ** 2) + np.exp(-(((u % 1) - 0.73) / 0.09) ** 2)
         tone = self.style.asphalt * (0.75 + 0.45 * coarse + 0.3 * (fine - 0.5) - 0.1 * track * (e2 > 2))
-        tone = tone * np.where(noise(s * 0.2, d * 0.2, 0.35) > 0.68, 0.7, 1.0)
+        tone *= 1 - np.float32(0.3) * (noise(s * 0.2, d * 0.2, 0.35) > 0.68)                 # patches
         gutter = np.clip(1 + e1 / 0.5, 0, 1)
         color = (tone * (1 - 0.25 * gutter)) * np.float32([1.0, 0.99, 0.97])[:, None]
 
-        # share of a pixel that a line of width 2 half covers
         def line(x, half):
+            """Share of a pixel that a line of width 2 half covers."""
             return np.clip((half - np.abs(x)) / blur + 0.5, 0, 1) * np.minimum(1, 2 * half / blur)
 
         open_ = e2 > 4.9
@@ -362,6 +375,7 @@ class Style(NamedTuple):
 
 
 def make_style(rng: np.random.Generator, singapore: bool) -> Style:
+    """A random neighbourhood; singapore: kerbs in black and white, white centre lines."""
     name = rng.choice(["downtown", "residential", "avenue", "park", "industry"], p=[0.3, 0.25, 0.2, 0.13, 0.12])
     frontage = {"downtown": (0.84, 0.06, 0.06, 0.04, 0.0), "residential": (0.48, 0.14, 0.26, 0.12, 0.0),
                 "avenue": (0.6, 0.08, 0.16, 0.15, 0.01), "park": (0.22, 0.12, 0.34, 0.3, 0.02),
@@ -454,20 +468,24 @@ class Builder:
         self.taken[index[:, 1], index[:, 0]] = 1
 
     def color(self, saturation=(0.0, 0.25), value=(0.3, 0.85)) -> np.ndarray:
+        """A random colour, mostly warm."""
         r = self.rng
         return linear(*colorsys.hsv_to_rgb(r.choice([r.uniform(0.02, 0.14), r.uniform(0, 1)], p=[0.7, 0.3]),
                                            r.uniform(*saturation), r.uniform(*value)))
 
     def box(self, x, y, z0, yaw, length, width, height, semantic, color, material=PLAIN, taper=(0, 0), glow=0.0):
+        """A box that stands on z0."""
         rotation = rot_z(yaw)
         self.list.add(BOX, (x, y, z0 + height / 2), (length / 2, width / 2, height / 2), semantic, color, rotation,
                       taper, -1, material, glow, self.rng.random())
 
     def tube(self, x, y, z0, radius, height, semantic, color, material=PLAIN, taper=0.0):
+        """An upright cylinder on z0."""
         self.list.add(CYLINDER, (x, y, z0 + height / 2), (radius, radius, height / 2), semantic, color, None,
                       (taper, 0), -1, material, 0.0, self.rng.random())
 
     def ball(self, x, y, z, radii, semantic, color, material=FOLIAGE):
+        """An ellipsoid around x, y, z."""
         self.list.add(ELLIPSOID, (x, y, z), radii, semantic, color, rot_z(self.rng.uniform(0, 3)), (0, 0), -1, material,
                       0.0, self.rng.random())
 
@@ -529,6 +547,7 @@ def _tree(b: Builder, x, y, scale: float = 1.0, clear: float = 0.0) -> None:
 
 
 def _bush(b: Builder, x, y, size: float) -> None:
+    """One to three small ellipsoids."""
     green = linear(*colorsys.hsv_to_rgb(b.rng.uniform(0.2, 0.36), b.rng.uniform(0.35, 0.7), b.rng.uniform(0.28, 0.5)))
     for _ in range(b.rng.integers(1, 4)):
         dx, dy = b.rng.normal(0, 0.3 * size, 2)
@@ -537,6 +556,7 @@ def _bush(b: Builder, x, y, size: float) -> None:
 
 
 def _hedge(b: Builder, x, y, yaw, length, height) -> None:
+    """A row of leafy boxes that are not quite in line."""
     green = linear(*colorsys.hsv_to_rgb(b.rng.uniform(0.22, 0.36), b.rng.uniform(0.4, 0.7), b.rng.uniform(0.25, 0.42)))
     for u in np.arange(-length / 2 + 0.9, length / 2, 1.8):
         h = height * b.rng.uniform(0.85, 1.15)
@@ -545,6 +565,7 @@ def _hedge(b: Builder, x, y, yaw, length, height) -> None:
 
 
 def _wall(b: Builder, x, y, yaw, length, height) -> None:
+    """A wall with posts."""
     material = b.rng.choice([BRICK, CONCRETE, WOOD])
     color = b.color((0.05, 0.4), (0.35, 0.75))
     b.box(x, y, STEP, yaw, length, 0.25, height, MANMADE, color, material)
@@ -638,6 +659,7 @@ def _lamp_post(b: Builder, x, y, yaw, lamps: list) -> None:
 
 
 def _sign(b: Builder, x, y, yaw) -> None:
+    """A round or square sign on a post, facing against yaw."""
     r = b.rng
     b.tube(x, y, 0, 0.035, 2.6, MANMADE, linear(0.55, 0.55, 0.55))
     color = [linear(0.8, 0.1, 0.1), linear(0.1, 0.25, 0.7), linear(0.9, 0.75, 0.1), linear(0.1, 0.45, 0.2),

@@ -329,6 +329,7 @@ def _apart(road: Road, other: Road | None, s: float, s_other: float | None, size
     apart.
     """
     def points(q: Road, s0: float):
+        """A point every 5 m within the world -> (n, 2), arc lengths (n,)."""
         run = np.arange(max(s0 - size, 0.0 if not q.start_open else -1e9), s0 + size, 5.0)
         xy = np.array([q.at(v)[:2] for v in run])
         keep = ((xy > -10) & (xy < size + 10)).all(1)
