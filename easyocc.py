@@ -55,6 +55,8 @@ DEVIATIONS
     * cameras are brought to the LiDAR timestamp's ego pose through global; OccNeRF ignores the motion between them.
     * a camera counts as seeing a voxel when its centre projects inside the image; OccNeRF tests for non-zero features.
     * logits are not batch-normalised unless --logit-norm (OccNeRF does; the paper preset does).
+    * tiny predicts classes on coarser cells with one free logit for each Occ3D cell in them (--grid-stride), lifts onto
+      still coarser ones (--cell-split), and tells the 3D CNN its coordinates (--position). Their effect: unmeasured.
 
 CLAIMS         the paper's, on Occ3D-nuScenes val; ours are in RESULTS.md and are never in one table with these
     transfer    OccNeRF 9.73 < OccNeRF + labels 14.09 (camera mask); streamlined: EasyOcc 13.86; unmasked: EasyOcc 7.71
