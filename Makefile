@@ -32,9 +32,7 @@ setup-libero:  ## make .venv-libero from requirements-libero.lock: LIBERO's simu
 	.venv-libero/bin/python -c "import mujoco, numpy, torch; print('mujoco', mujoco.__version__, 'numpy', numpy.__version__)"
 
 demo: $(READY)  ## write a synthetic world, train and evaluate EasyOcc on it, draw pictures (minutes, two CPU cores)
-	$(PYTHON) easyocc.py world --world-size demo
-	$(PYTHON) easyocc.py labels --split all --out runs/demo/labels
-	$(PYTHON) easyocc.py train --labels runs/demo/labels --out runs/demo
+	$(PYTHON) easyocc.py train --preset tiny --out runs/demo
 	$(PYTHON) easyocc.py eval --ckpt runs/demo
 
 test: $(READY)  ## the whole test suite on a CPU

@@ -181,7 +181,7 @@ class Config:
 TINY = Config(  # two CPU cores
     image_size=(112, 200), backbone="conv", channels=32, grid_stride=(2, 2, 1), cell_split=(2, 2, 2), cnn3d="unet",
     cnn_channels=(24, 48, 96), norm="group", logit_norm=False, position="ranges", free_bias=2.0, contract_ratio=0.8, map_stride=(2, 4), map_fill=0.4, outlier_nb=8,
-    w_semantic=0.5, render_size=(28, 50), samples=80, batch=1, optimizer="muon", steps=430, lr_enc=1e-2, lr_dec=1e-2,
+    free_weight=1.5, w_semantic=0.5, render_size=(28, 50), samples=80, batch=1, optimizer="muon", steps=430, lr_enc=1e-2, lr_dec=1e-2,
     weight_decay=0.6, schedule="cosine", warmup=20, grad_clip=5.0, jitter=1.0, amp="off",
 )  # fmt: skip
 PRESETS = {
@@ -209,29 +209,26 @@ class Cloud(NamedTuple):
 
 
 def backproject(
-    depth: Tensor, semantic: Tensor, K: Tensor, T_ref_cam: Tensor, stride: tuple[int, int] = (1, 1), fill: float = 0.0
-) -> Cloud:
+    depth: Tensor, semantic: Tensor, K: Tensor, T_ref_cam: Tensor, stride: tuple[int, int] = (1, 1),
+    outliers: tuple[int, float] = (0, 0.0), fill: float = 0.0,
+) -> Cloud:  # fmt: skip
     """(1) P(u, v) = T_ref_cam [D(u, v) K^-1 (u, v, 1)^T ; 1], for pixels with a depth and a class.
 
     depth, semantic (N, h, w), K (N, 3, 3) at the maps' resolution, T_ref_cam (N, 4, 4) -> Cloud in `ref`. Sky and
-    uncertain pixels carry label 17 = free and are dropped: they would otherwise vote for free space. fill [m] > 0 puts
-    points between rows that lie further apart on one surface (`between_rows`).
+    uncertain pixels carry label 17 = free and are dropped: they would otherwise vote for free space. outliers: see
+    `inliers`. fill [m] > 0 puts points between rows that lie further apart on one surface (`between_rows`).
     """
     h, w = depth.shape[-2:]
     rows, columns = (slice(n // 2, None, n) for n in stride)
     uv = pixel_centers(h, w).to(K)[rows, columns]  # (h', w', 2)
     depth, semantic = (x[:, rows, columns] for x in (depth, semantic))
-    points, labels = [], []
-    for n in range(len(depth)):
-        keep = (depth[n] > 0) & (semantic[n] != FREE)
-        surface = unproject(uv, depth[n].to(K), K[n], T_ref_cam[n])  # (h', w', 3)
-        points.append(surface[keep])  # (M_n, 3)
-        labels.append(semantic[n][keep])
-        if fill:
-            more = between_rows(surface, depth[n], semantic[n], keep, fill)
-            points.append(more.points)
-            labels.append(more.labels)
-    return Cloud(torch.cat(points), torch.cat(labels))
+    surface = torch.stack([unproject(uv, d.to(K), k, T) for d, k, T in zip(depth, K, T_ref_cam, strict=True)])  # (N, h', w', 3)
+    keep = (depth > 0) & (semantic != FREE)
+    keep[keep.clone()] = inliers(surface[keep], *outliers)
+    clouds = [Cloud(surface[keep], semantic[keep])]
+    if fill:
+        clouds += [between_rows(surface[n], depth[n], semantic[n], keep[n], fill) for n in range(len(depth))]
+    return Cloud(*(torch.cat(x) for x in zip(*clouds, strict=True)))
 
 
 def between_rows(surface: Tensor, depth: Tensor, semantic: Tensor, keep: Tensor, fill: float) -> Cloud:
@@ -255,16 +252,15 @@ def between_rows(surface: Tensor, depth: Tensor, semantic: Tensor, keep: Tensor,
     return Cloud(torch.cat([surface[:0, 0], *points]), torch.cat([semantic[:0, 0], *labels]))
 
 
-def remove_outliers(cloud: Cloud, neighbours: int, std_ratio: float) -> Cloud:
-    """Open3D's statistical filter: drop points whose mean distance to their neighbours exceeds mean + ratio * std."""
+def inliers(points: Tensor, neighbours: int, std_ratio: float) -> Tensor:
+    """Open3D's statistical filter, (M, 3) -> (M,) bool: False where the mean distance to the `neighbours` nearest points
+    exceeds mean + ratio * std of all. neighbours 0: no filter."""
     from scipy.spatial import cKDTree
 
-    if neighbours < 1 or len(cloud.points) <= neighbours:
-        return cloud
-    points = cloud.points.numpy()
-    distance = cKDTree(points).query(points, k=neighbours)[0].mean(axis=1)  # (M,) the point itself counts, as in Open3D
-    keep = torch.from_numpy(distance < distance.mean() + std_ratio * distance.std(ddof=1))
-    return Cloud(cloud.points[keep], cloud.labels[keep])
+    if neighbours < 1 or len(points) <= neighbours:
+        return torch.ones(len(points), dtype=torch.bool)
+    distance = cKDTree(points.numpy()).query(points.numpy(), k=neighbours)[0].mean(axis=1)  # the point itself counts, as there
+    return torch.from_numpy(distance < distance.mean() + std_ratio * distance.std(ddof=1))
 
 
 def aggregate(current: Cloud, past: list[Cloud], dynamic_ids: tuple[int, ...]) -> tuple[Cloud, Tensor]:
@@ -821,17 +817,19 @@ def frame_cloud(dataset: NuScenesOccupancy, i: int, maps: Maps, cfg: Config) -> 
     """
     K, T_ego_cam, T_global_ego = (torch.as_tensor(x).double() for x in dataset.calibration(i))
     K = scale_to(K, dataset.image_size, maps.depth.shape[-2:])
+    outliers = cfg.outlier_nb, cfg.outlier_std
     if maps.points is not None:
-        cloud = Cloud(torch.as_tensor(maps.points).double(), torch.as_tensor(maps.labels))
+        points = torch.as_tensor(maps.points).double()
+        keep = inliers(points, *outliers)
+        cloud = Cloud(points[keep], torch.as_tensor(maps.labels)[keep])
         origin = torch.as_tensor(dataset.T_ego_lidar(i)[:3, 3])
-        seen = traversed(origin, cloud.points, OCC3D)
+        seen = traversed(origin, points, OCC3D)
     else:
         semantic, depth = torch.as_tensor(maps.semantic), torch.as_tensor(maps.depth)
         if cfg.max_depth:
             depth = torch.where(depth <= cfg.max_depth, depth, torch.zeros_like(depth))
-        cloud = backproject(depth, semantic, K, T_ego_cam, cfg.map_stride, cfg.map_fill)
+        cloud = backproject(depth, semantic, K, T_ego_cam, cfg.map_stride, outliers, cfg.map_fill)
         seen = carve(depth, K, T_ego_cam, OCC3D, 2 * max(cfg.map_stride))
-    cloud = remove_outliers(cloud, cfg.outlier_nb, cfg.outlier_std)
     return Cloud(transform(T_global_ego, cloud.points), cloud.labels), seen
 
 
@@ -842,10 +840,10 @@ def scale_to(K: Tensor, size: tuple[int, int], new: tuple[int, int]) -> Tensor:
 
 def label_scene(job: tuple) -> int:
     """Writes the labels of one scene's keyframes (in order of time). -> keyframes written; finished ones are kept."""
-    dataset, indices, labeler_name, options, cfg, out = job
+    dataset, indices, wanted, labeler_name, options, cfg, out = job
     labeler = make_labeler(labeler_name, dataset, **options)
     path = {i: out / dataset.scene_names[i] / dataset.tokens[i] / "labels.npz" for i in indices}
-    todo = [not path[i].is_file() for i in indices]
+    todo = [i in wanted and not path[i].is_file() for i in indices]
     past: deque[Cloud] = deque(maxlen=cfg.past_frames)
     for k, i in enumerate(indices):
         if not any(todo[k : k + cfg.past_frames + 1]):  # neither written now nor somebody's past
@@ -870,16 +868,22 @@ def label_scene(job: tuple) -> int:
     return sum(todo)
 
 
-def make_labels(dataset: NuScenesOccupancy, labeler: str, cfg: Config, out: Path, shard: tuple[int, int] = (0, 1)) -> None:
+def label_record(dataset: NuScenesOccupancy, labeler: str, cfg: Config) -> dict:
+    """What labels.json says: the settings, and of what data with which labeler's note."""
+    note = make_labeler(labeler, dataset, **label_options(cfg, labeler)).note
+    return label_settings(cfg, labeler) | {"data": {"version": dataset.version, "note": note}}
+
+
+def make_labels(dataset: NuScenesOccupancy, labeler: str, cfg: Config, out: Path, shard: tuple[int, int] = (0, 1),
+                only: list[int] | None = None) -> None:  # fmt: skip
     """Easy3D-Labels of every keyframe of `dataset` into out/<scene>/<token>/labels.npz, its 2D maps into out/maps.
 
-    Resumable (finished files are kept), sharded by scene, one process per core. out/labels.json holds the settings; a
-    folder made with other settings is refused (InputError).
+    Resumable (finished files are kept), sharded by scene, one process per core; only: of these keyframes. out/labels.json
+    holds the settings; a folder made with other settings is refused (InputError).
     """
     begun = time.time()
     options = label_options(cfg, labeler) | ({"cache_maps": out / "maps"} if labeler == "foundation" else {})
-    note = make_labeler(labeler, dataset, **options).note  # its errors come before any work
-    wanted = label_settings(cfg, labeler) | {"data": {"version": dataset.version, "note": note}}
+    wanted = label_record(dataset, labeler, cfg)  # the labeler's own errors come before any work
     path = out / "labels.json"
     if path.is_file():
         old = read_json(path)
@@ -890,20 +894,21 @@ def make_labels(dataset: NuScenesOccupancy, labeler: str, cfg: Config, out: Path
     by_scene: dict[str, list[int]] = {}
     for i, scene in enumerate(dataset.scene_names):
         by_scene.setdefault(scene, []).append(i)
-    scenes = sorted(by_scene)[shard[0] :: shard[1]]
-    jobs = [(dataset, by_scene[scene], labeler, options, cfg, out) for scene in scenes]
-    total, written = sum(len(job[1]) for job in jobs), 0
+    asked = {scene: set(indices) & set(indices if only is None else only) for scene, indices in by_scene.items()}
+    scenes = sorted(scene for scene in by_scene if asked[scene])[shard[0] :: shard[1]]
+    jobs = [(dataset, by_scene[scene], asked[scene], labeler, options, cfg, out) for scene in scenes]
+    total, written = sum(len(job[2]) for job in jobs), 0
     processes = 1 if labeler == "foundation" else min(cfg.workers, len(jobs))  # one set of models in memory
     with tqdm(total=total, desc="labels", unit="keyframe") as bar:
         if processes < 2:
             for job in jobs:
                 written += label_scene(job)
-                bar.update(len(job[1]))
+                bar.update(len(job[2]))
         else:  # spawned, not forked: torch's threads do not survive a fork
             with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
                 for job, count in zip(jobs, pool.imap(label_scene, jobs), strict=True):
                     written += count
-                    bar.update(len(job[1]))
+                    bar.update(len(job[2]))
     print(f"labels: {total} keyframes of {len(jobs)} scenes, {written} new, {time.time() - begun:.0f} s -> {out}")
 
 
@@ -996,7 +1001,7 @@ def label_weights(labels: Path, dataset: NuScenesOccupancy, cfg: Config) -> tupl
     count = np.zeros(18)
     for i in tqdm(range(len(dataset)), "class weights", leave=False):
         target, _ = read_label(labels, dataset, i, cfg.free_mode)
-        count += np.bincount(target[target != IGNORE].numpy(), minlength=18)
+        count += np.bincount(target.numpy().ravel(), minlength=IGNORE + 1)[: FREE + 1]
     weight = np.divide(1, np.sqrt(count), out=np.zeros(18), where=count > 0)
     weight = np.ones(18) if cfg.class_weights == "none" else weight / weight[weight > 0].mean()
     weight[FREE] *= cfg.free_weight
@@ -1068,6 +1073,9 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
     dataset = open_split(root, version, args.split, cfg, args.cache, train=False)
     net = build(cfg, pretrained=False).to(run.device).eval()
     state = load_checkpoint(out, net)
+    made = Path(source["labels"]) / "labels.json"
+    if not brief and is_world(dataset.root) and made.is_file() and read_json(made) == label_record(dataset, "world", cfg):
+        make_labels(dataset, "world", cfg, made.parent, only=spread(len(dataset), cfg.pictures))  # to draw beside the prediction
     protocol = {"mask_train": "none" if cfg.free_mode == "unhit" else "voxels that the label's rays saw", "labels": source["note"]}
     report(lambda frame: predict(net, frame, run.device, cfg.amp), dataset, None if brief else open_split(root, version, None, cfg, args.cache),
            out, args.run, state, sum(p.numel() for p in net.parameters()), protocol, args.labels, cfg.eval_frames, cfg.rayiou,

@@ -165,6 +165,12 @@ def _circles(x, y, yaw, length, width):
     return np.stack([x[:, None] + off * np.cos(yaw)[:, None], y[:, None] + off * np.sin(yaw)[:, None]], -1), width / 2
 
 
+def _touched(path: np.ndarray, circles: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Which points of a path (L, 2) lie in any of the circles (n, 2), radius (n,) -> (L,) bool."""
+    dx, dy = (path[:, None, k] - circles[:, k] for k in (0, 1))
+    return (dx * dx + dy * dy < radius ** 2).any(1)
+
+
 def _still_circles(still: list[Actor], xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Circles (n, 2), radius (n,) of still things within 6 m of any path xy (M, L, 2)."""
     if not still:
@@ -197,6 +203,8 @@ def simulate(actors: list[Actor], junctions: list[Junction], ticks: int) -> None
     rows = np.arange(M)
     v = 0.8 * limit[rows, (s / 0.5).astype(int)]
     fixed, fixed_r = _still_circles([a for a in actors if a.path is None and a.model.size[2] > 0.3], xy)
+    reach = width / 2 + 0.12
+    still = np.stack([_touched(path, fixed, fixed_r + r) for path, r in zip(xy, reach)])                 # (M, L)
     look = np.arange(0.6, 40, 1.2)
     S, V = np.zeros((ticks, M)), np.zeros((ticks, M))
     own = np.repeat(np.eye(M, dtype=bool), 3, axis=1)
@@ -210,18 +218,18 @@ def simulate(actors: list[Actor], junctions: list[Junction], ticks: int) -> None
         ahead = np.minimum(((s + length / 2)[:, None] + look) / 0.5, longest - 1).astype(int)
         points, heading = xy[rows[:, None], ahead], yaw[rows[:, None], ahead]        # (M, A, 2)
         feet = np.array([a.path.at(a.s[tick])[:2] for a in walkers]).reshape(-1, 2)
-        things = np.concatenate([circles.reshape(-1, 2), fixed, feet])
-        r = np.concatenate([np.repeat(radius, 3), fixed_r, np.full(len(feet), 0.45)])
-        speed = np.concatenate([np.repeat(v, 3), np.zeros(len(fixed) + len(feet))])
-        way = np.concatenate([np.repeat(yaw[rows, i], 3), np.zeros(len(fixed) + len(feet))])
-        distance = np.sqrt(((points[:, :, None] - things[None, None]) ** 2).sum(-1))              # (M, A, things)
-        hit = distance < (width[:, None, None] / 2 + r + 0.12)
+        things = np.concatenate([circles.reshape(-1, 2), feet])
+        r = np.concatenate([np.repeat(radius, 3), np.full(len(feet), 0.45)])
+        speed = np.concatenate([np.repeat(v, 3), np.zeros(len(feet))])
+        way = np.concatenate([np.repeat(yaw[rows, i], 3), np.zeros(len(feet))])
+        dx, dy = (points[:, :, None, k] - things[:, k] for k in (0, 1))                           # (M, A, things)
+        hit = dx * dx + dy * dy < (reach[:, None, None] + r) ** 2
         hit[:, :, :3 * M] &= ~own[:, None]
-        first = np.where(hit.any(2), look, np.inf)
+        first = np.where(hit.any(2) | still[rows[:, None], ahead], look, np.inf)
         k = first.argmin(1)
         gap = first[rows, k]
         blocker = hit[rows, k].argmax(1)
-        lead = np.where(np.isfinite(gap), speed[blocker] * np.cos(way[blocker] - heading[rows, k]), 0).clip(0)
+        lead = np.where(hit[rows, k, blocker], speed[blocker] * np.cos(way[blocker] - heading[rows, k]), 0).clip(0)
         for m, a in enumerate(drivers):
             for stop, j, main in a.path.stops:
                 d = stop - (s[m] + length[m] / 2)

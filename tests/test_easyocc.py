@@ -62,12 +62,20 @@ def test_rows_of_one_surface_are_filled_and_steps_between_surfaces_are_not():
     assert far.min() > 3.5 and far.max() < 4.5
 
 
-def test_remove_outliers_drops_the_far_point_only():
+def test_inliers_drop_the_far_point_only():
     grid = torch.stack(torch.meshgrid(*[torch.arange(5.0)] * 3, indexing="ij"), -1).reshape(-1, 3)
     points = torch.cat([grid, torch.tensor([[60.0, 0, 0]])]).double()
-    cloud = E.remove_outliers(E.Cloud(points, torch.arange(126).to(torch.uint8)), 20, 2.0)
-    assert len(cloud.points) == 125 and 125 not in cloud.labels.tolist()
-    assert len(E.remove_outliers(E.Cloud(points, torch.zeros(126, dtype=torch.uint8)), 0, 2.0).points) == 126
+    keep = E.inliers(points, 20, 2.0)
+    assert keep[:125].all() and not keep[125]
+    assert E.inliers(points, 0, 2.0).all()
+
+
+def test_a_filtered_pixel_carries_no_filled_gap():
+    K, T = torch.tensor([[8.0, 0, 4], [0, 8.0, 4], [0, 0, 1]]).double(), torch.eye(4).double()
+    depth, semantic = torch.full((1, 8, 8), 8.0), torch.ones(1, 8, 8, dtype=torch.uint8)
+    depth[0, 4, 4] = 9.5  # near enough to its neighbours to be one surface with them, far enough to be an outlier
+    noisy, clean = (E.backproject(depth, semantic, K[None], T[None], outliers=o, fill=0.3).points for o in ((0, 0.0), (5, 2.0)))
+    assert (noisy[:, 2] > 8).sum() > 1 and (clean[:, 2] == 8).all()
 
 
 def test_aggregate_keeps_only_the_current_frames_movers():
