@@ -75,8 +75,8 @@ def lovasz_softmax(logits: Tensor, target: Tensor, ignore: int = 255, classes: s
         else:
             losses = [_lovasz_class(*term) for term in terms]
         loss = sum(losses, p.new_zeros((), dtype=torch.float64))
-    linear = (W * p).sum(dtype=torch.float64)
-    return ((loss + linear - linear.detach()) / max(len(counted), 1)).to(p.dtype)            # value loss, gradient W
+    linear = (W * p).sum()
+    return (loss.to(p.dtype) + linear - linear.detach()) / max(len(counted), 1)              # value loss, gradient W
 
 
 @torch.no_grad()                        # of the thread it runs in
