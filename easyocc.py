@@ -931,7 +931,8 @@ class Keyframes:
         if rng.random() < cfg.jitter:
             item["images"] = colour_jitter(raw, rng)
         if "pseudo" in TERMS[cfg.model]:
-            item["target"], item["share"] = read_label(self.labels, dataset, i, cfg.free_mode)
+            item["target"], votes = read_label(self.labels, dataset, i, cfg.free_mode, cfg.conf_weight)
+            item |= {} if votes is None else {"share": votes}
         if "photo" in TERMS[cfg.model]:
             item["raw"] = raw
             for name, step in (("prev", -1), ("next", 1)):
@@ -964,19 +965,20 @@ def inputs(frame: Frame) -> dict[str, Tensor]:
     return {name: torch.as_tensor(getattr(frame, name)) for name in ("images", "K", "T_ego_cam")}
 
 
-def read_label(labels: Path, dataset: NuScenesOccupancy, i: int, free_mode: str) -> tuple[Tensor, Tensor]:
-    """-> target (200, 200, 16) uint8 with 255 ignored, and the vote share (1 where nobody voted) float32."""
+def read_label(labels: Path, dataset: NuScenesOccupancy, i: int, free_mode: str, share: bool = False) -> tuple[Tensor, Tensor | None]:
+    """-> target (200, 200, 16) uint8 with 255 ignored; and, if asked for, the vote share (1 where nobody voted) float32."""
     path, shape = labels / dataset.scene_names[i] / dataset.tokens[i] / "labels.npz", OCC3D.shape
     if not path.is_file():
         raise InputError(f"{path}: no label of this keyframe; make it: python easyocc.py labels --out {labels}")
-    arrays = read_npz(path, {"semantics": (shape, "uint8"), "mask_camera": (shape, "uint8"), "confidence": (shape, "uint8")})
+    names = ["semantics"] + ["mask_camera"] * (free_mode == "carved") + ["confidence"] * share
+    arrays = read_npz(path, {name: (shape, "uint8") for name in names})
     target = arrays["semantics"]
     if (target > FREE).any():
         raise InputError(f"{path}: 'semantics' holds id {target.max()}, expected 0..17")
-    share = np.where(target == FREE, 1, arrays["confidence"] / np.float32(255)).astype(np.float32)
+    votes = torch.from_numpy(np.where(target == FREE, np.float32(1), arrays["confidence"] / np.float32(255))) if share else None
     if free_mode == "carved":
         target = np.where((target == FREE) & (arrays["mask_camera"] == 0), np.uint8(IGNORE), target)
-    return torch.from_numpy(target), torch.from_numpy(share)
+    return torch.from_numpy(target), votes
 
 
 def colour_jitter(images: Tensor, rng: np.random.Generator) -> Tensor:
