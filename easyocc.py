@@ -1088,7 +1088,7 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
 # --- 7  Claims -------------------------------------------------------------------------------------------------------
 
 # What every arm shares. OccNeRF's rendering sets the price of a step, so all arms get its number of steps.
-ABLATION = dict(steps=300, eval_frames=100, rayiou=False, world_size="claims")
+ABLATION = dict(steps=150, render_size=(20, 36), samples=48, map_stride=(4, 4), eval_frames=60, rayiou=False, world_size="claims")
 EASY, HOST, BOTH = {"model": "easyocc"}, {"model": "occnerf"}, {"model": "occnerf+labels"}
 CLAIMS = {
     "transfer": Claim(
@@ -1135,11 +1135,11 @@ def arm_key(fields: dict) -> str:
 def ablate(cfg: Config, args) -> None:
     """Re-tests one claim. Arms that claims share (the same config and seed) are run once, in <out>/../arms."""
     name = LETTERS.get(args.claim, args.claim)
-    if name == "label-quality":
-        return label_quality(cfg, args)
-    if name not in CLAIMS:
+    if name not in CLAIMS and name != "label-quality":
         raise InputError(f"--claim {args.claim}: one of {', '.join(CLAIMS)}, label-quality (or {', '.join(LETTERS)})")
     cfg = replace(cfg, **{k: v for k, v in ABLATION.items() if k not in args.given})
+    if name == "label-quality":
+        return label_quality(cfg, args)
     out = args.out or Path("runs/ablate") / name
     pool = out.parent / "arms"
     root = args.data_root or world(cfg.world_size)
@@ -1169,12 +1169,12 @@ def label_quality(cfg: Config, args) -> None:
     dataset = open_split(root, args.version, args.split, cfg, args.cache)
     variants = {f"{n} past, correlation {c}": {"past_frames": n, "correlation": c} for c in (0.8, 0.0) for n in (0, 3, 13)}
     variants |= {"13 past, movers kept": {"remove_dynamic": False}, "13 past, no border clamp": {"clamp_oob": False}}
-    rows = {}
+    rows, indices = {}, spread(len(dataset), cfg.eval_frames)
     for name, fields in variants.items():
         variant = replace(cfg, **fields)
         labels = out.parent / "arms" / f"labels-{arm_key(label_settings(variant, 'world'))}"
-        make_labels(dataset, "world", variant, labels)
-        rows[name] = score_labels(dataset, labels, spread(len(dataset), cfg.eval_frames))
+        make_labels(dataset, "world", variant, labels, only=indices)
+        rows[name] = score_labels(dataset, labels, indices)
     write_json(out / "label_quality.json", {"world": root.name, "split": dataset.split, "config": cli.to_dict(cfg), "rows": rows})
     columns = list(next(iter(rows.values())))
     print(f"label quality, {root.name} {dataset.split}, percent")
