@@ -26,7 +26,7 @@ GLOSSARY
 
 EQUATION MAP   The papers' own numbers are not public for every equation; these are this file's.
     (1)  back-projection to the global frame      -> backproject
-    2.1  outlier removal                          -> remove_outliers
+    2.1  outlier removal                          -> inliers
     (2)  temporal densification                   -> aggregate
     (3)  voxel vote                               -> vote_labels
     (4)  lifting and 3D CNN                       -> lift, OccupancyNet
