@@ -607,7 +607,7 @@ def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int |
     write_tables(out / version, seed, [r["rows"] for r in results])
     make_questions(out, version, seed)
     write_json(out / "exact" / "world.json", describe_world(settings))
-    shutil.rmtree(building)
+    shutil.rmtree(building, ignore_errors=True)                        # another run may clean up too
     if made:
         print(f"world {out}: {made} keyframes in {recorded:.0f} s, {made / recorded:.2f} keyframes/s with {workers} "
               f"process{'es' if workers > 1 else ''}; {time.time() - started:.0f} s in all")
