@@ -13,6 +13,8 @@ RUN
     python occle.py train --preset tiny --format semantickitti --out runs/kitti        # the same city as SemanticKITTI
     python occle.py labels --labeler foundation --data-root D --out L                  # segmenter + GroundingDINO + SAM2
     python occle.py train --data-root D --labels L --label-list tenth.json             # the 10 % list is a file
+    python occle.py labels --labeler lidar --truth aggregate --data-root K --split 00 --out L   # labelled scans of real
+    python occle.py train --truth aggregate --data-root K --split 00 --labels L --label-ratio 1 # SemanticKITTI alone
     python occle.py ablate --claim labels --seeds 3         # one of the paper's relative claims, re-tested
     python occle.py describe --preset paper [--format semantickitti]                   # no data, no GPU, no network
     python occle.py cost --out runs/cost                    # Dual Mamba's time against the number of tokens, as PNG
@@ -44,7 +46,7 @@ EQUATION MAP   Numbers are papers/occle.md's reconstruction.
     (7)  image to the yz-plane                           -> image_plane
     (8)  LiDAR along x                                   -> GeometricBranch
     (9)  cross-plane synergy                             -> GeometricBranch
-    (10) geometry head                                   -> DetailHead
+    (10) geometry head                                   -> OccupancyHead
     (11) mean teacher, thresholds, hits, rays            -> ema_rate, update_teacher, sensor_targets, semi_targets
     (12) (13) Dual Mamba                                 -> MambaBlock, DualMamba
     (14) head                                            -> OccLE, DetailHead
@@ -74,12 +76,14 @@ DEVIATIONS
     * sparse convolutions are dense ones on the grid of lifted cells, the semantic one masked to occupied cells after
       each pass of the U-Net, not after each layer. Effect: unmeasured.
     * Y is factored: P(occupied) for each label voxel times softmax over classes for its cell. This is a softmax over
-      classes and empty with another parametrisation; with --ce-form factored (tiny) its two factors are weighted apart.
-    * the label voxels that LiDAR hits enter both heads as flags (--hit-flags), and final occupancy starts from the
-      geometric branch's (--geo-skip): few labels, few steps.
+      classes and empty with another parametrisation; with --ce-form factored (tiny) its two factors are weighted, and
+      decided, apart.
+    * the label voxels that LiDAR hits enter both heads as flags (--hit-flags), occupancy starts from them (--hit-prior),
+      and final occupancy from the geometric branch's (--geo-skip): few labels, few steps.
     * --scatter-value conditional (default) projects classes given occupied; the literal (16) projects the joint
       probability, whose gradient also raises the occupancy of whatever is in front.
-    * tiny predicts classes on cells of 0.8 x 0.8 x 0.4 m and learns by Muon (--optimizer): minutes of two cores.
+    * tiny predicts classes on cells of 0.8 x 0.8 x 0.4 m, learns by Muon (--optimizer), and its heads' logits are four
+      times what their last layer says (--head-gain): one frame is then overfitted in 25 steps, else in hundreds.
 
 CLAIMS         the paper's 10 %: SemanticKITTI val 16.59 mIoU, Occ3D val 27.53 (mask unknown). Ours are in RESULTS.md.
     a labels      10 % OccLE > 10 % supervised alone       b share       10 % reaches a large share of 100 %
@@ -102,6 +106,7 @@ import re
 import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -146,7 +151,7 @@ class Config:
     label_shift: int = 0  # SemanticKITTI: voxels that .label files are late; measured on the labelled frames
     # 10 % protocol
     label_ratio: float = 0.1  # abstract: 10 % of the voxel annotations
-    label_by: Literal["frames", "scenes", "random"] = "frames"  # assumption: every 1/ratio-th frame; or whole scenes; or drawn
+    label_by: Literal["frames", "scenes", "random"] = "frames"  # assumption: every 1/ratio-th; whole scenes; drawn
     list_seed: int = -1  # which frames; -1: the run's seed
     dev_share: float = 0.1  # ours: share of the labelled frames kept for the choice of a checkpoint
     choose: Literal["dev", "last"] = "dev"  # ours: the checkpoint that is best on these, or the last one
@@ -192,7 +197,9 @@ class Config:
     grid_stride: tuple[int, int, int] = (1, 1, 1)  # label voxels per predicted cell along x, y, z; assumption
     cell_split: tuple[int, int, int] = (2, 2, 2)  # predicted cells per lifted cell; assumption: half resolution
     head_channels: int = 64  # assumption
-    hit_flags: bool = False  # ours: the encoding of occupied cells, and which of their label voxels were hit, told to the heads
+    head_gain: float = 1.0  # ours: both heads' logits are that many times their last layer's: they grow in fewer steps
+    hit_flags: bool = False  # ours: the heads are told the occupied cells' encoding and which label voxels were hit
+    hit_prior: float = 0.0  # ours: with --hit-flags, the logit that a hit adds to its voxel at first
     geo_skip: bool = False  # ours: final occupancy is the geometric branch's plus a correction
     occ_bias: float = 0.0  # ours: first occupancy logit
     norm: Literal["group", "batch", "instance"] = "group"  # ours: the same loss under any split of the batch
@@ -255,14 +262,14 @@ TINY = Config(  # two CPU cores
     image_size=(112, 200), n_sweeps=2, dev_share=0.0, choose="last", backbone="conv", channels=24, voxel_channels=16,
     points_per_voxel=16, sem_channels=(16, 32, 64), lift_at="vote", geo_channels=16, geo_scale=2, enc_channels=(16, 32, 64),
     grid_channels=24, mamba_stride=(2, 2, 2), d_state=4, expand=1, grid_stride=(2, 2, 1), cell_split=(2, 2, 2),
-    head_channels=16, hit_flags=True, geo_skip=True, occ_bias=-2.0, w_sem_scal=0.0, w_geo_scal=0.0, w_lov=0.0,
-    ce_form="factored", class_weights="sqrt", occ_weight=3.0, ema=0.98, carve_rays=12000, scatter_stride=8,
-    branch_share=0.4, optimizer="muon", steps=300, lr=5e-3, warmup=20, grad_clip=5.0, amp="off", cache_frames=400,
+    head_channels=16, head_gain=4.0, hit_flags=True, hit_prior=3.0, geo_skip=True, occ_bias=-2.0,
+    w_sem_scal=0.0, w_geo_scal=0.0, w_lov=0.0, ce_form="factored", class_weights="sqrt", occ_weight=3.0, ema=0.98, carve_rays=12000, scatter_stride=8,
+    branch_share=0.4, optimizer="muon", steps=300, lr=2e-2, warmup=20, grad_clip=5.0, amp="off", cache_frames=400,
 )  # fmt: skip
 PRESETS = {
     "tiny": TINY,
     "base": Config(grid_stride=(2, 2, 1), cell_split=(2, 2, 2), channels=96, grid_channels=64, batch=1,  # ours: one 24 GB GPU
-                   hit_flags=True, geo_skip=True),  # fmt: skip
+                   hit_flags=True, hit_prior=3.0, geo_skip=True),  # fmt: skip
     "paper": Config(),
 }
 # What a preset changes for SemanticKITTI: one camera that looks ahead, 0.2 m voxels, a grid before the car.
@@ -428,14 +435,15 @@ class Sources:
         self.labeler, of_name = labeler, dict(zip(self.space.classes, self.space.ids))
         self.unaligned = [of_name[rule.name] for rule in self.rules]
         if labeler == "world":
-            options = [{"semantic_level": level, "correlation": cfg.correlation, "seed": cfg.label_seed + k, "depth_level": "exact"}
-                       for k, level in enumerate((cfg.primary_level, cfg.auxiliary_level))]  # fmt: skip
-            self.makers = [make_labeler("world", dataset, **one) for one in options]
+            levels = cfg.primary_level, cfg.auxiliary_level
+            self.makers = [make_labeler("world", dataset, semantic_level=level, depth_level="exact",
+                                        correlation=cfg.correlation, seed=cfg.label_seed + k)
+                           for k, level in enumerate(levels)]  # fmt: skip
             self.seen_as = np.arange(256, dtype=np.uint8)  # the first source does not know the un-aligned classes
             for rule in self.rules:
                 self.seen_as[of_name[rule.name]] = of_name[rule.seen_as] if rule.seen_as else self.space.none
             notes = [f"{cfg.primary_level} first, {cfg.auxiliary_level} second source"]
-            notes += [] if {cfg.primary_level, cfg.auxiliary_level} == {"exact"} else [f"error correlation {cfg.correlation:g}"]
+            notes += [] if set(levels) == {"exact"} else [f"error correlation {cfg.correlation:g}"]
             self.note = f"synthetic maps, {', '.join(notes)}, seed {cfg.label_seed}"
         elif labeler == "foundation":
             names = {word: of_name[name] for name, words in SHARED[cfg.format].items() for word in words}
@@ -470,7 +478,8 @@ class Sources:
             if self.folders[1]:
                 second = read_semantic(self.folders[1], files, ids, self.space.none)
                 if second.shape != first.shape:
-                    raise InputError(f"{map_paths(self.folders[1], 'semantic', files)[0]}: {second.shape[1:]} px, --maps has {first.shape[1:]}")
+                    path = map_paths(self.folders[1], "semantic", files)[0]
+                    raise InputError(f"{path}: {second.shape[1:]} px, --maps has {first.shape[1:]}")
         else:
             points, ids = self.dataset.points(i), self.dataset.lidarseg(i)
             known = np.isin(ids, self.space.ids[:-1])
@@ -510,7 +519,8 @@ def label_scene(job: tuple) -> int:
     return written
 
 
-def make_labels(dataset, labeler: str, cfg: Config, out: Path, shard: tuple[int, int] = (0, 1), device: str | None = None) -> None:
+def make_labels(dataset, labeler: str, cfg: Config, out: Path, shard: tuple[int, int] = (0, 1),
+                device: str | None = None) -> None:  # fmt: skip
     """Aligned pseudo labels of every frame into out/semantic, the first source alone into out/primary (maps format).
 
     Resumable, sharded by scene, one process per core. A folder made with other settings is refused (InputError).
@@ -568,7 +578,8 @@ def grids_of(cfg: Config) -> Grids:
     fine = label_grid(cfg)
     both = tuple(a * b for a, b in zip(cfg.grid_stride, cfg.cell_split, strict=True))
     if any(n % f for n, f in zip(fine.shape, both, strict=True)):
-        raise InputError(f"--grid-stride {cfg.grid_stride} x --cell-split {cfg.cell_split}: does not divide {fine.shape} voxels")
+        given = f"--grid-stride {cfg.grid_stride} x --cell-split {cfg.cell_split}"
+        raise InputError(f"{given}: does not divide {fine.shape} voxels")
     if fine.shape[0] // both[0] % cfg.sides:
         raise InputError(f"--sides {cfg.sides}: does not divide the {fine.shape[0] // both[0]} lifted cells along x")
     return Grids(fine, fine.coarsen(cfg.grid_stride), fine.coarsen(both), cfg.grid_stride, cfg.cell_split)
@@ -628,7 +639,8 @@ def lift(features: Tensor, views: list[View], count: int) -> Tensor:
     """(5) mean over the cameras that see a point of bilinear(features, K T_cam_ref p): features (N, C, h, w), the views of
     `count` points -> (count, C), zeros where no camera sees the point."""
     seen = torch.cat([view.seen for view in views])
-    sampled = [F.grid_sample(one[None].float(), view.at[None, None], padding_mode="border", align_corners=False)[0, :, 0].t()
+    bilinear = partial(F.grid_sample, padding_mode="border", align_corners=False)
+    sampled = [bilinear(one[None].float(), view.at[None, None])[0, :, 0].t()
                for one, view in zip(features, views, strict=True)]  # (V_n, C) each  # fmt: skip
     volume = torch.cat(sampled).new_zeros(count, features.shape[1]).index_add(0, seen, torch.cat(sampled))
     return volume / seen_by(views, count)[:, None].clamp_min(1)
@@ -683,7 +695,8 @@ class VoxelEncoding(nn.Module):
     def __init__(self, grids: Grids, channels: int, most: int):
         super().__init__()
         self.grids, self.most, self.channels = grids, most, channels
-        self.point = nn.Sequential(nn.Linear(11, channels), nn.LayerNorm(channels), nn.ReLU(), nn.Linear(channels, channels))
+        C = channels
+        self.point = nn.Sequential(nn.Linear(11, C), nn.LayerNorm(C), nn.ReLU(), nn.Linear(C, C))
 
     def forward(self, clouds: list[Tensor]) -> Voxels:
         """clouds: one (M, 5) a sample, x, y, z [m], intensity 0..255, 1 if of an earlier sweep."""
@@ -709,7 +722,8 @@ class VoxelEncoding(nn.Module):
         mean = xyz.new_zeros(len(size), 3).index_add(0, of, xyz) / size[:, None]
         step, lower = xyz.new_tensor(grid.voxel_size), xyz.new_tensor(grid.lower)
         centre, extent = lower + (index + 0.5) * step, step * step.new_tensor(grid.shape)
-        each = [2 * (xyz - lower) / extent - 1, points[:, 3:4] / 255, (xyz - centre[of]) / step, (xyz - mean[of]) / step, points[:, 4:]]
+        each = [2 * (xyz - lower) / extent - 1, points[:, 3:4] / 255, (xyz - centre[of]) / step, (xyz - mean[of]) / step,
+                points[:, 4:]]  # fmt: skip
         if not len(size):
             return xyz.new_zeros(0, self.channels), mean
         return torch.segment_reduce(self.point(torch.cat(each, -1)).float(), "max", lengths=size), mean
@@ -721,7 +735,8 @@ class VoxelEncoding(nn.Module):
         children = math.prod(self.grids.split)
         child = (within[:, 0] * self.grids.split[1] + within[:, 1]) * self.grids.split[2] + within[:, 2]
         onehot = (child[:, None] == torch.arange(children, device=flat.device)).float()
-        return flat + b * math.prod(self.grids.cells.shape), flat_index(around, self.grids.lifted) + b * math.prod(self.grids.lifted.shape), onehot
+        parent = flat_index(around, self.grids.lifted) + b * math.prod(self.grids.lifted.shape)
+        return flat + b * math.prod(self.grids.cells.shape), parent, onehot
 
     def hits(self, points: Tensor, cells: Grouped) -> Tensor:
         """Which label voxels of the cells hold one of the points (P, 5), ordered by cell: (V, 2 F)."""
@@ -756,16 +771,29 @@ class Gather(nn.Module):
         return grid.view(batch, *self.grids.lifted.shape, self.c_out)
 
 
+class Loud(nn.Linear):
+    """A linear layer whose weight counts `gain` times: its logits grow in fewer steps of bounded size."""
+
+    def __init__(self, c_in: int, c_out: int, gain: float):
+        super().__init__(c_in, c_out)
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.gain * self.weight, self.bias)
+
+
 class DetailHead(nn.Module):
     """(10), (14): lifted grid -> predicted cells by a linear map whose channels become space; rows add what is known at
-    that resolution; ReLU, linear -> logits."""
+    that resolution; ReLU. `last` makes logits of it."""
 
-    def __init__(self, c_in: int, c_rows: list[int], hidden: int, outputs: int, grids: Grids):
+    def __init__(self, c_in: int, c_rows: list[int], outputs: int, cfg: Config, grids: Grids):
         super().__init__()
+        hidden = cfg.head_channels
         self.grids, self.hidden = grids, hidden
         self.spread = nn.Linear(c_in, hidden * math.prod(grids.split))
-        self.rows = nn.ModuleList(nn.Sequential(nn.Linear(c, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, hidden)) for c in c_rows)
-        self.last = nn.Linear(hidden, outputs)
+        of_rows = lambda c: nn.Sequential(nn.Linear(c, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, hidden))  # noqa: E731
+        self.rows = nn.ModuleList(map(of_rows, c_rows))
+        self.last = Loud(hidden, outputs, cfg.head_gain)
 
     def features(self, grid: Tensor, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
         """grid (B, X', Y', Z', C), rows [(values (V, c), flat (V,))] -> (B, X, Y, Z, hidden)."""
@@ -775,8 +803,24 @@ class DetailHead(nn.Module):
             x = x.flatten(0, 3).index_add(0, torch.cat([flat for _, flat in rows]), values.to(x.dtype)).view(x.shape)
         return F.relu(x)
 
+
+class OccupancyHead(DetailHead):
+    """(10) o of each label voxel in a cell. Told of the hits, it starts from them: each adds a learned logit."""
+
+    def __init__(self, cfg: Config, grids: Grids):
+        super().__init__(cfg.grid_channels, row_widths(cfg, grids), grids.voxels, cfg, grids)
+        nn.init.constant_(self.last.bias, cfg.occ_bias)
+        self.hit = nn.Parameter(torch.tensor([0.0, cfg.hit_prior])) if cfg.hit_flags else None  # by this sweep, by any
+
     def forward(self, grid: Tensor, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return self.last(self.features(grid, rows))
+        """As `features` -> (B, X, Y, Z, F)."""
+        logits = self.last(self.features(grid, rows))
+        if self.hit is None:
+            return logits
+        values, flat = rows[0]
+        flags = values[:, -2 * self.grids.voxels :].unflatten(1, (2, -1))  # (V, 2, F)
+        added = (self.hit[:, None] * flags).sum(1).to(logits.dtype)
+        return logits.flatten(0, 3).index_add(0, flat, added).view(logits.shape)
 
 
 class Semantic(NamedTuple):
@@ -814,7 +858,7 @@ class SemanticBranch(nn.Module):
         cfg, B = self.cfg, len(batch["points"])
         voxels = self.encoding(everything(batch) if self.history else now(batch))  # V(P)
         occupied = F.relu(self.down(torch.cat([voxels.features, voxels.flags], -1), voxels, B))  # (B, X', Y', Z', w)
-        mask = occupied.new_zeros(occupied[..., 0].numel(), 1).index_fill(0, voxels.parent, 1).view(*occupied.shape[:4], 1)
+        mask = occupied.new_zeros(occupied[..., 0].numel()).index_fill(0, voxels.parent, 1).view(*occupied.shape[:4], 1)
         F_P = self.unet(occupied.movedim(-1, 1)).movedim(1, -1) * mask  # (3), on occupied cells alone
         at_voxels = torch.cat([F_P.flatten(0, 3)[voxels.parent], voxels.features, voxels.child], -1)  # (V, ..)
         seg3d = self.header3d(at_voxels)  # (V, S)
@@ -854,7 +898,7 @@ class Geometric(NamedTuple):
 
     grid: Tensor  # (B, X', Y', Z', C)  F^g
     occupancy: Tensor  # (B, X, Y, Z, F)  o, logits
-    rows: list[tuple[Tensor, Tensor]]  # [((V, c), (V,))] what is known of the occupied cells, for the last head; may be empty
+    rows: list[tuple[Tensor, Tensor]]  # [((V, c), (V,))] what the last head is told of the occupied cells; may be empty
 
 
 def softmax_along_x(scores: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -892,8 +936,7 @@ class GeometricBranch(nn.Module):
                 self.where_image = nn.Sequential(nn.Linear(cfg.geo_channels + 3, 16), nn.ReLU(), nn.Linear(16, 1))
                 self.where_lidar = nn.Linear(C, 1)
         self.mix = Conv(C, C, cfg.norm)
-        self.head = DetailHead(C, row_widths(cfg, grids), cfg.head_channels, grids.voxels, grids)
-        nn.init.constant_(self.head.last.bias, cfg.occ_bias)
+        self.head = OccupancyHead(cfg, grids)
 
     def forward(self, batch: dict) -> Geometric:
         cfg, B = self.cfg, len(batch["points"])
@@ -944,11 +987,7 @@ class Branches(nn.Module):
         self.cfg, self.grids = cfg, grids_of(cfg)
         joint = cfg.branches == "joint"
         self.semantic = SemanticBranch(cfg, self.grids, pretrained, history=joint)
-        if joint:
-            self.geometric = DetailHead(cfg.grid_channels, row_widths(cfg, self.grids), cfg.head_channels, self.grids.voxels, self.grids)
-            nn.init.constant_(self.geometric.last.bias, cfg.occ_bias)
-        else:
-            self.geometric = GeometricBranch(cfg, self.grids, pretrained)
+        self.geometric = OccupancyHead(cfg, self.grids) if joint else GeometricBranch(cfg, self.grids, pretrained)
 
     def forward(self, batch: dict) -> dict:
         """-> semantic (Semantic), geometric (Geometric)."""
@@ -989,8 +1028,11 @@ def matched_joint(cfg: Config) -> Config:
         return replace(cfg, channels=wide(cfg.channels), sem_channels=tuple(map(wide, cfg.sem_channels)))
 
     with torch.device("meta"):
-        wanted = count(replace(cfg, branches="decoupled"))
-        return min((widened(k) for k in range(16, 49)), key=lambda one: abs(count(one) - wanted))
+        wanted, low, high = count(replace(cfg, branches="decoupled")), 8, 64
+        while high - low > 1:  # parameters grow with k
+            middle = (low + high) // 2
+            low, high = (middle, high) if count(widened(middle)) < wanted else (low, middle)
+        return min((widened(low), widened(high)), key=lambda one: abs(count(one) - wanted))
 
 
 # --- 2C  Dual Mamba (12), (13) ---------------------------------------------------------------------------------------
@@ -1010,7 +1052,7 @@ class MambaBlock(nn.Module):
         self.select = nn.Linear(inner, self.rank + 2 * d_state, bias=False)
         self.step = nn.Linear(self.rank, inner, bias=False)
         first = torch.rand(inner) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3)
-        self.step_bias = nn.Parameter(torch.log(torch.expm1(first.exp())))  # softplus of it: 0.001 .. 0.1, as Mamba has it
+        self.step_bias = nn.Parameter(torch.log(torch.expm1(first.exp())))  # softplus of it: .001 to .1, Mamba's
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         self.leave = nn.Linear(inner, channels, bias=False)
@@ -1075,7 +1117,8 @@ class DualMamba(nn.Module):
         for x, first, last in zip((s, g), begin, self.tokens(*begin)):
             change = (last - first)[:, inverse].unflatten(1, self.shape)  # (B, x, y, z, C)
             if strided:
-                change = F.interpolate(change.movedim(-1, 1), x.shape[1:4], mode="trilinear", align_corners=False).movedim(1, -1)
+                change = F.interpolate(change.movedim(-1, 1), x.shape[1:4], mode="trilinear", align_corners=False)
+                change = change.movedim(1, -1)
             added.append(x + change)
         return added[0], added[1]
 
@@ -1098,7 +1141,7 @@ class OccLE(nn.Module):
         merged = C if cfg.fusion == "mamba" or joint else 2 * C
         self.fuse = Conv(merged, C, cfg.norm)
         rows = [cfg.sem_channels[0], *row_widths(cfg, self.grids)]
-        self.detail = DetailHead(C, rows, cfg.head_channels, self.space.solid + self.grids.voxels, self.grids)
+        self.detail = DetailHead(C, rows, self.space.solid + self.grids.voxels, cfg, self.grids)
         self.channels = cfg.head_channels + self.grids.voxels
         with torch.no_grad():
             self.detail.last.bias[self.space.solid :] = 0.0 if cfg.geo_skip else cfg.occ_bias
@@ -1228,10 +1271,10 @@ def project_scores(scores: Tensor, K: Tensor, T_ref_cam: Tensor, size: tuple[int
 
     scores (X, Y, Z, S + F) of one frame, K (N, 3, 3) for images of `size` (h, w), T_ref_cam (N, 4, 4)
     -> Shat (N, S, h, w), W (N, h, w). A cell is as opaque as the most occupied of its voxels. w is that opacity
-    (accum), or what of it the nearer cells of its pixel let through (transmittance). Cells below 1 % are left out.
+    (accum), or what of it the nearer cells of its pixel let through (transmittance). Cells below 5 % are left out.
     """
     scores = scores.flatten(0, 2)  # (V, S + F)
-    seen = (scores[:, solid:].detach().amax(1) > math.log(0.01 / 0.99)).nonzero()[:, 0]
+    seen = (scores[:, solid:].detach().amax(1) > math.log(0.05 / 0.95)).nonzero()[:, 0]
     opacity, value = scores[seen, solid:].amax(1).sigmoid(), scores[seen, :solid].softmax(1)  # (V,), (V, S)
     if cfg.scatter_value == "joint":
         value = value * opacity[:, None]
@@ -1260,6 +1303,18 @@ def segmentation_losses(out: dict, batch: dict, weight: Tensor, cfg: Config) -> 
             each.append(term + (cfg.w_lov * lovasz_softmax(logits, own, IGNORE) if cfg.w_lov else 0))
         terms["3d"] = cfg.w_3d * torch.stack(each).mean()
     return terms
+
+
+@torch.no_grad()
+def segmentation_miou(semantic: Semantic, target3d: Tensor) -> Tensor:
+    """mIoU of S against Sbar at the occupied cells of a batch, over the classes there (0 without any): for the log."""
+    target = target3d.flatten()[semantic.voxels.flat].long()  # (V,)
+    known, solid = target != IGNORE, semantic.seg3d.shape[1]
+    pairs = target[known] * solid + semantic.seg3d.argmax(-1)[known]
+    counts = torch.bincount(pairs, minlength=solid**2).view(solid, solid)  # [target, predicted]
+    iou = counts.diagonal() / (counts.sum(0) + counts.sum(1) - counts.diagonal()).clamp_min(1)
+    there = counts.sum(1) > 0
+    return iou[there].sum() / there.sum().clamp_min(1)
 
 
 def weighted_bce(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -1318,7 +1373,8 @@ def completion_losses(scores: Tensor, truth: Tensor, class_weight: Tensor, solid
                 own = own + (weight * nll).sum() / weight.sum().clamp_min(1e-6)
             else:
                 w = torch.where(full[b], class_weight[truth[b].clamp_max(solid).long()], class_weight[solid]) * is_known
-                own = (F.binary_cross_entropy_with_logits(o, is_full, w, reduction="sum") + (weight * nll).sum()) / w.sum().clamp_min(1e-6)
+                occupied = F.binary_cross_entropy_with_logits(o, is_full, w, reduction="sum")
+                own = (occupied + (weight * nll).sum()) / w.sum().clamp_min(1e-6)
             each.append(own)
         terms["ce"] = cfg.w_ce * torch.stack(each).mean()
     if cfg.w_sem_scal or cfg.w_geo_scal or cfg.w_lov:
@@ -1414,7 +1470,8 @@ def read_list(path: Path, dataset) -> dict[str, list[str]]:
     """A label list {"labelled": [token, ...], "dev": [...]}; InputError names an unknown frame or a broken file."""
     value = read_json(path)
     lists = {name: value.get(name, []) for name in ("labelled", "dev")} if isinstance(value, dict) else {}
-    if not lists.get("labelled") or not all(isinstance(v, list) and all(isinstance(t, str) for t in v) for v in lists.values()):
+    listed = lambda v: isinstance(v, list) and all(isinstance(token, str) for token in v)  # noqa: E731
+    if not lists.get("labelled") or not all(map(listed, lists.values())):
         raise InputError(f"{path}: expected JSON with a list 'labelled' of frame tokens (and perhaps a list 'dev')")
     tokens = [token for one in lists.values() for token in one]
     known = set(dataset.tokens)
@@ -1462,7 +1519,8 @@ class Truth:
             return self.space.inner(aggregated(self.dataset, i))
         labels = self.dataset.labels(i)
         if labels is None:
-            raise InputError(f"{self.dataset.root}: frame {self.dataset.tokens[i]} is in the label list but has no voxel labels")
+            token = self.dataset.tokens[i]
+            raise InputError(f"{self.dataset.root}: frame {token} is in the label list but has no voxel labels")
         ids = self.space.inner(labels[0])
         if self.cfg.format == "semantickitti":
             return np.where(labels[1], ids, IGNORE).astype(np.uint8)
@@ -1642,15 +1700,16 @@ def read_inputs(dataset, i: int, cfg: Config) -> dict[str, Tensor]:
     points = dataset.points(i, cfg.n_sweeps)
     finite = np.isfinite(points).all(1)
     if not finite.all():
-        raise InputError(f"{dataset.root / dataset.lidar_file(i)}: it or an earlier sweep holds nan or inf in {(~finite).sum()} of "
-                         f"{len(points)} points; copy it again")  # fmt: skip
+        raise InputError(f"{dataset.root / dataset.lidar_file(i)}: it or an earlier sweep holds nan or inf in "
+                         f"{(~finite).sum()} of {len(points)} points; copy it again")  # fmt: skip
     own = len(dataset.points(i)) if cfg.n_sweeps else len(points)
     points = torch.from_numpy(points)
     return {"images": torch.from_numpy(dataset.images(i)), "K": torch.from_numpy(K), "T_ego_cam": torch.from_numpy(T_ego_cam),
             "points": points[:own], "history": points[own:]}  # fmt: skip
 
 
-def augment(images: Tensor, points: Tensor, history: Tensor, cfg: Config, rng: np.random.Generator, strong: bool) -> dict[str, Any]:
+def augment(images: Tensor, points: Tensor, history: Tensor, cfg: Config, rng: np.random.Generator,
+            strong: bool) -> dict[str, Any]:  # fmt: skip
     """Weak: colour jitter, a few points left out. Strong: twice the jitter, perhaps grey, a box cut out of each image,
     a third of the points left out and the others moved by 2 cm, perhaps no earlier sweeps. Labels stay where they are."""
     scale = 2.0 if strong else 1.0
@@ -1721,8 +1780,9 @@ class Mixed:
 
 def data_order(frames: Frames, cfg: Config, run: Run, seed: int) -> Mixed:
     """Labelled frames at cfg.batch a process and step, the others at cfg.batch_unlabelled."""
-    second = DataOrder(len(frames.rest or frames.labelled), cfg.batch_unlabelled, run.world, run.rank, seed) if cfg.batch_unlabelled else None
-    return Mixed(frames, DataOrder(len(frames.labelled), cfg.batch, run.world, run.rank, seed), second)
+    order = lambda n, batch: DataOrder(n, batch, run.world, run.rank, seed)  # noqa: E731
+    second = order(len(frames.rest or frames.labelled), cfg.batch_unlabelled) if cfg.batch_unlabelled else None
+    return Mixed(frames, order(len(frames.labelled), cfg.batch), second)
 
 
 # --- 6  Train --------------------------------------------------------------------------------------------------------
@@ -1757,9 +1817,10 @@ def train(cfg: Config, dataset, labels: Path, out: Path, run: Run, args, branche
     cfg = matched_joint(settle_grid(dataset, cfg, frames.labelled))
     steps = total_steps(cfg, frames, run)
     first = round(cfg.branch_share * steps) if cfg.stages == "two" else 0
-    note = read_json(labels / "labels.json").get("data", {}).get("note", "") if (labels / "labels.json").is_file() else ""
+    path = labels / "labels.json"
+    note = read_json(path).get("data", {}).get("note", "") if path.is_file() else ""
     source = {"root": dataset.root, "version": dataset.version, "split": dataset.split, "labels": labels, "note": note,
-              "list": lists["rule"], "frames": hashlib.sha256(json.dumps([lists["labelled"], lists["dev"]]).encode()).hexdigest()[:12],
+              "list": lists["rule"], "frames": key_of([lists["labelled"], lists["dev"]]),
               "labelled": len(frames.labelled), "dev": len(frames.dev), "of": len(dataset)}  # fmt: skip
     truth = Truth(dataset, cfg, (*frames.labelled, *frames.dev))
     samples = Samples(dataset, labels if needs_maps(cfg) else None, truth, cfg)
@@ -1781,7 +1842,8 @@ def needs_maps(cfg: Config) -> bool:
 
 def holder_of(net: nn.Module, cfg: Config) -> nn.ModuleDict:
     """What a checkpoint holds: the network, and the teacher: a copy of what says occupancy, never trained."""
-    teacher = Branches(cfg, pretrained=False) if cfg.branches == "joint" else GeometricBranch(cfg, grids_of(cfg), pretrained=False)
+    joint = cfg.branches == "joint"
+    teacher = Branches(cfg, pretrained=False) if joint else GeometricBranch(cfg, grids_of(cfg), pretrained=False)
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
     return nn.ModuleDict({"net": net, "teacher": teacher})
@@ -1813,7 +1875,7 @@ def train_stage(cfg: Config, samples: Samples, frames: Frames, weights: Weights,
     if start:
         state = load_checkpoint(out, holder, optimizer, run, wanted)
     log, best = Log(out, run, steps, start, state), state.get("best", -1.0)
-    consult = bool(cfg.w_semi and cfg.semi_teacher and cfg.batch_unlabelled)
+    unlabelled = bool(cfg.batch_unlabelled and cfg.w_semi)
     save_every, space, grids = max(1, min(500, steps // 4)), SPACES[cfg.format], grids_of(cfg)
     for step, items in prefetch(samples, order, start, steps, cfg.workers, log):
         lr = set_lr(optimizer, schedule(step, steps, cfg.schedule, cfg.warmup))
@@ -1821,7 +1883,7 @@ def train_stage(cfg: Config, samples: Samples, frames: Frames, weights: Weights,
         batch = with_views(batch, grids)
         with autocast(run.device, cfg.amp):
             out_heads = model(batch)
-            semi = semi_supervision(teacher, batch, done + step, done + steps, cfg) if cfg.batch_unlabelled and cfg.w_semi else None
+            semi = semi_supervision(teacher, batch, done + step, done + steps, cfg) if unlabelled else None
         terms = loss(out_heads, batch, semi, weights, space, cfg)
         total = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
@@ -1829,8 +1891,9 @@ def train_stage(cfg: Config, samples: Samples, frames: Frames, weights: Weights,
         if cfg.grad_clip:
             nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
         optimizer.step()
-        if consult:
+        if unlabelled and cfg.semi_teacher:
             update_teacher(teacher, student, ema_rate(done + step, cfg.ema, cfg.semi_warmup))
+        terms["miou_3d"] = segmentation_miou(out_heads["semantic"], batch["target3d"])
         log(step, {"loss": total, **terms}, lr)
         if (step + 1) % save_every == 0 or step + 1 == steps:
             saved = log.state() | {"peak_gb": peak_gb(run.device), "best": best}
@@ -1868,7 +1931,7 @@ def dev_score(net: OccLE, samples: Samples, frames: tuple[int, ...], device: tor
     meter = SscMeter() if cfg.format == "semantickitti" else OccupancyMeter()
     for i in frames:
         pred, truth = predict(net, read_inputs(samples.dataset, i, cfg), device, cfg), samples.truth(i)
-        ids = np.where(truth == IGNORE, IGNORE, samples.space.outer(np.minimum(truth, samples.space.solid))).astype(np.uint8)
+        ids = np.where(truth == IGNORE, np.uint8(IGNORE), samples.space.outer(np.minimum(truth, samples.space.solid)))
         if cfg.format == "semantickitti":
             meter.add(pred, ids, np.zeros(ids.shape, bool))
         else:
@@ -1882,15 +1945,18 @@ def dev_score(net: OccLE, samples: Samples, frames: tuple[int, ...], device: tor
 
 @torch.no_grad()
 def predict(net: OccLE, inputs: dict[str, Tensor], device: torch.device, cfg: Config) -> np.ndarray:
-    """One frame -> the dataset's ids on the label grid (X, Y, Z) uint8: the most probable of classes and empty, so a
-    voxel is occupied if o + log max q > 0."""
+    """One frame -> the dataset's ids on the label grid (X, Y, Z) uint8."""
     with autocast(device, cfg.amp):
         scores = net(stack_items([inputs], device))["scores"]  # (1, X, Y, Z, S + F)
-    solid = net.space.solid
-    best, label = scores[..., :solid].log_softmax(-1).max(-1, keepdim=True)  # (1, X, Y, Z, 1)
-    full = scores[..., solid:] + best > 0  # (1, X, Y, Z, F)
-    inner = torch.where(full, label, solid)
-    return net.space.outer(unfold(inner, net.stride)[0].cpu().numpy())
+    inner = unfold(decide(scores, net.space.solid, cfg), net.stride)[0]
+    return net.space.outer(inner.cpu().numpy())
+
+
+def decide(scores: Tensor, solid: int, cfg: Config) -> Tensor:
+    """(B, X, Y, Z, S + F) -> inner ids (B, X, Y, Z, F). joint: the most probable of classes and empty, so a voxel is
+    occupied if o + log max q > 0. factored: occupied if o > 0, then its most probable class."""
+    best, label = scores[..., :solid].log_softmax(-1).max(-1, keepdim=True)  # (B, X, Y, Z, 1)
+    return torch.where(scores[..., solid:] + (best if cfg.ce_form == "joint" else 0) > 0, label, solid)
 
 
 def evaluate(cfg: Config, args, brief: bool = False) -> None:
@@ -1914,8 +1980,9 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
 
     protocol = {
         "mask_train": cfg.train_mask if cfg.format == "occ3d" else "valid: label not 255, not in .invalid",
-        "labels": source["note"] or "none", "annotations": f"{source['list']}: {source['labelled'] + source['dev']} of {source['of']} frames",
-    }  # fmt: skip
+        "labels": source["note"] or "none",
+        "annotations": f"{source['list']}: {source['labelled'] + source['dev']} of {source['of']} frames",
+    }
     count = sum(p.numel() for p in net.parameters())
     train_set = None if brief else open_data(root, version, None if args.data_root else source["split"], cfg, args.cache)
     if cfg.format == "occ3d":
@@ -1923,8 +1990,8 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
                cfg.rayiou and not brief, cfg.pictures, args.save_pred)  # fmt: skip
     else:
         against = "labelled scans before and after, aggregated" if cfg.truth == "aggregate" else "SemanticKITTI voxel labels"
-        report_ssc(of_frame, dataset, train_set, out, args.run, state, count, protocol, lambda data: ssc_truth(data, cfg), against,
-                   cfg.eval_frames, cfg.pictures, args.save_pred)  # fmt: skip
+        report_ssc(of_frame, dataset, train_set, out, args.run, state, count, protocol, partial(ssc_truth, cfg=cfg),
+                   against, cfg.eval_frames, cfg.pictures, args.save_pred)  # fmt: skip
 
 
 def ssc_truth(dataset: SemanticKITTI, cfg: Config) -> SscTruth:
@@ -1937,14 +2004,16 @@ def ssc_truth(dataset: SemanticKITTI, cfg: Config) -> SscTruth:
 # --- 8  Claims -------------------------------------------------------------------------------------------------------
 
 ABLATION = dict(steps=160, warmup=10, eval_frames=100, rayiou=False, world_size="claims", cache_frames=800)
-SUPERVISED = {"batch_unlabelled": 0, "w_2d": 0.0, "w_3d": 0.0, "w_semi": 0.0, "w_proj": 0.0}
+# One stage: without pseudo labels a first one would leave the semantic branch untaught.
+SUPERVISED = {"batch_unlabelled": 0, "w_2d": 0.0, "w_3d": 0.0, "w_semi": 0.0, "w_proj": 0.0, "stages": "one"}
 NO_SEMI = {"semi_teacher": False, "semi_hits": False, "semi_rays": False}
-RATIOS = (0.01, 0.05, 0.1, 0.2, 1.0)
+BY = {"frames": (0.01, 0.05, 0.1, 0.2, 1.0), "scenes": (0.01, 0.05, 0.1, 0.2)}  # all scenes are all frames
 CLAIMS = {
     "labels": Claim(
         "labels", "(a) with the same 10 % of voxel labels, pseudo labels and unlabelled frames beat supervision alone",
         {"OccLE 10 %": {}, "supervised 10 %": SUPERVISED}, (("OccLE 10 %", "supervised 10 %"),),
-        note="Same optimiser steps, same labelled exposures in the same order; OccLE's steps also see a frame without labels.",
+        note="Same optimiser steps, same labelled exposures in the same order; OccLE also sees a frame without labels a "
+             "step. The supervised arm has one stage.",  # fmt: skip
     ),
     "share": Claim(
         "share", "(b) 100 % of the labels is better than 10 %, but 10 % reaches a large share of it (printed below)",
@@ -1972,8 +2041,8 @@ CLAIMS = {
     ),
     "ratios": Claim(
         "ratios", "(g) more labels are better, and spread over frames they beat as many in few scenes",
-        {f"{100 * r:g} % by {by}": {"label_ratio": r, "label_by": by} for by in ("frames", "scenes") for r in RATIOS[: 5 if by == "frames" else 4]},
-        tuple((f"{100 * b:g} % by {by}", f"{100 * a:g} % by {by}") for by, upto in (("frames", 5), ("scenes", 4)) for a, b in zip(RATIOS[:upto], RATIOS[1:upto]))
+        {f"{100 * r:g} % by {by}": {"label_ratio": r, "label_by": by} for by, ratios in BY.items() for r in ratios},
+        tuple((f"{100 * b:g} % by {by}", f"{100 * a:g} % by {by}") for by, ratios in BY.items() for a, b in zip(ratios, ratios[1:]))
         + (("10 % by frames", "10 % by scenes"),),
     ),
     "decoupled": Claim(
@@ -2002,8 +2071,8 @@ LETTERS = dict(zip("abcdefghijk", CLAIMS, strict=True))
 MAIN = ("labels", "share", "fusion", "projection")  # three seeds; the others one, unless --seeds says otherwise
 
 
-def key_of(fields: dict) -> str:
-    """A short name for a set of config values: what several arms share is made once."""
+def key_of(fields: dict | list) -> str:
+    """A short name for a set of values: what several arms share is made once."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -2030,7 +2099,8 @@ def ablate(cfg: Config, args) -> None:
             labels = pool / f"labels-{key_of(label_settings(arm_cfg, 'world'))}"
             make_labels(train_set, "world", arm_cfg, labels)
             branches_at = pool / f"branches-{key_of(asdict(first_stage(arm_cfg)))}" / f"seed{seed}"
-            arm_args = SimpleNamespace(**vars(args) | {"seed": seed, "resume": False, "ckpt": shared, "save_pred": None, "labels": None})
+            changed = {"seed": seed, "resume": False, "ckpt": shared, "save_pred": None, "labels": None}
+            arm_args = SimpleNamespace(**vars(args) | changed)
             train(arm_cfg, train_set, labels, shared, setup(args.device), arm_args, branches_at)
             arm_args.run = read_json(last / "config.json")
             evaluate(cli.from_dict(Config, arm_args.run["config"], last), arm_args, brief=True)
@@ -2074,11 +2144,13 @@ def cost(cfg: Config, out: Path, device: str, most: int = 262144, repeat: int = 
                 spent.append(time.perf_counter() - begun)
             row[name] = min(spent)
         rows.append(row)
-        print(f"{row['tokens']:8d} tokens a grid: forward {1000 * row['forward']:9.1f} ms, training step {1000 * row['training step']:9.1f} ms", flush=True)
+        shown = ", ".join(f"{name} {1000 * row[name]:9.1f} ms" for name in ("forward", "training step"))
+        print(f"{row['tokens']:8d} tokens a grid: {shown}", flush=True)
         tokens *= 4
     last = rows[-1]
     large = [row for row in rows if row["tokens"] >= 16384] or rows
-    fit = lambda name: float(np.polyfit(np.log([r["tokens"] for r in large]), np.log([r[name] for r in large]), 1)[0])  # noqa: E731
+    logs = lambda name: np.log([row[name] for row in large])  # noqa: E731
+    fit = lambda name: float(np.polyfit(logs("tokens"), logs(name), 1)[0])  # noqa: E731
     value = {
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "channels": cfg.grid_channels, "d_state": cfg.d_state, "expand": cfg.expand, "rows": rows,
@@ -2103,7 +2175,8 @@ def plot_cost(path: Path, value: dict[str, Any]) -> None:
         ms = 1000 * np.array([row[name] for row in value["rows"]])
         axis.loglog(tokens, ms, "o-", color=colour, label=name)
         axis.loglog(tokens, ms[-1] * tokens / tokens[-1], "--", color=colour, alpha=0.5, linewidth=1)
-    axis.set(xlabel="tokens a grid", ylabel="ms (dashed: linear)", title=f"Dual Mamba, {value['channels']} channels, {value['d_state']} states; {value['device']}")
+    title = f"Dual Mamba, {value['channels']} channels, {value['d_state']} states; {value['device']}"
+    axis.set(xlabel="tokens a grid", ylabel="ms (dashed: linear)", title=title)
     axis.legend()
     axis.grid(True, which="both", alpha=0.2)
     with atomic(path) as temporary:
@@ -2116,29 +2189,33 @@ def plot_cost(path: Path, value: dict[str, Any]) -> None:
 VERBS = {
     "world": ("write the synthetic driving world that the other verbs use (nothing to do if it is there)", "out seed"),
     "labels": ("two 2D sources, merged -> aligned pseudo labels", "out! labeler data-root version split shard cache device"),
-    "train": ("learn from few labelled frames, pseudo labels and LiDAR", "out data-root version split labels label-list seed steps device resume cache"),
-    "eval": ("score a run: tables, result.json, pictures, in its last stage's folder", "ckpt! data-root version split labels save-pred device cache"),
+    "train": ("learn from few labelled frames, pseudo labels and LiDAR",
+              "out data-root version split labels label-list seed steps device resume cache"),
+    "eval": ("score a run: tables, result.json, pictures, in its last stage's folder",
+             "ckpt! data-root version split labels save-pred device cache"),
     "ablate": ("re-test a claim of the paper", "claim! seeds out data-root version label-list device cache"),
     "describe": ("shapes, parameters, FLOPs and memory on the meta device", ""),
     "cost": ("time of Dual Mamba against the number of tokens: cost.json, cost.png", "out device tokens"),
-}
+}  # fmt: skip
 FLAGS = {
-    "label-list": cli.Flag("JSON file of the labelled frames' tokens {'labelled': [...], 'dev': [...]}; default: by --label-by", Path | None),
+    "label-list": cli.Flag("JSON file {'labelled': [token, ...], 'dev': [...]}; default: by --label-by", Path | None),
     "tokens": cli.Flag("largest number of tokens a grid", int, 262144, least=1024),
 }
 
 
+def world_folder(cfg: Config) -> Path:
+    """Where the synthetic world of cfg lies, unless the user says."""
+    return Path("data/worlds") / f"{'kitti' if cfg.format == 'semantickitti' else 'driving'}-{cfg.world_size}"
+
+
 def world(cfg: Config, out: Path | None = None, seed: int = 0) -> Path:
     """The synthetic driving world of cfg.world_size in cfg.format, written if it is not there."""
+    out = out or world_folder(cfg)
     if cfg.format == "semantickitti":
-        from data.semantickitti_writer import make_kitti_world  # here: only a run without real data needs the renderer
-
-        out = out or Path("data/worlds") / f"kitti-{cfg.world_size}"
-        return make_kitti_world(out, seed=seed, size=cfg.world_size)
-    from data.driving import make_world
-
-    out = out or Path("data/worlds") / f"driving-{cfg.world_size}"
-    make_world(out, seed=seed, size=cfg.world_size)
+        from data.semantickitti_writer import make_kitti_world as make  # here: only runs without real data render
+    else:
+        from data.driving import make_world as make
+    make(out, seed=seed, size=cfg.world_size)
     return out
 
 
@@ -2153,7 +2230,8 @@ def open_data(root: Path, version: str | None, split: str | None, cfg: Config, c
     """The split named, else the tree's own training or validation split."""
     if cfg.format == "semantickitti":
         keyframes = "scans" if cfg.truth == "aggregate" else "voxels"
-        return SemanticKITTI(root, split or ("train" if train else "val"), cfg.image_size, cache, parts=("images",), keyframes=keyframes)
+        split = split or ("train" if train else "val")
+        return SemanticKITTI(root, split, cfg.image_size, cache, parts=("images",), keyframes=keyframes)
     if split is None and not train:
         version = find_version(find_root(root), version)
         split = "mini_val" if "mini" in version else "val"
@@ -2180,7 +2258,8 @@ def describe_network(cfg: Config) -> dict[str, float]:
     if net.fusion is not None:
         L, D, n = math.prod(net.fusion.shape), cfg.expand * cfg.grid_channels, cfg.d_state
         states = B * (len(net.fusion.intra) + 2 * len(net.fusion.cross)) * (1 + cfg.bidirectional) * L * D * n
-        print(f"Dual Mamba: {L} tokens a grid; its scans, not in the table: {9 * states / 1e9:.1f} GFLOPs ({states / 1e9:.2f} G exponentials)")
+        print(f"Dual Mamba: {L} tokens a grid; its scans, not in the table: {9 * states / 1e9:.1f} GFLOPs "
+              f"({states / 1e9:.2f} G exponentials)")  # fmt: skip
     print("occupied voxels are counted as one a point: an upper bound")
     return total
 
@@ -2211,14 +2290,15 @@ def main() -> None:
         world(cfg, args.out, args.seed)
     elif args.verb == "labels":
         root = args.data_root or world(cfg)
-        make_labels(open_data(root, args.version, args.split, cfg, args.cache), args.labeler, cfg, args.out, args.shard, args.device)
+        dataset = open_data(root, args.version, args.split, cfg, args.cache)
+        make_labels(dataset, args.labeler, cfg, args.out, args.shard, args.device)
     elif args.verb == "train":
         run = setup(args.device)
         out = args.out or Path("runs/occle")
+        root = args.data_root or world_folder(cfg)
         if run.is_main and not args.data_root:
             world(cfg)
         barrier(run)
-        root = args.data_root or Path("data/worlds") / f"{'kitti' if cfg.format == 'semantickitti' else 'driving'}-{cfg.world_size}"
         dataset = open_data(root, args.version, args.split, cfg, args.cache)
         labels = args.labels or out / "labels"
         if run.is_main and not args.labels and needs_maps(cfg):

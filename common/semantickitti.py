@@ -3,6 +3,7 @@
     dataset = SemanticKITTI("data/semantickitti", split="train", image_size=(128, 416))
     frame = dataset[0]                       # common.nuscenes.Frame; `common.nuscenes.stack` makes a batch
     python -m common.semantickitti check --data-root data/semantickitti
+    python -m common.semantickitti show --data-root data/semantickitti --out pictures    # scans drawn on their images
 
 LAYOUT   <root>/sequences/<seq>/ or <root>/dataset/sequences/<seq>/ with velodyne/*.bin (float32 x, y, z, intensity),
          labels/*.label (uint32: instance << 16 | raw id), image_2/*.png, calib.txt, poses.txt, times.txt, and
@@ -39,7 +40,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.files import InputError, exit_on_input_error
+from common.files import InputError, atomic, exit_on_input_error
 from common.geometry import SEMANTICKITTI, VoxelGrid
 from common.nuscenes import Frame, _line, _sizes, read_resized, rigid_inverse
 
@@ -716,13 +717,57 @@ def check(root: Path | str) -> None:
         raise InputError(f"{missing[0]}: missing or empty; {len(missing)} required files are")
 
 
+# --- python -m common.semantickitti show ------------------------------------------------------------------------------
+
+
+def points_on_image(dataset: SemanticKITTI, i: int) -> np.ndarray:
+    """Frame i's first image with its scan drawn on it, near over far, two pixels a point -> (H, W, 3) uint8. Colours: the
+    point labels' classes (grey: none of them); without labels by distance, from red at 2 m to blue at 50 m."""
+    image = np.round(255 * dataset.images(i)[0].transpose(1, 2, 0)).astype(np.uint8)
+    K, T_ego_cam, _ = (m[0].astype(np.float64) if m.ndim == 3 else m for m in dataset.calibration(i))
+    points, ids = dataset.points(i), dataset.lidarseg(i)
+    if ids is None:
+        near = np.clip(np.log(np.linalg.norm(points[:, :3], axis=1).clip(2, 50) / 2) / np.log(25), 0, 1)[:, None]
+        colours = np.round(255 * np.clip(1.5 - np.abs(4 * (1 - near) - np.array([3.5, 2, 0.5])), 0, 1)).astype(np.uint8)
+    else:
+        colours = np.concatenate([PALETTE, np.full((236, 3), 128, np.uint8)])[ids]
+    p = move_points(rigid_inverse(T_ego_cam), points) @ K.T  # (M, 3)
+    order = np.argsort(-p[:, 2])
+    order = order[p[order, 2] > 0.1]
+    u, v = np.floor(p[order, :2] / p[order, 2:]).astype(np.int64).T
+    for du, dv in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        inside = (u >= 0) & (u + du < image.shape[1]) & (v >= 0) & (v + dv < image.shape[0])
+        image[v[inside] + dv, u[inside] + du] = colours[order[inside]]
+    return image
+
+
+def show(root: Path | str, out: Path | str, split: str = "all", frames: int = 4) -> list[Path]:
+    """Writes <out>/<sequence>_<frame>.png of some frames, evenly spaced; -> their paths."""
+    from PIL import Image
+
+    dataset, paths = SemanticKITTI(root, split, parts=(), keyframes="scans"), []
+    for i in sorted({k * len(dataset) // frames for k in range(frames)}):
+        paths.append(Path(out) / f"{dataset.tokens[i].replace('/', '_')}.png")
+        with atomic(paths[-1]) as temporary:
+            Image.fromarray(points_on_image(dataset, i)).save(temporary, format="PNG")
+        print(paths[-1])
+    return paths
+
+
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m common.semantickitti", description="what a folder holds")
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("check", help="found, missing, size; exit code 2 if anything required is missing")
-    command.add_argument("--data-root", required=True, help="folder with sequences/ or dataset/sequences/")
-    check(parser.parse_args(argv).data_root)
+    commands = parser.add_subparsers(required=True, dest="command")
+    helps = {"check": "found, missing, size; exit code 2 if anything required is missing",
+             "show": "scans drawn on their images, in the colours of their labels"}  # fmt: skip
+    made = {name: commands.add_parser(name, help=text) for name, text in helps.items()}
+    for command in made.values():
+        command.add_argument("--data-root", required=True, help="folder with sequences/ or dataset/sequences/")
+    made["show"].add_argument("--out", required=True, help="folder for the pictures")
+    made["show"].add_argument("--split", default="all", help="train, val, test, all, or sequences by name (all)")
+    made["show"].add_argument("--frames", type=int, default=4, choices=range(1, 1001), metavar="N", help="how many, evenly spaced (4)")
+    args = parser.parse_args(argv)
+    check(args.data_root) if args.command == "check" else show(args.data_root, args.out, args.split, args.frames)
 
 
 if __name__ == "__main__":

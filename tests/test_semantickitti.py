@@ -3,6 +3,7 @@ KITTI's own formulas, every bad file, and the synthetic twin read back.
 """
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import cv2
@@ -399,6 +400,30 @@ def test_check(tmp_path, capsys):
             K.main(["check", "--data-root", str(tree)])
         err = capsys.readouterr().err
         assert stop.value.code == 2 and says in err and err.count("\n") == 1
+
+
+def test_show_draws_each_point_on_its_pixel_and_the_nearer_one_on_top(tmp_path, capsys):
+    tree = make_tree(tmp_path / "t", ("00",))
+    at = lambda z, u, v: [z + 0.27, 0.01 + (42 - u * z) / 700, -0.08 - (v * z - 0.7) / 700, 0]  # P2 Tr, inverted by hand  # noqa: E731
+    scan = np.array([at(10.0, 1.5, 0.5), at(30.0, 1.5, 0.5), at(30.0, -9.5, -4.5), at(-5.0, 1.5, 0.5)], "<f4")
+    scan.tofile(tree / "sequences/00/velodyne/000000.bin")
+    np.array([10, 40, 0, 70], "<u4").tofile(tree / "sequences/00/labels/000000.label")
+    words = ["show", "--data-root", str(tree), "--out", str(tmp_path / "p"), "--frames", "1"]
+
+    def drawn() -> tuple[np.ndarray, np.ndarray]:
+        K.main(words)
+        both = [cv2.imread(str(path))[..., ::-1] for path in (tmp_path / "p/00_000000.png", tree / "sequences/00/image_2/000000.png")]
+        return both[0], (both[0] != both[1]).any(-1)
+
+    image, changed = drawn()
+    assert (image[8:10, 21:23] == K.PALETTE[1]).all() and (image[3:5, 10:12] == 128).all() and changed.sum() == 8  # a car, no class
+    shutil.rmtree(tree / "sequences/00/labels")
+    near, far = drawn()[0][8, 21].astype(int), drawn()[0][3, 10].astype(int)
+    assert near[1] > near[2] and far[2] > far[0], "warm is near, blue is far"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        K.main([*words[:2], str(tmp_path / "none"), *words[3:]])
+    assert stop.value.code == 2 and "no such folder" in capsys.readouterr().err
 
 
 # --- the real frames --------------------------------------------------------------------------------------------------
