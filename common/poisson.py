@@ -31,7 +31,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy import sparse
+import torch
+from scipy import ndimage, sparse
 from scipy.spatial import cKDTree
 
 from common.files import InputError
@@ -67,7 +68,7 @@ def estimate_normals(points: np.ndarray, sensor: np.ndarray, neighbours: int = 2
     tree, k = cKDTree(points), min(neighbours, len(points))
     for start in range(0, len(points), chunk):
         part = slice(start, start + chunk)
-        near = points[tree.query(points[part], k=k)[1]]  # (m, k, 3)
+        near = points[tree.query(points[part], k=k, workers=torch.get_num_threads())[1]]  # (m, k, 3)
         near = near - near.mean(1, keepdims=True)
         normals[part] = np.linalg.eigh(np.einsum("mki,mkj->mij", near, near))[1][:, :, 0]  # ascending variances
     away = np.einsum("mi,mi->m", sensor - points, normals) < 0
@@ -126,12 +127,10 @@ def _splat(position: np.ndarray, value: np.ndarray, shape: tuple[int, int, int])
 
 
 def _blur(volume: np.ndarray) -> np.ndarray:
-    """(1, 2, 1) / 4 along each axis; the border repeats."""
+    """(1, 2, 1) / 4 along each axis, float32; the border repeats."""
+    volume = volume.astype(np.float32)
     for a in range(3):
-        padded = np.pad(volume, [(int(i == a),) * 2 for i in range(3)], mode="edge")
-        n = volume.shape[a]
-        first, middle, last = (padded.take(range(s, s + n), a) for s in range(3))
-        volume = 0.25 * (first + last) + 0.5 * middle
+        volume = ndimage.correlate1d(volume, (0.25, 0.5, 0.25), a, mode="nearest")
     return volume
 
 
@@ -244,18 +243,16 @@ def trim(surface: Surface, share: float, part: float = 0.5) -> np.ndarray:
     return surface.density >= max(part * np.quantile(surface.support, share), 1e-6)
 
 
-def open3d_surface(points: np.ndarray, sensor: np.ndarray, depth: int = 10, neighbours: int = 20) -> Surface:
-    """The field's recipe, for comparison: Open3D's normals and Poisson mesh; support = the vertices' own density, so that
-    `trim(surface, 0.1, 1.0)` drops the 0.1 quantile of the vertices, as SurroundOcc does. InputError without Open3D."""
+def open3d_surface(points: np.ndarray, normals: np.ndarray, depth: int = 10) -> Surface:
+    """Open3D's Poisson mesh of points (M, 3) [m] with unit normals (M, 3), on an octree of `depth`, for comparison; support
+    = the vertices' own density, so that `trim(surface, 0.1, 1.0)` drops the 0.1 quantile of the vertices, as SurroundOcc
+    does. InputError without Open3D."""
     try:
         import open3d as o3d
     except (ImportError, OSError) as error:
         raise InputError(f"Open3D cannot be imported ({str(error).splitlines()[0]}): pip install open3d-cpu, and its "
                          "system library libusb-1.0; or use the grid's own Poisson step") from error  # fmt: skip
     cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points))
-    cloud.estimate_normals(o3d.geometry.KDTreeSearchParamKNN(neighbours))
-    normals = np.asarray(cloud.normals).copy()
-    normals[np.einsum("mi,mi->m", sensor - points, normals) < 0] *= -1
     cloud.normals = o3d.utility.Vector3dVector(normals)
     mesh, density = o3d.geometry.TriangleMesh.create_from_point_cloud_poisson(cloud, depth=depth)
     density = np.asarray(density)

@@ -1261,7 +1261,7 @@ class OpenVocabulary:
             return label.cpu().numpy()
         size = self.sam.config.prompt_encoder_config.image_size
         size = size if isinstance(size, int) else size[0]
-        pixels = torch.from_numpy(image).to(self.device).permute(2, 0, 1)[None].float() / 255
+        pixels = torch.tensor(image, device=self.device).permute(2, 0, 1)[None].float() / 255
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False, antialias=True)
         mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         stretched = boxes.to(self.device) * boxes.new_tensor([size / w, size / h] * 2).to(self.device)
