@@ -13,6 +13,7 @@ RUN
     python occvla.py eval --ckpt runs/occvla                    # QA, planning, occupancy, every baseline, pictures
     python occvla.py train --vlm /models/paligemma2-3b-pt-224 --preset paper --data-root D --labels L --out runs/x
     python occvla.py ask --ckpt runs/occvla --images f1.jpg f2.jpg ... f6.jpg --question "Are there any buses?"
+    python occvla.py ask --ckpt runs/occvla --drivelm ../shared/real/drivelm/qa/test_eval.json
     python occvla.py baselines --data-root D --split mini_val   # what no network reaches, or needs
     python occvla.py ablate --claim supervision --seeds 3       # one of the paper's relative claims, re-tested
     python occvla.py describe --preset paper                    # 3B: shapes, parameters, tokens, memory; no data, no GPU
@@ -68,6 +69,7 @@ DEVIATIONS
     * tiny's queries start from where the rig's cameras see each cell (--rig-bias): a learned table of attention offsets.
     * tiny's tokenizer patchifies 4 x 4 columns instead of convolving at full resolution (--vq-stem), and leaves Lovasz out.
     * the sliding window of Gemma 2 is never reached (prompts are shorter than it), so one mask serves all layers.
+    * the reader resizes images bilinearly; PaliGemma's own processor (used by `ask`) is bicubic.
     * LoRA is not built: --stage1-train and its like freeze whole parts.
 
 CLAIMS         the paper's, nuScenes val; ours are in RESULTS.md and are never in one table with these
@@ -187,7 +189,7 @@ class Config:
     meta_turn: float = 15.0  # [degrees] change of heading that is a turn; assumption
     meta_shift: float = 1.5  # [m] sideways that is a lane change, if the heading ends near where it began; assumption
     # planner
-    plan_inputs: tuple[str, ...] = ("none", "command", "command+history")  # one head each: none, command, speed, history, joined by +
+    plan_inputs: tuple[str, ...] = ("none", "command", "history", "command+history")  # one head each: none, command, speed, history, joined by +
     plan_meta: Literal["generated", "true", "none"] = "generated"  # meta-action seen in training; evaluation: never the true one
     plan_dim: int = 512  # assumption
     plan_layers: int = 3  # assumption
@@ -242,10 +244,10 @@ class Config:
 
 
 TINY = Config(  # two CPU cores
-    vlm="tiny", image_size=112, prefix="image", vq_stem=4, vq_ch=64, vq_mult=(1,), vq_blocks=1, vq_attention=0, z_dim=64,
+    vlm="tiny", image_size=128, prefix="image", vq_stem=4, vq_ch=64, vq_mult=(1,), vq_blocks=1, vq_attention=0, z_dim=64,
     vq_revive=5, l_lov_tok=0.0, tok_weights="sqrt", occ_every=2, occ_dim=128, occ_heads=4, queries=25, rig_bias=True, l_lov=0.0,
-    voxel_crop=25, questions=12, plan_dim=64, plan_layers=2, plan_heads=4, plan_cache=True, stage_steps=(250, 400, 400, 500),
-    stage_batch=(1, 1, 1, 32), optimizer="muon", lr_tok=1e-2, lr_vlm=5e-3, lr_new=5e-3, lr_plan=2e-3, warmup=20, grad_clip=5.0,
+    voxel_crop=25, questions=20, plan_dim=64, plan_layers=2, plan_heads=4, plan_cache=True, stage_steps=(250, 360, 300, 400),
+    stage_batch=(1, 1, 1, 16), optimizer="muon", lr_tok=1.5e-2, lr_vlm=1e-2, lr_new=1e-2, lr_plan=2e-3, warmup=20, grad_clip=5.0,
     amp="off", eval_frames=60, eval_questions=10,
 )  # fmt: skip
 PRESETS = {
@@ -273,6 +275,8 @@ def check_config(cfg: Config) -> None:
         raise InputError("--attention two-way: an arm at small scale; use --no-checkpointing")
     if cfg.kv_mode == "shared" and (cfg.checkpointing or cfg.attention == "two-way"):
         raise InputError("--kv-mode shared: needs the layers' cache; use --no-checkpointing and --attention one-way")
+    if cfg.plan_cache and set(cfg.stage3_train) - {"planner"}:
+        raise InputError(f"--stage3-train {' '.join(cfg.stage3_train)}: a VLM that learns cannot be read once; use --no-plan-cache")
     if cfg.parallel == "fsdp" and cfg.optimizer == "muon":
         raise InputError("--optimizer muon: its matrices cannot be sharded; use --optimizer adamw or --parallel ddp")
 
@@ -579,6 +583,7 @@ def tiny_host(cfg: Config) -> Host:
 def load_host(cfg: Config, folder: Path | None = None) -> Host:
     """--vlm tiny, a folder or a hub id -> the host with its weights. folder: a run's 0_host, architecture and processor
     alone (the weights then come with the checkpoint). Raises InputError in one line."""
+    from safetensors import SafetensorError
     from transformers import AutoProcessor, PaliGemmaConfig, PaliGemmaForConditionalGeneration
     from transformers.utils import logging
 
@@ -596,7 +601,7 @@ def load_host(cfg: Config, folder: Path | None = None) -> Host:
             vlm = PaliGemmaForConditionalGeneration(config)
         else:
             vlm = PaliGemmaForConditionalGeneration.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
         raise InputError(f"--vlm {name}: {reason}; it needs a PaliGemma 2's config, processor and model.safetensors") from error
     return check_host(Host(vlm, processor), cfg)
@@ -705,9 +710,12 @@ def attends(packs: Tensor, n: int, first: int = 0) -> Tensor:
     parent = F.pad(packs[:, PARENT], (n, 0), value=-1)
     mine, theirs = segment[:, first:, None], segment[:, None]
     place = torch.arange(n + L, device=packs.device)
-    causal = place[None, None] <= place[None, first:, None]
-    known = (theirs == 0) | ((mine == theirs) & causal) | (parent[:, first:, None] == theirs)
-    return known & (theirs >= 0)
+    known = mine == theirs  # (R, S - first, S); in place from here: this is the only large thing made beside the layers
+    known &= place[None, None] <= place[None, first:, None]
+    known |= theirs == 0
+    known |= parent[:, first:, None] == theirs
+    known &= theirs >= 0
+    return known
 
 
 def meta_action(trajectory: np.ndarray, mask: np.ndarray, cfg: Config) -> tuple[str, str] | None:
@@ -918,7 +926,8 @@ class TwoWay(nn.Module):
     """The sceptic's arm: text tokens read the queries before every layer that the stream reads, and the planner does too.
 
     Hooks on the language model's layers; gates start at 0. `mask` marks the image tokens of the pass under way; None: a
-    pass behind a cache, whose text reads the queries of the pass before.
+    pass behind a cache, whose text reads the queries of the pass before. `skip`: nobody reads anything, as if the stream
+    were dropped; here, unlike one-way, that changes the answers.
     """
 
     def __init__(self, width: int, cfg: Config, occupancy: OccupancyTransformer):
@@ -930,6 +939,7 @@ class TwoWay(nn.Module):
         self.tell = nn.ModuleList(nn.Linear(cfg.occ_dim, width) for _ in occupancy.reads)
         self.gate = nn.Parameter(torch.zeros(len(occupancy.reads)))
         self.mask: Tensor | None = None
+        self.skip = False
         self.levels: Sequence[Tensor] | None = None
         self.memory: list[Tensor] = []
 
@@ -940,6 +950,9 @@ class TwoWay(nn.Module):
     def before(self, k: int, occupancy: OccupancyTransformer, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Hook: queries read the layer's input, then its text reads the queries."""
         hidden = args[0]
+        if self.skip:
+            self.memory = []
+            return args, kwargs
         if self.mask is not None:
             q = occupancy.begin(len(hidden)) if k == 0 else self.memory[k - 1]
             self.memory = self.memory[:k] + [occupancy.step(k, q, hidden, self.mask, level=self.levels[k] if self.levels else None)]
@@ -1109,6 +1122,11 @@ class OccVLA(nn.Module):
 
     # reading
 
+    def skip(self, off: bool) -> None:
+        """Drops the occupancy stream from what follows, or takes it back. One-way: it is dropped by not calling `occupy`."""
+        if self.two_way is not None:
+            self.two_way.skip = off
+
     def look(self, images: Tensor) -> Scene:
         """(B, N, 3, H, W) in [0, 1] -> what the language model will read of them."""
         size, cfg = self.cfg.image_size, self.cfg
@@ -1128,8 +1146,8 @@ class OccVLA(nn.Module):
 
     def read(self, embeds: Tensor, allowed: Tensor, position: Tensor, cache: Any = None, want: bool = False, mask: Tensor | None = None) -> Any:
         """One pass: embeds (R, S, C), allowed (R, S, S_all) bool, position (R, S). mask: image tokens, for the two-way arm."""
-        bias = torch.zeros(allowed.shape, dtype=embeds.dtype, device=embeds.device)
-        bias = bias.masked_fill(~allowed, torch.finfo(embeds.dtype).min)[:, None]
+        bias = torch.full(allowed.shape, torch.finfo(embeds.dtype).min, dtype=embeds.dtype, device=embeds.device)
+        bias = bias.masked_fill_(allowed, 0.0)[:, None]
         if self.two_way is not None:
             self.two_way.mask = mask
         return self.vlm.model.language_model(
@@ -1260,7 +1278,7 @@ class OccVLA(nn.Module):
         memory, valid = states.last, F.pad(packs[:, SEGMENT] >= 0, (self.tokens, 0), value=True)
         if states.offset:
             memory = torch.cat([scene.prefix.last, memory], 1)
-        if self.show is not None:
+        if self.show is not None and states.memory:
             queries = self.show(states.memory[-1])
             memory, valid = torch.cat([memory, queries], 1), F.pad(valid, (0, queries.shape[1]), value=True)
         return memory, valid
@@ -1795,9 +1813,9 @@ class Baselines:
             torch.manual_seed(seed)
             x, base = self.features(ego, command), self.simple(ego)
             net = nn.Sequential(nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 12))
-            optimizer = torch.optim.AdamW(net.parameters(), 5e-3, weight_decay=1e-2)
+            optimizer = torch.optim.AdamW(param_groups(net, 5e-3, 5e-3, 1e-2))
             for step in range(300):
-                set_lr_to(optimizer, 5e-3 * schedule(step, 300))
+                set_lr(optimizer, schedule(step, 300))
                 loss = planning_loss(base + net(x).unflatten(1, (6, 2)), truth, known, "l2")
                 optimizer.zero_grad()
                 loss.backward()
@@ -1812,11 +1830,6 @@ class Baselines:
         for name, net in self.networks.items():
             paths[name] = (self.simple(ego) + net(self.features(ego, name.endswith("command"))).unflatten(1, (6, 2)))[0]
         return {name: path.double().numpy() for name, path in paths.items()}
-
-
-def set_lr_to(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def best_constants(questions: Sequence[dict]) -> dict[str, str]:
@@ -1847,6 +1860,7 @@ def drive(net: OccVLA, images: Tensor, questions: Sequence[str], future: Future 
     """images (N, 3, H, W). stream False skips the occupancy stream: nothing else changes. The true meta-action and
     trajectory are never read: of `future` only what a planner row is given (command, speed, history)."""
     text = net.text
+    net.skip(not stream)
     with autocast(device, amp):
         scene = net.once(net.look(images[None].to(device)))
         occupancy = np.full((200, 200, 16), FREE, np.uint8)
@@ -1867,6 +1881,7 @@ def drive(net: OccVLA, images: Tensor, questions: Sequence[str], future: Future 
             given = None if net.cfg.plan_meta == "none" else action  # a planner trained on true ones still gets its own
             ego = ego_of([future or no_future()], device)
             paths = {name: p[0].double().cpu().numpy() for name, p in net.plan(*net.remember(scene, written), [given], ego).items()}
+    net.skip(False)
     return Prediction(occupancy, answers, free, said, action, paths)
 
 
@@ -1906,7 +1921,8 @@ class Scores:
 
 def run_arm(net: OccVLA, dataset: NuScenesOccupancy, indices: list[int], truth: Callable, plans: dict[int, tuple], images: str, cfg: Config,
             device: torch.device, rayiou: bool = False, save: Path | None = None) -> Scores:  # fmt: skip
-    """Drives the keyframes `indices` with their own, another scene's ("shuffled") or black images, and scores them."""
+    """Drives the keyframes `indices` and scores them: with their own images, another scene's ("shuffled"), black ones, or
+    their own and the occupancy stream dropped ("skipped")."""
     scores = Scores(list(net.planner))
     for k, i in enumerate(tqdm(indices, f"eval, {images} images", unit="keyframe", leave=False)):
         j = indices[(k + len(indices) // 2) % len(indices)] if images == "shuffled" else i
@@ -1914,9 +1930,11 @@ def run_arm(net: OccVLA, dataset: NuScenesOccupancy, indices: list[int], truth: 
         rows = dataset.questions(i) or []
         rows = [rows[q] for q in spread(len(rows), cfg.eval_questions)]
         future, scene = dataset.future(i), dataset.scene_names[i]
-        said = drive(net, pixels * 0 if images == "black" else pixels, [row["question"] for row in rows], future, device, cfg.amp)
-        semantics, camera, lidar = truth(i)
-        scores.occupancy.add(said.occupancy, semantics, camera, lidar, group=scene, origins=dataset.ray_origins(i) if rayiou else None)
+        said = drive(net, pixels * 0 if images == "black" else pixels, [row["question"] for row in rows], future, device, cfg.amp,
+                     stream=images != "skipped")  # fmt: skip
+        if images != "skipped":
+            semantics, camera, lidar = truth(i)
+            scores.occupancy.add(said.occupancy, semantics, camera, lidar, group=scene, origins=dataset.ray_origins(i) if rayiou else None)
         for row, answer, free in zip(rows, said.answers, said.free, strict=True):
             scores.questions.append({**row, "pred": answer, "free": free, "scene": scene})
         action = meta_action(future.trajectory, future.mask, cfg)
@@ -1928,6 +1946,14 @@ def run_arm(net: OccVLA, dataset: NuScenesOccupancy, indices: list[int], truth: 
             path = next(iter(said.paths.values()), None)
             write_npz(save / f"{dataset.tokens[i]}.npz", pred=said.occupancy, **({} if path is None else {"trajectory": path}))
     return scores
+
+
+def changed(own: Scores, skipped: Scores) -> dict[str, float]:
+    """What dropping the stream changed over the whole evaluation: answers, and waypoint errors [m] (0: not a bit)."""
+    answers = [a["pred"] != b["pred"] or a["free"] != b["free"] for a, b in zip(own.questions, skipped.questions, strict=True)]
+    errors = [(a - b).abs().max() for row in own.plans for scene, steps in own.plans[row].by_group().items()
+              for a, b in [(steps["uniad"], skipped.plans[row].by_group()[scene]["uniad"])]]  # fmt: skip
+    return {"skip_changed_answers": float(sum(answers)), "skip_changed_l2": float(max(errors, default=0.0))}
 
 
 def scene_sums(own: Scores, black: Scores, main: str | None) -> dict[str, np.ndarray]:
@@ -1989,14 +2015,17 @@ def evaluate(cfg: Config, args: Any, brief: bool = False, host: Path | None = No
     state = load_checkpoint(out, net)
     net.to(device).eval()
     net.stage = stage
-    train_set = open_split(root, version, None, cfg, args.cache)
-    check_questions(dataset, cfg)
+    home = Path(source["root"]) if Path(source["root"]).is_dir() else root  # baselines are fitted to the run's own training split
+    train_set = open_split(home, source["version"], source["split"], cfg, args.cache)
+    counted = check_questions(dataset, cfg)
+    if not brief:
+        print(counted)
 
     main = next(iter(net.planner), None)
     plans = {i: planning_truth(dataset, i) for i in tqdm(indices, "planning truth", leave=False) if dataset.future(i).mask.any()} if stage == 3 else {}
     arms = {name: run_arm(net, dataset, indices, truth, plans, name, cfg, device, cfg.rayiou and name == "own",
                           args.save_pred if name == "own" else None)
-            for name in (("own", "black") if brief else ("own", "black", "shuffled"))}  # fmt: skip
+            for name in (("own", "black") if brief else ("own", "black", "shuffled", "skipped"))}  # fmt: skip
     own = arms["own"]
     reconstruction, _ = score_tokenizer(net.tokenizer, truth, indices[:: max(1, len(indices) // 20)], cfg, device)
     metrics = own.occupancy.metrics() | own.qa() | {f"free_{k}": v for k, v in own.qa("free").items() if k == "qa_accuracy"}
@@ -2004,7 +2033,7 @@ def evaluate(cfg: Config, args: Any, brief: bool = False, host: Path | None = No
     if own.questions:
         metrics["free_in_vocabulary"] = float(np.mean([row["free"] in ANSWERS for row in own.questions]))
     for name in [n for n in arms if n != "own"]:
-        values = arms[name].occupancy.metrics() | arms[name].qa() | plan_metrics(arms[name].plans, main)
+        values = arms[name].qa() | plan_metrics(arms[name].plans, main) | (arms[name].occupancy.metrics() if arms[name].occupancy.counts else {})
         metrics |= {f"{name}_{k}": v for k, v in values.items() if k in ("miou_camera", "iou_camera") or k.startswith(("qa_", "l2_", "obj_box_"))
                     or k.split("_")[0] in cfg.plan_inputs}  # fmt: skip
     metrics |= {"l2_avg": metrics.get("l2_avg_vad", math.nan), "col_avg": metrics.get("obj_box_col_avg_vad", math.nan)}
@@ -2024,7 +2053,7 @@ def evaluate(cfg: Config, args: Any, brief: bool = False, host: Path | None = No
     if not brief:
         if train_set.gts is not None:
             metrics |= constant_scores(train_set, dataset, indices, truth)
-        metrics |= skipping(net, read_images(dataset, indices[0], cfg), device, cfg.amp)
+        metrics |= skipping(net, read_images(dataset, indices[0], cfg), device, cfg.amp) | changed(own, arms["skipped"])
 
     sums = scene_sums(own, arms["black"], main)
     scored = {name: float(ablation.score(table.sum(0), name)) for name, table in sums.items()}
@@ -2066,7 +2095,7 @@ def evaluate(cfg: Config, args: Any, brief: bool = False, host: Path | None = No
     print(f"  {'tokenizer alone':20}{100 * metrics['vq_miou']:7.2f}   {metrics['vq_codes_used']:.0%} of the codes used, "
           f"perplexity {metrics['vq_perplexity']:.0f}")  # fmt: skip
     print_questions(metrics, len(own.questions))
-    print_plans(own, arms["black"], others, protocol["planning"])
+    print_plans(arms, others, protocol["planning"])
     print_skipping(metrics)
     print(f"training {cost['train_s']:.0f} s for {cost['steps']} steps in all stages; evaluation and pictures {time.time() - begun:.0f} s")
     for path in [out / "result.json", *paths]:
@@ -2117,24 +2146,25 @@ def print_questions(metrics: dict[str, float], count: int) -> None:
     columns = ["accuracy", *TYPES]
     print(f"\nNuScenes-QA style questions, {count} asked, exact match [%]:")
     print(f"  {'':28}" + "".join(f"{c:>12}" for c in columns))
-    for label, prefix in (("this network", ""), ("its images black", "black_"), ("its images shuffled", "shuffled_"),
-                          ("best constant of the type", "constant_")):  # fmt: skip
+    for label, prefix in (("this network", ""), ("occupancy stream skipped", "skipped_"), ("its images black", "black_"),
+                          ("its images shuffled", "shuffled_"), ("best constant of the type", "constant_")):  # fmt: skip
         print(f"  {label:28}" + "".join(f"{100 * metrics.get(f'{prefix}qa_{c}', math.nan):12.1f}" for c in columns))
+    percent = lambda name: f"{100 * metrics.get(name, math.nan):.1f}"  # noqa: E731
+    print("  zero hops, one hop: " + ", ".join(f"{kind} {percent(f'qa_{kind}_h0')}, {percent(f'qa_{kind}_h1')}" for kind in TYPES))
     print(f"  free text {100 * metrics['free_qa_accuracy']:.1f} %, {metrics['free_in_vocabulary']:.0%} of it one of the thirty answers")
     if "meta_parsed" in metrics:
         print("  meta-action " + ", ".join(f"{n} {100 * metrics[f'meta_{n}']:.1f} % (commonest {100 * metrics[f'constant_meta_{n}']:.1f} %)"
                                            for n in ("longitudinal", "lateral")) + f"; readable {metrics['meta_parsed']:.0%}")  # fmt: skip
 
 
-def print_plans(own: Scores | None, black: Scores | None, others: Scores, note: str) -> None:
+def print_plans(arms: dict[str, Scores], others: Scores, note: str) -> None:
     """All planners under VAD's and UniAD's rule, all keyframes and the turning or braking ones."""
     if not any(meter.steps for meter in others.plans.values()):
         print("\nplanning: not scored (no planner, or no known future)")
         return
     groups = []
-    if own is not None:
-        groups = [(f"this network, {'images only' if r == 'none' else f'images + {r}'}", own.plans[r], own.hard[r]) for r in own.plans]
-        groups += [(f"  black images, {'nothing else' if r == 'none' else r}", black.plans[r], black.hard[r]) for r in black.plans]
+    for arm, label in (("own", "this network, "), ("skipped", "  stream skipped, "), ("black", "  black images, ")):
+        groups += [(label + ("images only" if r == "none" else r), arms[arm].plans[r], arms[arm].hard[r]) for r in arms[arm].plans] if arm in arms else []
     groups += [(Baselines.NAMES[name], others.plans[name], others.hard[name]) for name in others.plans]
     print(f"\nopen-loop planning ({note}), L2 [m] and box collision [%]:")
     print(f"  {'':36}{'VAD 1s':>8}{'2s':>8}{'3s':>8}{'avg':>8}{'col avg':>9}{'UniAD 1s':>10}{'2s':>8}{'3s':>8}{'turning/braking avg':>21}")
@@ -2190,16 +2220,20 @@ def skipping(net: OccVLA, images: Tensor, device: torch.device, amp: str, rounds
         return out.logits[:, -1], out.past_key_values
 
     def ours(stream: bool) -> tuple[Tensor, Any]:
+        net.skip(not stream)
         scene = net.look(images)
         states = net.run(scene, packs, row, want=stream, keep=True)
         if stream:
             net.ids(net.occupy(scene, states))
         return net.vocabulary(states.last[:, -1]), states.cache
 
-    def next_token(cache: Any, logits: Tensor) -> None:
-        token = logits.argmax(-1, keepdim=True)
-        position = torch.full((1, 1), ids.shape[1] + 1, device=device)
-        net.read(net.words(token), torch.ones(1, 1, ids.shape[1] + 1, dtype=torch.bool, device=device), position, cache)
+    def next_token(name: str, cache: Any, logits: Tensor) -> None:
+        token, position = logits.argmax(-1, keepdim=True), torch.full((1, 1), ids.shape[1] + 1, device=device)
+        if name == "plain":
+            net.vlm(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True)
+        else:
+            allowed = torch.ones(1, 1, ids.shape[1] + 1, dtype=torch.bool, device=device)
+            net.vocabulary(net.read(net.words(token), allowed, position, cache).last_hidden_state)
 
     passes: dict[str, Callable[[], tuple[Tensor, Any]]] = {"off": lambda: ours(False), "on": lambda: ours(True)}
     if net.two_way is None and pixels is not None:  # the two-way arm has no plain twin
@@ -2222,13 +2256,14 @@ def skipping(net: OccVLA, images: Tensor, device: torch.device, amp: str, rounds
                 begun = clock(device)
                 value, cache = one()
                 middle_ = clock(device)
-                next_token(cache, value)
+                next_token(name, cache, value)
                 times[f"prefill_{name}"].append(middle_ - begun)
                 times[f"decode_{name}"].append(clock(device) - middle_)
         result = {"skip_difference_text": float((logits["on"] - logits["off"]).abs().max())}
         if len(net.planner):
             both = [drive(net, images[0], [], None, device, amp, stream).paths for stream in (True, False)]
             result["skip_difference_path"] = max(float(np.abs(both[0][r] - both[1][r]).max()) for r in both[0])
+    net.skip(False)
     if "plain" in passes:
         result["plain_difference_text"] = float((logits["plain"] - logits["off"]).abs().max())
         for name in ("off", "on"):
@@ -2246,7 +2281,8 @@ def clock(device: torch.device) -> float:
 
 def print_skipping(metrics: dict[str, float]) -> None:
     path = f", waypoints by {metrics['skip_difference_path']:g} m" if "skip_difference_path" in metrics else ""
-    print(f"\noccupancy stream on against off: logits differ by {metrics['skip_difference_text']:g}{path}")
+    print(f"\noccupancy stream on against off: logits differ by {metrics['skip_difference_text']:g}{path}; over all keyframes "
+          f"{metrics['skip_changed_answers']:.0f} answers and {metrics['skip_changed_l2']:g} m")  # fmt: skip
     if "prefill_off_over_plain" in metrics:
         for name in ("off", "on"):
             print(f"  {name:4} over the plain VLM: prefill {metrics[f'prefill_{name}_over_plain']:.2f}, decode "
@@ -2262,7 +2298,8 @@ def draw(net: OccVLA, dataset: NuScenesOccupancy, indices: list[int], truth: Cal
     answer, chain of thought), one HTML viewer, the training curves; -> their paths."""
     frames, paths = [], []
     for i in tqdm(indices, "pictures", unit="keyframe", leave=False):
-        pixels, future, (semantics, camera, _) = dataset.images(i), dataset.future(i), truth(i)
+        pixels = np.stack([read_image(dataset.root / name) for name in dataset.camera_files(i)]).transpose(0, 3, 1, 2) / np.float32(255)
+        future, (semantics, camera, _) = dataset.future(i), truth(i)
         rows = (dataset.questions(i) or [])[:3]
         said = drive(net, read_images(dataset, i, cfg), [row["question"] for row in rows], future, device, cfg.amp)
         T, boxes = dataset.T_ego_lidar(i), dataset.boxes(i)
@@ -2277,11 +2314,11 @@ def draw(net: OccVLA, dataset: NuScenesOccupancy, indices: list[int], truth: Cal
         name = f"{dataset.scene_names[i]} {dataset.tokens[i][:8]}"
         title = [f"occvla, {dataset.split}: {name}", f"says: {said.thought}   (recorded: {', '.join(action) if action else 'no full 3 s of future'})"]
         title += [f"asked: {row['question']}  {answer} (true: {row['answer']})" for row, answer in zip(rows, said.answers, strict=True)]
+        title += [f"occupancy inside the camera mask: IoU {100 * iou:.1f} %, mIoU {100 * miou:.1f} %"]
         path = out / "pictures" / f"{len(paths)}_{dataset.scene_names[i]}.png"
         panels = {against: semantics, "prediction": said.occupancy}
         viz.sheet(path, pixels, panels, OCC3D, mask=camera, error=(against, "prediction"), title="\n".join(title),
-                  pictures=[("drive", f"IoU {100 * iou:.1f}, mIoU {100 * miou:.1f} inside the camera mask",
-                             viz.drive_bev(lines, corners, semantics))])  # fmt: skip
+                  pictures=[("drive", "", viz.drive_bev(lines, corners, semantics))])
         paths.append(path)
         frames.append(viz.ViewerFrame(name, panels, pixels, camera))
     viz.viewer(out / "viewer.html", frames, title=f"occvla, {dataset.split}", difference=(against, "prediction"))
@@ -2342,6 +2379,10 @@ CLAIMS = {
         (("two-way", "one-way", "minus_l2"), ("two-way", "one-way", "qa_types_over_black")), metric="minus_l2",
         note="The paper says that nothing is lost by skipping: this sign should not hold.",
     ),
+    "frames": Claim(
+        "frames", "two keyframes, half a second apart, show speed: planning without ego input is better than from one",
+        {"two": {"n_frames": 2}, "one": {}}, (("two", "one", "minus_l2"), ("two", "one", "qa_types_over_black")), metric="minus_l2", note="Ours.",
+    ),
     "images": Claim(
         "images", "control: a network that never saw an image answers and plans worse (if not, the scores need no camera)",
         {"own images": {}, "black images": {"blind": True}},
@@ -2349,7 +2390,7 @@ CLAIMS = {
         metric="qa_types", note="Ours. Both arms are evaluated as they were trained.",
     ),
 }  # fmt: skip
-LETTERS = dict(zip("abcdefgh", CLAIMS, strict=True))
+LETTERS = dict(zip("abcdefghi", CLAIMS, strict=True))
 
 
 def arm_key(value: Any) -> str:
@@ -2411,7 +2452,7 @@ VERBS = {
     "world": ("write the synthetic driving world that the other verbs use (nothing to do if it is there)", "out seed"),
     "train": ("all four stages", "out data-root version split labels seed steps device resume cache"),
     "eval": ("score a run: QA, planning, occupancy, baselines, pictures", "ckpt! data-root version split labels save-pred device cache"),
-    "ask": ("six images and a question -> answer, chain of thought, waypoints", "ckpt! images! question! device"),
+    "ask": ("six images and a question, or DriveLM's keyframes -> answer, chain of thought, waypoints", "ckpt! images question drivelm device"),
     "baselines": ("planners that see no image, and the meta-actions of a split", "data-root version split cache"),
     "ablate": ("re-test a claim of the paper", "claim! seeds out data-root version labels device cache"),
     "describe": ("shapes, parameters, tokens, FLOPs and memory on the meta device; --measure: one real step of each stage", "measure device"),
@@ -2419,12 +2460,13 @@ VERBS = {
 FLAGS = {
     "images": Flag("image files of the six cameras, in nuScenes' order: " + " ".join(c[4:].lower() for c in CAMERAS), tuple[str, ...]),
     "question": Flag("what to ask", str),
+    "drivelm": Flag("a DriveLM question file (its image paths are relative to it): every keyframe and question of it", Path),
     "measure": Flag("one real optimiser step of each stage with random weights and data: time, memory, tokens/s", bool, False),
 }
 
 
 def world(size: str, out: Path | None = None, seed: int = 0) -> Path:
-    """The synthetic driving world of that size, written if it is not there. "drives": 40 training and 10 validation scenes
+    """The synthetic driving world of that size, written if it is not there. "drives": 45 training and 10 validation scenes
     of 12 keyframes: the shortest with 2 s of past and 3 s of future in one scene."""
     from data.driving import make_world  # here, because only a run without real data needs the renderer
 
@@ -2442,27 +2484,61 @@ def open_split(root: Path, version: str | None, split: str | None, cfg: Config, 
     return NuScenesOccupancy(root, version, split, image_size=(cfg.image_size, cfg.image_size), cache=cache, parts=("images",))
 
 
-def ask(cfg: Config, args: Any) -> None:
-    """The verb ask: any six images."""
-    from PIL import Image
+class Asked(NamedTuple):
+    """Any keyframe: its name, six image files in nuScenes' order, questions with their recorded answers ("": none)."""
 
+    name: str
+    images: list[Path]
+    questions: list[tuple[str, str]]
+
+
+def read_drivelm(path: Path) -> list[Asked]:
+    """DriveLM's question file -> its keyframes. InputError: another form, or a keyframe without one of the six views."""
+    scenes, asked = read_json(path), []
+    if not isinstance(scenes, dict) or not all(isinstance(s, dict) and "key_frames" in s for s in scenes.values()):
+        raise InputError(f"{path}: not DriveLM's form (scene -> key_frames -> image_paths, QA)")
+    for scene in scenes.values():
+        for token, frame in scene["key_frames"].items():
+            if missing := [name for name in CAMERAS if name not in frame.get("image_paths", {})]:
+                raise InputError(f"{path}: keyframe {token} has no {missing[0]}; all six views are needed")
+            rows = [row for part in frame.get("QA", {}).values() for row in part if "Q" in row]
+            asked.append(Asked(token, [path.parent / frame["image_paths"][name] for name in CAMERAS],
+                               [(row["Q"], row.get("A") or "") for row in rows]))  # fmt: skip
+    return asked
+
+
+def process_images(processor: Any, files: Sequence[Path]) -> Tensor:
+    """Image files -> (N, 3, s, s) in [0, 1], resized by the host's own processor (`look` normalises)."""
+    out = processor.image_processor([read_image(path) for path in files], do_normalize=False, return_tensors="pt")
+    return out["pixel_values"]
+
+
+def ask(cfg: Config, args: Any) -> None:
+    """The verb ask: any six images, or DriveLM's, through the host's own processor."""
     run, out = setup(args.device), cli.last_stage(args.ckpt)
-    if len(args.images) != len(CAMERAS):
-        raise InputError(f"--images: {len(args.images)} files, expected {len(CAMERAS)} ({', '.join(CAMERAS)})")
+    if args.drivelm is not None:
+        asked = read_drivelm(args.drivelm)
+    elif args.images is None or args.question is None:
+        raise InputError("ask needs --images (six files) and --question, or --drivelm FILE")
+    else:
+        asked = [Asked("", [Path(path) for path in args.images], [(args.question, "")])]
+    for keyframe in asked:
+        if len(keyframe.images) != len(CAMERAS):
+            raise InputError(f"--images: {len(keyframe.images)} files, expected {len(CAMERAS)} ({', '.join(CAMERAS)})")
     net = build(cfg, folder=out.parent / "0_host")
     if out.name == STAGES[3]:
         net.add_planner()
     load_checkpoint(out, net)
     net.to(run.device).eval()
-    size = (cfg.image_size, cfg.image_size)
-    pixels = [np.asarray(Image.fromarray(read_image(path)).resize(size, Image.Resampling.BILINEAR)) for path in args.images]
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
-    images = images.repeat(cfg.n_frames, 1, 1, 1)
-    said = drive(net, images, [args.question], None, run.device, cfg.amp, stream=False)
-    print(f"question  {args.question}\nanswer    {said.answers[0]} (of the thirty)\nfree text {said.free[0]}\nthought   {said.thought}")
-    for name, path in said.paths.items():
-        if name == "none":
-            print("waypoints " + "  ".join(f"({x:.1f}, {y:.1f})" for x, y in path) + " m, x right, y forward")
+    for keyframe in asked:
+        images = process_images(net.text.processor, keyframe.images).repeat(cfg.n_frames, 1, 1, 1)
+        said = drive(net, images, [question for question, _ in keyframe.questions], None, run.device, cfg.amp, stream=False)
+        print(f"{keyframe.name}\n" if keyframe.name else "", end="")
+        for (question, recorded), answer, free in zip(keyframe.questions, said.answers, said.free, strict=True):
+            print(f"question  {question}\nanswer    {answer} (of the thirty)\nfree text {free}" + (f"\nrecorded  {recorded}" if recorded else ""))
+        print(f"thought   {said.thought}")
+        if "none" in said.paths:
+            print("waypoints " + "  ".join(f"({x:.1f}, {y:.1f})" for x, y in said.paths["none"]) + " m, x right, y forward")
 
 
 def print_baselines(cfg: Config, args: Any) -> None:
@@ -2490,7 +2566,7 @@ def print_baselines(cfg: Config, args: Any) -> None:
         print(f"{dataset.scene_names[i]:12}{1e-6 * (dataset.timestamp(i) - begun):9.1f}{future.speed:8.2f}{end:8.2f}{path[-1, 0]:23.2f}      "
               f"{said}; {COMMANDS[future.command]}")  # fmt: skip
     masks = np.stack([dataset.future(i).mask for i in range(len(dataset))])
-    print_plans(None, None, others, f"{version} {split}: {int(masks.all(1).sum())} of {len(dataset)} keyframes with a full 3 s of future; {note}")
+    print_plans({}, others, f"{version} {split}: {int(masks.all(1).sum())} of {len(dataset)} keyframes with a full 3 s of future; {note}")
 
 
 # --- 8  Describe ------------------------------------------------------------------------------------------------------
