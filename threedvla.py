@@ -1,9 +1,8 @@
 """3DVLA: 3D understanding that plugs into a vision-language-action policy as a few more tokens.
 
 Paper   "3DVLA" (plug-and-play 3D understanding for VLA policies), Xia, Tang, Wei, Wang; arXiv 2605.29416v1 (May 2026).
-        Not UMass's "3D-VLA" (2024). Independent re-implementation: no code of the authors is known, and of the text
-        only
-        a summary and third-party notes, so several exact formulas are reconstructions (papers' marks in ASSUMPTIONS).
+        Not UMass's "3D-VLA" (2024). Independent re-implementation: no code of the authors is known, and of the
+        text only a summary and third-party notes, so several exact formulas are reconstructions (ASSUMPTIONS).
 Idea    A frozen VLM's image tokens are lifted to 3D by depth and calibration and fused across views. Probes, matched
         once in 3D for all views, turn them into object tokens; a self-supervised predictor answers at coordinates that
         no camera sees (masked tokens in training, completed object parts in use). Both join the prefix that the action
@@ -22,8 +21,8 @@ GLOSSARY
     X_fmap      maps         (B, V, C, h, w)      image tokens of the VLM, one per patch                     3.1
     P_flat      points       (B, V, h, w, 3)      their 3D coordinates in the base frame [m]                 (1)
     M           memory       (B, V, h, w, d)      fused, position-aware tokens                               (1)
-    c_j, p_j    content,     (B, Q, d), (B, Q, 3) a probe's feature and 3D point [m]                         3.2
-                point
+    c_j         content      (B, Q, d)            a probe's feature                                          3.2
+    p_j         point        (B, Q, 3)            its 3D point [m]                                           (4)
     u_jv        uv           (B, V, Q, 2)         its projection, in [0, 1] of the picture                   (2)
     F_l^v       pyramid      (B, V, d, h_l, w_l)  feature levels, strides 8, 16, 32                          3.2
     h_jv        sampled      (B, V, Q, d)         what a probe sees in a view                                (3)
@@ -65,8 +64,8 @@ ASSUMPTIONS    What the summary leaves open, with the flag that changes it.
     * learning rates 5e-5 -> 5e-6, weight decay 0.01                                --lr --lr-3d --weight-decay
     * 300 probes (the notes disagree: 300, or 100)                                  --probes
     * alpha 0.1 m; eps 1e-3 m; 8 heads, 4 points, 3 levels                          --alpha --eps --sample-points
-    * RoPE scale: 1 is literal, but then 5 cm turn nothing; tiny uses 20; fusion without RoPE   --rope-scale
-    --fusion-rope
+    * RoPE scale: 1 is literal, but then 5 cm turn nothing; tiny uses 20            --rope-scale
+    * fusion without RoPE (absolute coordinates suffice there)                      --fusion-rope
     * asymmetric: blocks, twice the ratio (at most 0.8) in one view, the rest elsewhere         --mask-ratio
     * teacher: the EMA of a trainable context encoder over the frozen memory; variant: the memory itself  --teacher
     * (13): a hinge at the teacher's own deviation per channel; variant: at 1       --var-target
@@ -76,12 +75,11 @@ ASSUMPTIONS    What the summary leaves open, with the flag that changes it.
     * self-attention among probes; vector gate; 5 neighbours, 10 frequencies        --neighbours --frequencies
 DEVIATIONS
     * the tiny policies are random, trained whole on the demonstrations (stage 0 stands in for pre-training), then
-    frozen
-      as the paper freezes its own. Their patch embedding is a small convolutional stem (--stem conv), and in stage 0
-      they also learn to find what the words name (--w-ground), which a pre-trained VLM brings along; all arms share it.
+      frozen as the paper freezes its own. Their patch embedding is a small convolutional stem (--stem conv), and in
+      stage 0 they also learn to find what the words name (--w-ground), as a pre-trained VLM can; all arms share it.
     * pi05: transformers' PI0 keeps a slot before the actions (pi0's state token); ours puts a learned token there.
-    * xvla: LIBERO's 7 numbers instead of ee6d's 20, one soft prompt (one embodiment), a plain ViT instead of
-    Florence-2.
+    * xvla: LIBERO's 7 numbers instead of ee6d's 20, one embodiment's soft prompts, a plain ViT instead of Florence-2.
+    * tiny learns by Muon (common.train), as the other methods' tiny presets do; base and paper by AdamW (--optimizer).
     * pseudo ground truth: the simulator's masks without identities, or GroundingDINO + SAM (--pseudo foundation); the
       paper's VL-SAM-V2 is not public. They are training labels only: at evaluation masks come from the probes.
     * PointAttN is rebuilt small and in plain torch; tiny mirrors instead (--completion). Their effect: unmeasured.
@@ -89,8 +87,8 @@ DEVIATIONS
 CLAIMS         the paper's; ours are in RESULTS.md and never in one table with these
     main        LIBERO-Plus average, zero-shot: pi0.5 84.2 < A 85.0 < B 85.7 < C 86.0; RoboTwin easy/hard: pi0 46.4/16.3
                 < A 50.1/18.9 < B 53.4/21.8 < C 54.5/23.2; X-VLA 70.0/39.0 < 71.3/40.4 < 72.1/41.6 < 72.6/42.1
-    side        without fusion 84.6, 2D matching 84.5, without relative encoding 84.8 (A: 85.0); 25 % masks 85.5 (B:
-    85.7)
+    side        without fusion 84.6, 2D matching 84.5, without relative encoding 84.8 (A: 85.0)
+                25 % masks 85.5 (B: 85.7)
     cost        0.086 B added parameters; 5,000 + 5,000 steps at batch 64 on 4 A800
 """
 
@@ -103,7 +101,8 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +113,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -128,9 +129,9 @@ from common.losses import (cxcywh_to_xyxy, dice_loss, focal_cost, generalized_bo
                            sigmoid_focal_loss)  # fmt: skip
 from common.robot import (ENVIRONMENTS, REPLAN, Environment, Observation, check_observation, make_environment, pi0_flow,
                           pi0_time_embedding, pi0_time_quantile)  # fmt: skip
-from common.train import (DataOrder, Log, Run, autocast, barrier, begin, load_checkpoint, param_groups, peak_gb,
-                          prefetch, save_checkpoint, schedule, seed_everything, set_lr, settings, setup, teardown, wrap,
-                          write_result)  # fmt: skip
+from common.train import (DataOrder, Log, Muon, Run, autocast, barrier, begin, load_checkpoint, param_groups, peak_gb,
+                          prefetch, reset_peak, save_checkpoint, schedule, seed_everything, set_lr, settings, setup,
+                          teardown, wrap, write_result)  # fmt: skip
 
 # --- 1  Configuration ------------------------------------------------------------------------------------------------
 
@@ -224,6 +225,7 @@ class Config:
     w_cos: float = 1.0  # assumption
     w_var: float = 10.0  # third-party note
     # optimisation
+    optimizer: Literal["adamw", "muon"] = "adamw"  # Sec. 4; tiny: Muon for matrices
     batch: int = 64  # Sec. 4, effective
     base_steps: int = 30000  # stage 0; openpi's LIBERO fine-tuning; ours
     base_lr: float = 5e-5  # openpi
@@ -237,7 +239,7 @@ class Config:
     grad_clip: float = 0.5  # Sec. 4
     amp: Literal["off", "bf16"] = "bf16"  # openpi
     # data and evaluation
-    demos: int = 20  # of each task, in the synthetic world; ours
+    demos: int = 30  # of each task, in the synthetic world; ours
     replan: int = REPLAN  # control steps executed of each chunk; openpi
     env: Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_plus",
                  "robotwin"] = "tabletop"  # evaluation
@@ -266,8 +268,8 @@ TINY = Config(  # two CPU cores
     text_tokens=20, state_dim=8, action_dim=7, chunk=10, min_period=0.25, flow_draws=4, soft_prompts=8,
     width=96, width_heads=4, fusion_layers=2, rope_scale=20.0, probes=40, decoder_layers=2, mask_width=48,
     sample_heads=4, completion="mirror", comp_points=128, predictor_layers=2, context_layers=1,
-    batch=16, base_steps=3000, base_lr=1e-3, w_ground=1.0, stage1_steps=500, stage2_steps=400, warmup=100, lr=3e-4,
-    lr_3d=1e-3, amp="off",
+    optimizer="muon", batch=16, base_steps=2400, base_lr=1e-2, w_ground=1.0, stage1_steps=300, stage2_steps=300,
+    warmup=50, lr=2e-3, lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05, amp="off",
 )  # fmt: skip
 PRESETS = {
     "tiny": TINY,
@@ -461,8 +463,7 @@ class Pi0(nn.Module):
 
     def loss(self, prefix: Prefix, state: Tensor, actions: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Flow matching, error (B k, A, D): the expert says noise - actions at x_t, for k draws an observation; and
-        what
-        the language model's last layer reads of each image token (B, V h w, C).
+        what the language model's last layer reads of each image token (B, V h w, C).
 
         The prefix is computed once, as transformers' forward does; its keys and values serve all draws.
         """
@@ -661,8 +662,7 @@ class XVLA(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d_h)) V. With positions, queries and keys (never values) turn by continuous 3D RoPE (eq.
-    9)."""
+    """softmax(Q K^T / sqrt(d_h)) V. With positions, queries and keys (never values) turn by 3D RoPE (eq. 9)."""
 
     def __init__(self, width: int, heads: int, scale: float = 1.0):
         super().__init__()
@@ -844,8 +844,7 @@ def project_probes(points: Tensor, K: Tensor, T_base_cam: Tensor, size: tuple[in
 
 
 class ViewSampling(nn.Module):
-    """(3) Deformable cross-attention of each probe into each view around its projection: M heads, K points, L
-    levels."""
+    """(3) Deformable attention of each probe into each view around its projection: M heads, K points, L levels."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -889,8 +888,7 @@ class ViewGate(nn.Module):
 
 
 def refine(points: Tensor, step: Tensor, alpha: float) -> Tensor:
-    """(4) p + alpha tanh(step): points, step (B, Q, 3) [m] -> (B, Q, 3), no coordinate moving farther than alpha
-    [m]."""
+    """(4) p + alpha tanh(step): points, step (B, Q, 3) [m] -> (B, Q, 3); no coordinate moves by more than alpha."""
     return points + alpha * torch.tanh(step)
 
 
@@ -1092,8 +1090,7 @@ def pseudo_targets(masks: list[list[np.ndarray]], depth: np.ndarray, K: np.ndarr
                    radius: float = 0.05, least: int = 12) -> Pseudo:  # fmt: skip
     """Masks of each view, without identities -> objects. Masks of two views are one object if their points are nearest
     and closer than `radius` [m]. A point is the unprojected centre of a mask's box at the mask's median depth; p* is
-    the
-    mean over views. least: smaller masks [px] are left out. masks[v]: (H, W) bool arrays; depth (V, H, W) [m]."""
+    the mean over views. least: smaller masks [px] are left out. masks[v]: (H, W) bool arrays; depth (V, H, W) [m]."""
     V, H, W = depth.shape
     objects: list[dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]] = []  # per object {view: (point, box, mask)}
     for v in range(V):
@@ -1142,8 +1139,7 @@ def instance_masks(instances: np.ndarray) -> list[list[np.ndarray]]:
 
 class FoundationMasks:
     """GroundingDINO + SAM on real images (data.labelers' loaders): masks of the things that the instruction and a
-    general
-    prompt name. -> the same lists as `instance_masks`."""
+    general prompt name. -> the same lists as `instance_masks`."""
 
     def __init__(self, cfg: Config, device: torch.device):
         from data.labelers import GROUNDING, SAM, _load_grounding, _load_sam
@@ -1213,24 +1209,29 @@ def _hide_blocks(view: Tensor, count: int, generator: torch.Generator) -> None:
 
 
 def largest_cluster(points: np.ndarray, factor: float = 3.0, least: int = 4) -> np.ndarray:
-    """Density-based clustering of (n, 3) with the radius tied to the points' own spacing (factor times the median
-    distance to the nearest neighbour) -> the largest cluster (m, 3); all points if none is dense."""
+    """DBSCAN of (n, 3) with the radius tied to the points' own spacing (factor times the median distance to the nearest
+    neighbour) -> the cluster with most core points (m, 3); all points if none is dense."""
     if len(points) <= least:
         return points
-    from sklearn.cluster import DBSCAN
-
-    spacing = float(np.median(cKDTree(points).query(points, k=2)[0][:, 1]))
-    label = DBSCAN(eps=max(factor * spacing, 1e-4), min_samples=least).fit_predict(points)
-    sizes = np.bincount(label[label >= 0], minlength=1)
-    return points[label == sizes.argmax()] if sizes.max() > 0 else points
+    tree = cKDTree(points)
+    spacing = float(np.median(tree.query(points, k=2)[0][:, 1]))
+    pairs = tree.query_pairs(max(factor * spacing, 1e-4), output_type="ndarray")  # (m, 2) neighbours
+    core = np.bincount(pairs.ravel(), minlength=len(points)) + 1 >= least  # a point is its own neighbour
+    if not core.any():
+        return points
+    joined = pairs[core[pairs].all(1)]
+    graph = coo_matrix((np.ones(len(joined)), joined.T), (len(points), len(points)))
+    label = connected_components(graph, directed=False)[1]
+    chosen = core & (label == np.bincount(label[core]).argmax())
+    chosen[pairs[chosen[pairs].any(1)]] = True  # neighbours of a core point belong to it
+    return points[chosen]
 
 
 def mirror_completion(points: np.ndarray, eye: np.ndarray) -> np.ndarray:
     """Observed (n, 3) [m] and the camera's centre (3,) -> the same and their mirror image (2n, 3).
 
     The mirror plane is normal to the view ray, half the cloud's lateral size behind its front: an object is about as
-    deep
-    as it is wide. Needs nothing learned.
+    deep as it is wide. Needs nothing learned.
     """
     center = points.mean(0)
     ray = (center - eye) / max(np.linalg.norm(center - eye), 1e-9)
@@ -1299,8 +1300,8 @@ def completion_points(masks: np.ndarray, valid: np.ndarray, order: np.ndarray, p
                       cfg: Config, complete: Complete = mirror_completion) -> tuple[np.ndarray, np.ndarray]:
     """P_comp of one frame: back-project, cluster, complete, keep what lies farthest from what was seen.
 
-    masks (V, n, h4, w4) bool of n object tokens, valid (n,), order (n,) which to complete first (least certain), points
-    (V, h4, w4, 3) [m] of the cells (NaN: no depth), eyes (V, 3) camera centres -> (comp_tokens, 3), valid
+    masks (V, n, h4, w4) bool of n object tokens, valid (n,), order (n,) which to complete first (least certain),
+    points (V, h4, w4, 3) [m] of the cells (NaN: no depth), eyes (V, 3) camera centres -> (comp_tokens, 3), valid
     (comp_tokens,).
     """
     out, keep, slot = np.zeros((cfg.comp_tokens, 3), np.float32), np.zeros(cfg.comp_tokens, bool), 0
@@ -1321,8 +1322,7 @@ def completion_points(masks: np.ndarray, valid: np.ndarray, order: np.ndarray, p
 
 
 class HybridBlock(nn.Module):
-    """(9), (10) X <- X + HA(X, context), X <- X + HA(X, X), X <- X + FFN(X), pre-norm; RoPE where positions are
-    given."""
+    """(9), (10) X <- X + HA(X, context), X <- X + HA(X, X), X <- X + FFN(X), pre-norm; RoPE where positions are."""
 
     def __init__(self, width: int, heads: int, scale: float = 1.0):
         super().__init__()
@@ -1336,8 +1336,7 @@ class HybridBlock(nn.Module):
 
 
 class PlaceCode(nn.Module):
-    """Phi_pos(P) + E_view(v): Fourier features of coordinates [m] and a learned vector per view; the last is no
-    view."""
+    """Phi_pos(P) + E_view(v): Fourier features of coordinates [m] and a vector per view; the last is no view."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -1350,8 +1349,7 @@ class PlaceCode(nn.Module):
 
 
 class ContextEncoder(nn.Module):
-    """(7) X~ = X + Phi_pos + E_view over the tokens that are shown, then a small transformer. The teacher is its EMA,
-    on all tokens."""
+    """(7) X~ = X + Phi_pos + E_view over the shown tokens, then a small transformer. Teacher: its EMA, all tokens."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -1437,8 +1435,7 @@ class LocalContext(nn.Module):
 
     def forward(self, content: Tensor, point: Tensor, completion: Tensor, comp: Tensor, valid: Tensor) -> Tensor:
         """content (B, T, d) at point (B, T, 3); completion (B, n, d) at comp (B, n, 3), valid (B, n) -> (B, T, d); 0
-        where no
-        completion point is in range."""
+        where no completion point is in range."""
         apart = torch.cdist(point, comp)  # (B, T, n) [m]
         apart = torch.where(valid[:, None] & (apart < self.radius), apart, torch.inf)
         near = apart.topk(min(self.count, apart.shape[-1]), largest=False)
@@ -1453,8 +1450,7 @@ class LocalContext(nn.Module):
 
 
 class RoutingGate(nn.Module):
-    """(16) c^ = c + g LayerNorm(h), g = sigmoid(tau MLP([c, h, u])): at first sigmoid(-3) = 0.047, nearly the
-    identity."""
+    """(16) c^ = c + g LayerNorm(h), g = sigmoid(tau MLP([c, h, u])): at first sigmoid(-3) = 0.047, little is let in."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -1609,8 +1605,7 @@ def flat_memory(seen: Insight) -> tuple[Tensor, Tensor, Tensor]:
 
 class GenericTokens(nn.Module):
     """The control: as many learned tokens, which ask the same image tokens with the same depth in them, but know
-    neither
-    calibration nor objects. Ours."""
+    neither calibration nor objects. Ours."""
 
     def __init__(self, cfg: Config, c_in: int, c_out: int):
         super().__init__()
@@ -1677,8 +1672,7 @@ class Agent(nn.Module):
         return (state - self.state_mean) / self.state_std
 
     def prefix(self, batch: Batch, learn: bool = False) -> tuple[Prefix, Insight | None]:
-        """The policy's prefix with the plug-in's tokens behind it. learn: in training, stage 1 learns the 3D
-        modules."""
+        """The policy's prefix, the plug-in's tokens behind it. learn: in stage 1 gradients reach the 3D modules."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 0):
             prefix = self.policy.encode(batch, self.pad_state(batch.state))
         if self.stage == 0:
@@ -1714,8 +1708,7 @@ class Agent(nn.Module):
 
     def grounding_loss(self, read: Tensor, truth: Tensor) -> Tensor:
         """Stage 0's stand-in for a VLM that has learned to detect: each image token tells, cell by cell, whether it
-        shows
-        the thing to move and the place it belongs to. read (B, n h w, C) of the first n views; truth as
+        shows the thing to move and the place it belongs to. read (B, n h w, C) of the first n views; truth as
         Batch.ground."""
         h = w = self.policy.grid
         said = self.ground(read).unflatten(1, (-1, h, w)).unflatten(-1, (2, self.cfg.patch // GROUND_STRIDE, -1))
@@ -1744,8 +1737,7 @@ def world(cfg: Config, out: Path | None = None, seed: int = 0) -> Path:
 
 
 class Demos:
-    """Demonstrations of a tabletop world in memory: every frame is a training sample with the chunk of actions after
-    it."""
+    """Demonstrations of a tabletop world in memory: each frame is a sample, with the actions that follow it."""
 
     def __init__(self, root: Path, cfg: Config, masks: Callable[[np.ndarray, str], list] | None = None):
         self.root, self.cfg, self.masks = Path(root), cfg, masks
@@ -1755,35 +1747,24 @@ class Demos:
                              f"--out DIR")
         folders = [self.root / "demos" / t / f"{k:04d}" for t in world_json["tasks"]
                    for k in range(world_json["demos"])]
-        names = ("images", "depth", "instances", "K", "T_base_cam", "states", "poses")
-        fields: dict[str, list] = {k: [] for k in names}
-        self.actions, self.episode, self.step, self.texts, self.things, self.tasks = [], [], [], [], [], []
-        for e, folder in enumerate(tqdm(folders, "demonstrations", leave=False, disable=None)):
-            for key, value in read_demo(folder, world_json["cameras"]).items():
-                if key in fields:
-                    fields[key].append(value)
-                elif key == "actions":
-                    self.actions.append(torch.from_numpy(value))
-                    self.episode += [e] * len(value)
-                    self.step += range(len(value))
-                elif key == "instruction":
-                    self.texts.append(value)
-                elif key in ("things", "task"):
-                    getattr(self, f"{key}s" if key == "task" else key).append(value)
-        self.poses = fields.pop("poses")
-        joined = {k: np.concatenate(v) for k, v in fields.items()}
-        self.images, self.depth, self.instances = joined["images"], joined["depth"], joined["instances"]
-        self.K, self.T_base_cam, self.states = joined["K"], joined["T_base_cam"], joined["states"]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            read = pool.map(lambda folder: read_demo(folder, world_json["cameras"]), folders)
+            self.demos: list[dict] = list(tqdm(read, "demonstrations", len(folders), leave=False, disable=None))
+        self.place = [(e, k) for e, demo in enumerate(self.demos) for k in range(len(demo["actions"]))]  # of each frame
         self.pseudo: dict[int, Pseudo] = {}
         self.comp: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return len(self.episode)
+        return len(self.place)
 
     def observation(self, i: int) -> Observation:
         """Frame i as the environment would give it."""
-        return Observation(self.images[i], self.depth[i].astype(np.float32) * 1e-4, self.K[i], self.T_base_cam[i],
-                           self.instances[i].astype(np.int32), self.states[i], self.texts[self.episode[i]])  # fmt: skip
+        from data.tabletop import DEPTH_UNIT
+
+        e, k = self.place[i]
+        d = self.demos[e]
+        return Observation(d["images"][k], d["depth"][k] * np.float32(DEPTH_UNIT), d["K"][k], d["T_base_cam"][k],
+                           d["instances"][k].astype(np.int32), d["states"][k], d["instruction"])
 
     def targets(self, i: int) -> Pseudo:
         """Pseudo ground truth of frame i, made once."""
@@ -1803,26 +1784,27 @@ class Demos:
         """(V, 2, H / 4, W / 4): share of each cell that shows the thing to move, and its destination."""
         from data.tabletop import TASKS
 
-        e, view = self.episode[i], self.instances[i]
-        goals = [goal[1:] or ("white drawer",) for goal in TASKS[self.tasks[e]].goals]
+        e, k = self.place[i]
+        demo, view = self.demos[e], self.demos[e]["instances"][k]
+        goals = [goal[1:] or ("white drawer",) for goal in TASKS[demo["task"]].goals]
         maps = []
-        for k in range(2):
-            ids = [self.things[e].index(goal[k]) + 1 for goal in goals if len(goal) > k]
+        for role in range(2):
+            ids = [demo["things"].index(goal[role]) + 1 for goal in goals if len(goal) > role]
             maps.append(torch.from_numpy(np.isin(view, ids).astype(np.float32)))
         size = self.cfg.image_size // GROUND_STRIDE
         return F.adaptive_avg_pool2d(torch.stack(maps, 1), (size, size))
 
     def chunk(self, i: int) -> tuple[Tensor, Tensor]:
         """Actions (A, D) from frame i on, and (A,) which of them are before the end (the last is repeated)."""
-        actions, s = self.actions[self.episode[i]], self.step[i]
-        index = torch.arange(s, s + self.cfg.chunk)
-        return actions[index.clamp_max(len(actions) - 1)], index < len(actions)
+        e, k = self.place[i]
+        actions, index = self.demos[e]["actions"], torch.arange(k, k + self.cfg.chunk)
+        return torch.from_numpy(actions)[index.clamp_max(len(actions) - 1)], index < len(actions)
 
     def statistics(self) -> dict[str, Tensor]:
         """Mean and deviation of actions and states. The gripper's action keeps its sign (0, 1); an action channel that
-        hardly moves
-        is not blown up to the size of the others (its deviation counts as 0.3 of the range [-1, 1] at least)."""
-        a, s = torch.cat(self.actions), torch.from_numpy(self.states)
+        hardly moves is not blown up to the size of the others (its deviation counts as 0.3 of the range [-1, 1] at
+        least)."""
+        a, s = (torch.from_numpy(np.concatenate([d[key] for d in self.demos])) for key in ("actions", "states"))
         out = {"action_mean": a.mean(0), "action_std": a.std(0).clamp_min(0.3), "state_mean": s.mean(0),
                "state_std": s.std(0).clamp_min(0.01)}
         out["action_mean"][-1], out["action_std"][-1] = 0.0, 1.0
@@ -1831,8 +1813,6 @@ class Demos:
 
 def read_demo(folder: Path, cameras: list[str]) -> dict:
     """One demonstration's arrays. Raises InputError that names the file if one is missing or cut short."""
-    from data.tabletop import DEPTH_UNIT  # noqa: F401  (its files' unit is the one `Demos.observation` uses)
-
     shapes = {k: (None, "float32") for k in ("actions", "executed", "states", "poses")} | {k: (None, "float64")
         for k in ("K", "T_base_cam")}
     e = read_npz(folder / "episode.npz", shapes | {k: (None, None) for k in ("instruction", "things", "task")})
@@ -1916,7 +1896,9 @@ def train_stage(stage: int, cfg: Config, data: Demos, out: Path, run: Run, args,
     complete_network(agent, data, cfg, out.parent, run, args.seed) if stage == 2 else None
     model = wrap(agent, run, find_unused=True)
     peak = cfg.base_lr if stage == 0 else cfg.lr
-    optimizer = torch.optim.AdamW(param_groups(agent, peak, cfg.lr_3d, cfg.weight_decay, encoder="policy"))
+    muon = cfg.optimizer == "muon"
+    groups = param_groups(agent, peak, cfg.lr_3d, cfg.weight_decay, encoder="policy", muon=muon)
+    optimizer = (Muon if muon else torch.optim.AdamW)(groups, lr=peak)
     state = load_checkpoint(out, agent, optimizer, run, wanted) if start else {}
     order = DataOrder(len(data), max(1, cfg.batch // run.world), run.world, run.rank, args.seed + 1000 * stage)
     log, save_every = Log(out, run, steps, start, state), max(1, min(500, steps // 4))
@@ -1955,26 +1937,26 @@ def inherit(agent: Agent, folder: Path) -> None:
             raise InputError(f"{folder}: {name} is {tuple(weights[name].shape)} there, {tuple(mine[name].shape)} here; "
                              f"use its own settings")
     agent.load_state_dict(weights, strict=False)
-    calibrate(agent)
+    calibrate(agent, weights.keys())
 
 
-def calibrate(agent: Agent) -> None:
-    """The outgoing tokens start as long as the policy's word embeddings: the gain is their root mean square."""
+def calibrate(agent: Agent, learned: Collection[str] = ()) -> None:
+    """Outgoing tokens start as long as the policy's word embeddings: the gain is their root mean square, except where
+    the stage before has learned it (`learned`: names of weights)."""
     if agent.cfg.policy == "xvla":
         words = agent.policy.seer["words"].weight
     else:
         embedding = agent.policy.net.model.get_input_embeddings()
         words = embedding.weight * getattr(embedding, "scalar_embed_scale", 1.0)
     size = float(words.detach().float().square().mean().sqrt())
-    for module in agent.modules():
-        if isinstance(module, TokenOut):
+    for name, module in agent.named_modules():
+        if isinstance(module, TokenOut) and f"{name}.gain" not in learned:
             nn.init.constant_(module.gain, size)
 
 
 @torch.no_grad()
 def with_completion(agent: Agent, batch: Batch, data: Demos, index: list[int]) -> Batch:
-    """Completion coordinates of training frames: in stage 2 the modules they come from are frozen, so each is made
-    once."""
+    """Completion coordinates of training frames, each made once: in stage 2 the modules they come from are frozen."""
     new = [k for k, i in enumerate(index) if i not in data.comp]
     if new:
         part = Batch(*(value[new] if isinstance(value, Tensor) else value for value in batch[:5]),
@@ -2039,7 +2021,8 @@ def object_cloud(data: Demos, i: int, rng: np.random.Generator,
     centre, centred and scaled as the network takes them; None if too little of it is seen."""
     from data.tabletop import surface_points
 
-    o, names, poses = data.observation(i), data.things[data.episode[i]], data.poses[data.episode[i]][data.step[i]]
+    (e, step), o = data.place[i], data.observation(i)
+    names, poses = data.demos[e]["things"], data.demos[e]["poses"][step]
     v, k = int(rng.integers(len(o.images))), int(rng.integers(len(names)))
     mask = (o.instances[v] == k + 1) & (o.depth[v] > 0)
     if mask.sum() < 24:
@@ -2058,8 +2041,7 @@ def object_cloud(data: Demos, i: int, rng: np.random.Generator,
 def train(cfg: Config, data: Demos, out: Path, run: Run, args, base: Path | None = None,
           first: Path | None = None) -> None:
     """Stage 0 in <out>/stage0 (or `base`), then stage 1 (or `first`, another run's), then stage 2. A base policy alone
-    gets the
-    same number of further expert updates, so that no arm has seen more."""
+    gets the same number of further expert updates, so that no arm has seen more."""
     bare = replace(cfg, variant="base")
     if base is None:
         base = out / "stage0"
@@ -2096,9 +2078,9 @@ class Episode(NamedTuple):
 
 
 def episode_list(env: Environment, cfg: Config) -> list[tuple[str, int]]:
-    """(task, seed) of all episodes, the same for every arm. Tabletop: clean and hard ones, then the seven perturbations
-    in turn,
-    tasks and levels going round. Elsewhere `episodes` of the benchmark's own, evenly spread over its tasks."""
+    """(task, seed) of all episodes, the same for every arm. Tabletop: clean and hard ones, then the seven
+    perturbations in turn, tasks and levels going round. Elsewhere `episodes` of the benchmark's own, evenly spread
+    over its tasks."""
     if env.name != "synthetic tabletop world":
         step = max(1, len(env.tasks) // max(cfg.episodes, 1))
         tasks = env.tasks[::step] if len(env.tasks) > cfg.episodes else env.tasks
@@ -2116,8 +2098,7 @@ def episode_list(env: Environment, cfg: Config) -> list[tuple[str, int]]:
 
 def agent_policy(agent: Agent, cfg: Config, device: torch.device, clock: list[float] | None = None,
                  images: str = "own") -> Policy:
-    """An agent as a policy; the flow's noise depends on episode seed and time alone, so arms share it. images "black":
-    blind."""
+    """An agent as a policy. The noise depends on episode seed and time alone: arms share it. images "black": blind."""
 
     def plan(observations: list[Observation], seeds: list[int], when: int) -> tuple[np.ndarray, Insight | None, Batch]:
         shape = agent.policy.chunk, agent.policy.action_dim
@@ -2230,22 +2211,36 @@ def save_episodes(path: Path, episodes: list[Episode]) -> None:
               trials=np.ones(len(pooled), np.int64))  # fmt: skip
 
 
+def unseen_frames(cfg: Config, count: int) -> list[Observation]:
+    """Frames of the tabletop world with evaluation's seeds, at various times of the expert's episodes."""
+    from data.tabletop import expert
+
+    env, frames = make_environment("tabletop", size=cfg.image_size), []
+    for k in range(count):
+        frame = env.reset(env.tasks[k % len(env.tasks)], cfg.eval_seed + k)
+        late = 7 * k % 24  # control steps
+        for step in range(late):
+            outcome = env.step(expert(env.world), look=step + 1 == late)
+            frame = outcome.observation or frame
+        frames.append(frame)
+    return frames
+
+
 @torch.no_grad()
-def masked_token_errors(agent: Agent, data: Demos, cfg: Config, device: torch.device,
-                        batches: int = 4) -> dict[str, float]:  # fmt: skip
-    """Error (smooth L1) of the predictor at hidden tokens beside two that need no learning of the scene: a ridge
-    regression of the teacher's features on position and view alone, and the teacher's feature of the nearest shown
-    token."""
-    rng, sums = np.random.default_rng(0), {"ssl_predictor": 0.0, "ssl_position": 0.0, "ssl_nearest": 0.0}
-    fit_x, fit_y = [], []
+def masked_token_errors(agent: Agent, cfg: Config, device: torch.device, batches: int = 4,
+                        size: int = 16) -> dict[str, float]:  # fmt: skip
+    """Error (smooth L1) of the predictor at hidden tokens of unseen frames beside two that need no learning of the
+    scene: a ridge regression of the teacher's features on position and view alone (fitted to other frames), and the
+    teacher's feature of the nearest shown token."""
+    sums = {"ssl_predictor": 0.0, "ssl_position": 0.0, "ssl_nearest": 0.0}
+    frames, fit_x, fit_y = unseen_frames(cfg, 2 * batches * size), [], []
     for step in range(2 * batches):
-        index = [int(i) for i in rng.integers(len(data), size=min(cfg.batch, 16))]
-        batch = collate([(i, None) for i in index], data, cfg, device, targets=False)
+        batch = observe(frames[step * size : (step + 1) * size], cfg, device)
         seen = agent.three.look(agent.policy.encode(batch, agent.pad_state(batch.state)), batch, learn=False)
-        hidden = draw_step(cfg, agent, len(index), 17, step, 0, device).mask
+        hidden = draw_step(cfg, agent, size, 17, step, 0, device).mask
         said, true, where = agent.three.answers(seen, hidden)
         _, points, view = flat_memory(seen)
-        features = torch.cat([fourier(points, cfg.frequencies), F.one_hot(view, cfg.views).expand(len(index), -1, -1),
+        features = torch.cat([fourier(points, cfg.frequencies), F.one_hot(view, cfg.views).expand(size, -1, -1),
                               torch.ones_like(points[..., :1])], -1)
         if step < batches:
             fit_x.append(features.flatten(0, 1)), fit_y.append(true.flatten(0, 1))
@@ -2254,7 +2249,7 @@ def masked_token_errors(agent: Agent, data: Demos, cfg: Config, device: torch.de
                 eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
                 ridge = torch.linalg.solve(x.mT @ x + 1e-5 * len(x) * eye, x.mT @ y)
             continue
-        rows = torch.arange(len(index), device=device)[:, None]
+        rows = torch.arange(size, device=device)[:, None]
         target = true[rows, where]
         apart = torch.cdist(points, points).masked_fill(hidden.flatten(1)[:, None], torch.inf)  # to shown tokens only
         nearest = apart.argmin(-1)[rows, where]
@@ -2266,8 +2261,7 @@ def masked_token_errors(agent: Agent, data: Demos, cfg: Config, device: torch.de
 
 
 def evaluate(cfg: Config, args, brief: bool = False) -> None:
-    """The verb eval: episodes, controls, result.json, by_scene.npz, GIFs beside the checkpoint. brief: an arm, episodes
-    only."""
+    """The verb eval: episodes, controls, result.json, by_scene.npz, GIFs. brief: an arm of a claim, episodes only."""
     run, out = setup(args.device), cli.last_stage(args.ckpt)
     env = make_environment(cfg.env, args.data_root if cfg.env != "tabletop" else None,
                            cfg.image_size if cfg.env == "tabletop" else None)
@@ -2287,7 +2281,7 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
     if not brief:
         metrics |= controls(agent, env, envs, listed, cfg, run.device)
         if agent.three is not None and agent.three.predicts and cfg.env == "tabletop":
-            metrics |= masked_token_errors(agent, Demos(Path(args.run["data"]["root"]), cfg), cfg, run.device)
+            metrics |= masked_token_errors(agent, cfg, run.device)
         paths = gifs(plan, env, listed, cfg, out)
         if cfg.env != "tabletop":
             paths += gifs(random_policy(env.action_dim, cfg.replan), env, listed[:1], cfg, out, "random")
@@ -2312,7 +2306,7 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
 
 def controls(agent: Agent, env: Environment, envs: list[Environment], listed: list[tuple[str, int]], cfg: Config,
              device: torch.device) -> dict[str, float]:  # fmt: skip
-    """What luck, blindness, wrong camera poses and noisy depth reach on the same episodes."""
+    """What luck, the scripted expert, blindness, wrong camera poses and noisy depth reach on the same episodes."""
     pooled = [e for e in listed if env.category(e[0]) not in ("", "hard")] or listed
     clean = [e for e in listed if env.category(e[0]) == ""] or pooled
 
@@ -2321,7 +2315,18 @@ def controls(agent: Agent, env: Environment, envs: list[Environment], listed: li
 
     out = {"random_success": reach(random_policy(env.action_dim, cfg.replan), pooled, "random policy"),
            "blind_success": reach(agent_policy(agent, cfg, device, images="black"), clean, "blind")}  # fmt: skip
-    if env.name == "synthetic tabletop world" and agent.three is not None:
+    if env.name != "synthetic tabletop world":
+        return out
+    from data.tabletop import expert
+
+    reached = []
+    for task, seed in pooled:
+        env.reset(task, seed)
+        while not (outcome := env.step(expert(env.world), look=False)).done:
+            pass
+        reached.append(outcome.success)
+    out["expert_success"] = float(np.mean(reached))
+    if agent.three is not None:
         moved = [e for e in listed if env.category(e[0]) == "camera"]
         plan, other = agent_policy(agent, cfg, device), "nominal" if cfg.extrinsics == "true" else "true"
         out[f"success_camera_{other}"] = reach(plan, moved, f"{other} extrinsics", extrinsics=other)
@@ -2339,6 +2344,9 @@ def print_table(metrics: dict[str, float], data: dict, protocol: dict, paths: li
     for name in ("ssl_predictor", "ssl_position", "ssl_nearest"):
         if name in metrics:
             print(f"===> {name} (smooth L1 at hidden tokens) = {metrics[name]:.4f}")
+    if metrics["aborted"] > 0:
+        print(f"===> aborted episodes (an action that is not finite), counted as failures = "
+              f"{100 * metrics['aborted']:.2f}")
     print(f"replan {metrics['replan_ms']:.0f} ms an observation")
     for path in [out / "result.json", *paths]:
         print(f"  {path}")
@@ -2346,8 +2354,7 @@ def print_table(metrics: dict[str, float], data: dict, protocol: dict, paths: li
 
 def paint_frame(o: Observation, insight: Insight | None, batch: Batch | None, row: int, cfg: Config,
                 side: int = 320) -> np.ndarray:
-    """Both views side by side with masks (tinted), object probes (circles) and completion points (crosses): (H, W, 3)
-    uint8."""
+    """Both views with masks (tinted), object probes (circles), completion points (crosses): (H, W, 3) uint8."""
     panels = []
     for v in range(len(o.images)):
         image = cv2.resize(o.images[v], (side, side), interpolation=cv2.INTER_CUBIC)
@@ -2383,10 +2390,7 @@ def gifs(plan: Policy, env: Environment, listed: list[tuple[str, int]], cfg: Con
     """One GIF per chosen episode: clean, hard and perturbed ones in turn."""
     from PIL import Image
 
-    by_kind: dict[str, tuple[str, int]] = {}
-    for k, episode in enumerate(listed):
-        by_kind.setdefault(env.category(episode[0]), listed[(k + 3) % len(listed)]
-                           if env.category(listed[(k + 3) % len(listed)][0]) == env.category(episode[0]) else episode)
+    by_kind = {env.category(task): (task, seed) for task, seed in listed[::-1]}  # the first of each
     order = ["", "hard", "layout", "camera"]
     chosen = sorted(by_kind, key=lambda k: order.index(k) if k in order else 9)[: cfg.pictures]
     paths = []
@@ -2412,13 +2416,15 @@ CLAIMS = {
         "main", "objects, completion and routing each add to a pi0-like policy under perturbations never trained on: "
                 "base < A < B < C, C > generic tokens",
         LADDER, (("A", "base"), ("B", "A"), ("C", "B"), ("C", "base"), ("C", "control")), metric="success",
-        note="Every arm has the same base policy, number of expert updates, data order, noise and episodes; the "
-             "control has as many tokens and the same depth.",
+        note="Every arm and seed starts from one base policy and has the same number of expert updates, data order, "
+             "noise and episodes; the control has as many tokens and the same depth.",
     ),
     "second": Claim(
-        "second", "the same plug-in adds to an X-VLA-like policy that predicts the clean action: base < C",
-        {f"xvla {n}": {"policy": "xvla", "variant": n} for n in ("base", "C")}, (("xvla C", "xvla base"),),
-        metric="success",
+        "second", "the same plug-in adds to other policies, an X-VLA-like one that predicts the clean action and "
+                  "pi0.5: base < C",
+        {f"{p}-{n}": {"policy": p, "variant": n} for p in ("xvla", "pi05") for n in ("base", "C")},
+        (("xvla-C", "xvla-base"), ("pi05-C", "pi05-base")), metric="success",
+        note="Without --arms only X-VLA's arms are run.",
     ),
     "parts": Claim(
         "parts", "inside A: with spatial fusion, global 3D matching and the end-effector-relative encoding, each "
@@ -2443,6 +2449,7 @@ CLAIMS = {
     ),
 }  # fmt: skip
 SIDE = ("parts", "masking", "teacher")
+FIRST = {"second": ("xvla-base", "xvla-C")}  # what is run of a claim without --arms
 LATER = ("mask_ratio", "teacher", "ema", "target_ln", "var_target", "keep_comp", "neighbours", "local_radius",
          "gate_bias", "stage2_steps", "variant",
          "predictor_layers", "context_layers", "completion", "w_ssl", "w_recon", "w_cos",
@@ -2455,10 +2462,13 @@ def short_key(fields: dict) -> str:
 
 
 def ablate(cfg: Config, args) -> None:
-    """Re-tests one claim. Base policies and stage 1 are shared by the arms that have them in common, in
-    <out>/../arms."""
+    """Re-tests one claim. The base policy (one for all seeds) and stage 1 are shared by the arms that have them in
+    common, in <out>/../arms."""
     if args.claim not in CLAIMS:
         raise InputError(f"--claim {args.claim}: one of {', '.join(CLAIMS)}")
+    claim = CLAIMS[args.claim]
+    if unknown := [arm for arm in args.arms or () if arm not in claim.arms]:
+        raise InputError(f"--arms {' '.join(unknown)}: {args.claim} has {', '.join(claim.arms)}")
     cfg = replace(cfg, **{k: v for k, v in ABLATION.items() if k not in args.given})
     out = args.out or Path("runs/ablate") / f"threedvla-{args.claim}"
     pool, root = out.parent / "arms", args.data_root or world(cfg)
@@ -2472,8 +2482,8 @@ def ablate(cfg: Config, args) -> None:
         data["demos"].cfg = own
         quiet = SimpleNamespace(**vars(args) | {"seed": seed, "resume": False, "preset": args.preset})
         bare = replace(cfg, policy=own.policy, variant="base")
-        base = pool / f"base-{own.policy}-{short_key({k: getattr(bare, k) for k in BASE_FIELDS})}" / f"seed{seed}"
-        train_stage(0, bare, data["demos"], base, run, quiet, None)
+        base = pool / f"base-{own.policy}-{short_key({k: getattr(bare, k) for k in BASE_FIELDS})}"
+        train_stage(0, bare, data["demos"], base, run, SimpleNamespace(**vars(quiet) | {"seed": 0}), None)
         stage1 = replace(own, variant="A") if own.variant in "ABC" else own
         kept = {k: v for k, v in asdict(stage1).items() if k not in LATER or (k == "variant" and v not in "ABC")}
         first = pool / f"stage1-{own.policy}-{short_key(kept)}" / f"seed{seed}"
@@ -2489,17 +2499,16 @@ def ablate(cfg: Config, args) -> None:
 
     seeds = args.seeds if args.claim not in SIDE or "seeds" in args.given else 1
     shared = {k: getattr(cfg, k) for k in (*ABLATION, "base_steps", "episodes", "demos", "batch")}
-    run_claim(CLAIMS[args.claim], seeds, out, f"{args.preset} ({cfg.base_steps} + {cfg.stage1_steps} + "
-                                              f"{cfg.stage2_steps} steps)", {"shared": shared}, train_and_eval)
+    steps = f"{args.preset} ({cfg.base_steps} + {cfg.stage1_steps} + {cfg.stage2_steps} steps)"
+    run_claim(claim, seeds, out, steps, {"shared": shared}, train_and_eval, args.arms or FIRST.get(args.claim))
 
 
-BASE_FIELDS = ("policy", "vlm", "image_size", "views", "patch", "stem", "vision_width", "vision_layers",
-               "vision_heads", "vision_mlp", "lm_width", "lm_layers",
-               "lm_mlp", "expert_width", "expert_mlp", "heads", "head_dim", "vocabulary", "text_tokens", "state_dim",
-               "action_dim", "chunk", "soft_prompts",
-               "batch", "base_steps", "base_lr", "w_ground", "flow_draws", "min_period", "warmup", "lr_floor",
-               "weight_decay", "grad_clip", "amp",
-               "demos")  # fmt: skip
+BASE_FIELDS = (  # what a base policy depends on
+    "policy", "vlm", "image_size", "views", "patch", "stem", "vision_width", "vision_layers", "vision_heads",
+    "vision_mlp", "lm_width", "lm_layers", "lm_mlp", "expert_width", "expert_mlp", "heads", "head_dim", "vocabulary",
+    "text_tokens", "state_dim", "action_dim", "chunk", "soft_prompts", "batch", "optimizer", "base_steps", "base_lr",
+    "w_ground", "flow_draws", "min_period", "warmup", "lr_floor", "weight_decay", "grad_clip", "amp", "demos",
+)
 
 
 # --- 9  Command line -------------------------------------------------------------------------------------------------
@@ -2508,10 +2517,11 @@ VERBS = {
     "world": ("write the demonstrations in the synthetic tabletop world (nothing to do if they are there)", "out seed"),
     "train": ("base policy, then the plug-in's two stages", "out data-root base seed steps device resume"),
     "eval": ("play episodes: success per perturbation, result.json, GIFs", "ckpt! data-root device"),
-    "ablate": ("re-test a claim of the paper", "claim! seeds out data-root device"),
+    "ablate": ("re-test a claim of the paper", "claim! arms seeds out data-root device"),
     "describe": ("shapes, parameters, FLOPs and memory on the meta device; tiny: latency too", ""),
 }
-FLAGS = {"base": cli.Flag("run folder whose base policy (stage 0) is used instead of training one", Path | None)}
+FLAGS = {"base": cli.Flag("run folder whose base policy (stage 0) is used instead of training one", Path | None),
+         "arms": cli.Flag("arms of the claim to run; the others read `not run`", tuple[str, ...] | None)}
 
 
 def describe_batch(cfg: Config, device: str) -> tuple[Batch, Tensor]:
@@ -2530,8 +2540,8 @@ def describe_batch(cfg: Config, device: str) -> tuple[Batch, Tensor]:
 
 def describe_agent(cfg: Config) -> dict[str, float]:
     """Parameters by module, what the plug-in adds, and one plan's FLOPs and memory with and without it, on the meta
-    device;
-    of a policy small enough also its latency here, on random weights, with clustering and completion on the clock."""
+    device; of a policy small enough also its latency here, on random weights, with clustering and completion on the
+    clock."""
     from torch.utils.flop_counter import FlopCounterMode
 
     cfg, out = replace(cfg, vlm=None), {}
@@ -2546,29 +2556,37 @@ def describe_agent(cfg: Config) -> dict[str, float]:
         print(f"{cfg.policy} {variant}: {cfg.views} x {cfg.image_size} px -> {cfg.views * agent.policy.grid**2} image "
               f"tokens, {cfg.text_tokens} text tokens"
               + (f", {cfg.instance_tokens} object + {cfg.comp_tokens} completion tokens" if variant == "C" else ""))
-        for name, module in [*agent.named_children(), *(agent.three.named_children() if agent.three is not None
-            else [])]:
+        parts = []
+        for name, part in agent.named_children():
+            parts += [(name, part), *((f"  {n}", p) for n, p in part.named_children() if part is agent.three)]
+        for name, module in parts:
             print(f"  {name:28}{sum(p.numel() for p in module.parameters()) / 1e6:12.3f} M")
-        out |= {f"params_{variant}": params, f"gflop_{variant}": counter.get_total_flops() / 1e9}
+        out |= {f"params_{variant}": params, f"gflop_{variant}": counter.get_total_flops() / 1e9,
+                f"gb_{variant}": 2 * params / 1e9}  # fmt: skip
         print(f"  {'all':28}{params / 1e6:12.3f} M; one plan {out[f'gflop_{variant}']:.1f} GFLOP, weights "
-              f"{2 * params / 1e9:.3f} GB in bf16")
+              f"{out[f'gb_{variant}']:.3f} GB in bf16")
         if params < 1e8:
+            reset_peak(torch.device("cpu"))
             out[f"ms_{variant}"] = plan_latency(replace(cfg, variant=variant))
-            print(f"  {'one plan on this CPU':28}{out[f'ms_{variant}']:12.1f} ms")
+            print(f"  {'one plan on this CPU':28}{out[f'ms_{variant}']:12.1f} ms, peak memory "
+                  f"{peak_gb(torch.device('cpu')):.2f} GB")  # fmt: skip
         if agent.three is not None:
             idle = sum(p.numel() for n in ("teacher", "completer")
                        for p in (getattr(agent.three, n, None) or nn.Identity()).parameters())
             out["added"] = float(sum(p.numel() for p in agent.three.parameters()) - idle)
     if "added" in out:
+        print("overhead of one plan: " + ", ".join(
+            f"{out[f'{unit}_{cfg.variant}'] - out[f'{unit}_base']:+.3f} {word} "
+            f"({100 * (out[f'{unit}_{cfg.variant}'] / out[f'{unit}_base'] - 1):+.1f} %)"
+            for unit, word in (("gflop", "GFLOP"), ("gb", "GB of weights"), ("ms", "ms, completion included"))
+            if f"{unit}_base" in out))  # fmt: skip
         print(f"added (without the EMA teacher and the point completion network): {out['added'] / 1e9:.4f} B; the "
-              f"paper's 0.086 B, "
-              f"difference {out['added'] / 1e9 - 0.086:+.4f} B")  # fmt: skip
+              f"paper's 0.086 B, difference {out['added'] / 1e9 - 0.086:+.4f} B")  # fmt: skip
     return out
 
 
 def plan_latency(cfg: Config, repeats: int = 5) -> float:
-    """Median milliseconds of one plan of one observation of the tabletop world, random weights, all object tokens
-    valid."""
+    """Median milliseconds of one plan of one tabletop observation: random weights, all object tokens valid."""
     env = make_environment("tabletop", size=cfg.image_size)
     agent = Agent(replace(cfg, token_threshold=0.0)).eval()
     agent.stage = 2

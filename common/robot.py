@@ -93,9 +93,9 @@ def matrix_to_rot6d_columns(rotation: Tensor) -> Tensor:
 def rot6d_columns_to_matrix(rot6d: Tensor, eps: float = 0.0) -> Tensor:
     """Any (..., 6), two columns one after the other -> rotations (..., 3, 3) by Gram-Schmidt (Zhou et al.).
 
-    The first column keeps its direction, the second is made orthogonal to it, the third is their cross product.
-    eps is added to both norms: 0 gives an exact rotation (NaN where the columns are parallel or zero),
-    ROT6D_EPS_XVLA what X-VLA decodes: short by 1e-6 over the norm of what the first column leaves of the second.
+    The first column keeps its direction, the second is made orthogonal to it, the third is their cross product. eps is
+    added to both norms: 0 gives an exact rotation (NaN where the columns are parallel or zero), ROT6D_EPS_XVLA what
+    X-VLA decodes: short by 1e-6 over the norm of what the first column leaves of the second.
     """
     a, b = rot6d[..., :3], rot6d[..., 3:]
     first = a / (a.norm(dim=-1, keepdim=True) + eps)
@@ -407,8 +407,7 @@ class TabletopEnvironment:
 
 class Bddl(NamedTuple):
     """A LIBERO task definition. regions: name -> (what it lies on, its boxes x0 y0 x1 y1 [m]); objects, fixtures: name
-    ->
-    kind; init, goal: predicates, each a tuple of words."""
+    -> kind; init, goal: predicates, each a tuple of words."""
 
     problem: str
     language: str
@@ -534,8 +533,7 @@ def parse_plus_name(name: str) -> PlusName:
 
 def read_plus_tasks(path: Path | str) -> dict[str, list[dict]]:
     """LIBERO-Plus's task_classification.json -> {suite: [{"id", "name", "category", "difficulty_level"}]}, categories
-    as
-    in common.metrics.LIBERO_PLUS_TASKS. Raises InputError if it is missing or of another form."""
+    as in common.metrics.LIBERO_PLUS_TASKS. Raises InputError if it is missing or of another form."""
     value = read_json(path)
     words = {"Camera Viewpoints": "camera", "Robot Initial States": "robot", "Language Instructions": "language",
              "Light Conditions": "light", "Background Textures": "background", "Sensor Noise": "noise",
@@ -639,8 +637,14 @@ class Libero:
         if self._task != task:
             if self.env is not None:
                 self.env.close()
-            self.env = OffScreenRenderEnv(bddl_file_name=str(bddl), camera_heights=self.size, camera_widths=self.size,
-                                          camera_depths=True, camera_segmentations="instance")
+            try:
+                self.env = OffScreenRenderEnv(bddl_file_name=str(bddl), camera_depths=True,
+                                              camera_segmentations="instance", camera_heights=self.size,
+                                              camera_widths=self.size)
+            except (FileNotFoundError, ValueError) as error:            # MuJoCo's word for a missing mesh is ValueError
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+                raise InputError(f"{bddl}: the scene cannot be built ({reason}); a file of the assets is missing (for "
+                                 "background, light and layout LIBERO-Plus needs its own assets.zip)") from error
             self.env.seed(7)                                            # openpi's; stored states decide all that shows
             self._task = task
         self.instruction = self._instruction(bddl)
@@ -702,8 +706,8 @@ class Libero:
 
 class LiberoPlus(Libero):
     """LIBERO-Plus, its fork of the package `libero` first on the path. Tasks are suite/name; one episode each, as
-    published.
-    Camera, robot, language and noise need only LIBERO's assets; background, light and layout the fork's 6.4 GB more."""
+    published. Camera, robot, language and noise need only LIBERO's assets; background, light and layout the fork's 6.4
+    GB more."""
 
     def __init__(self, data_root: Path | str | None = None, size: int = 256):
         super().__init__("libero_spatial", data_root, size)
@@ -866,8 +870,7 @@ class RoboTwin:
 
 def check(root: Path | str) -> None:
     """Prints what a folder holds of the tabletop world, LIBERO, LIBERO-Plus or RoboTwin, and its size; raises
-    InputError
-    if anything required is missing or does not read."""
+    InputError if anything required is missing or does not read."""
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"--data-root {root}: no such folder")

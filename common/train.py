@@ -347,11 +347,11 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(
-    name: str, net: nn.Module, lr_enc: float, lr_dec: float, weight_decay: float
+    name: str, net: nn.Module, lr_enc: float, lr_dec: float, weight_decay: float, encoder: str = "encoder"
 ) -> torch.optim.Optimizer:
-    """name: adamw or muon."""
+    """name: adamw or muon. encoder: the parameters that learn at lr_enc."""
     muon = name == "muon"
-    groups = param_groups(net, lr_enc, lr_dec, weight_decay, muon=muon)
+    groups = param_groups(net, lr_enc, lr_dec, weight_decay, encoder, muon)
     return (Muon if muon else torch.optim.AdamW)(groups, lr=lr_dec)
 
 

@@ -1,6 +1,6 @@
 """The tabletop world: a 7-DoF gripper, ten kinds of objects, twelve tasks in words, scripted experts, perturbations.
 
-    python -m data.tabletop --out DIR --seed 0                       # 20 demonstrations of each task, resumable
+    python -m data.tabletop --out DIR --seed 0                       # 30 demonstrations of each task, resumable
     python -m data.tabletop --out DIR --seed 0 --demos 4 --tasks lift_cube stack_cubes
 
 CONVENTIONS   LIBERO's, so that one policy interface fits both (common.robot):
@@ -9,10 +9,9 @@ CONVENTIONS   LIBERO's, so that one policy interface fits both (common.robot):
     action     7 numbers in [-1, 1]: translation x 0.05 m, axis-angle x 0.5 rad (both in base axes), gripper -1 open,
                +1 close; 20 Hz. The commanded delta is reached to the share RESPONSE in one step.
     state      8 numbers: position of the grip site [m], axis-angle [rad], the two finger joints q, -q [m].
-    images     as LIBERO's policies are fed: upright but mirrored (robosuite's raw buffer turned by 180 degrees). K has
-    a
-               negative focal length in x for that, so `project` and `unproject` hold without a special case. The
-               cameras have LIBERO's intrinsics and, for the agent view, its pose.
+    images     as LIBERO's policies are fed: upright but mirrored (robosuite's raw buffer turned by 180 degrees). K
+               has a negative focal length in x for that, so `project` and `unproject` hold without a special case.
+               The cameras have LIBERO's intrinsics and, for the agent view, its pose.
     instances  0 = table, wall and robot; 1 + row of `things` else.
 
 CONTACT       Kinematic: nothing has a mass or a speed.
@@ -24,16 +23,15 @@ CONTACT       Kinematic: nothing has a mass or a speed.
     * The drawer moves along x: pulled by its fin, or pushed.
 
 PERTURBATIONS  LIBERO-Plus's seven, each at levels 1..5: camera (agent view only), robot (start pose), language
-(held-out
-    paraphrases), light, background, noise (agent view only; motion, Gaussian and zoom blur, fog, glass), layout (more
-    things, wider places, from level 3 a carton between camera and target). Their magnitudes are ours. `hard` is in the
-    style of RoboTwin 2.0's randomised setting: background, light, clutter, table height +-3 cm, unseen words, at once.
+    (held-out paraphrases), light, background, noise (agent view only; motion, Gaussian and zoom blur, fog, glass),
+    layout (more things, wider places, from level 3 a carton between camera and target). Their magnitudes are ours.
+    `hard` is in the style of RoboTwin 2.0's randomised setting: background, light, clutter, table height +-3 cm,
+    unseen words, at once.
 
 FILES         <out>/world.json; per demonstration <out>/demos/<task>/<number>/: episode.npz (actions: the expert's
-answer
-    to what is seen; executed: that plus noise, so that the data also show recoveries; states, K, T_base_cam, poses of
-    all things, words) and one PNG strip per camera, frames under each other: <camera>_rgb, <camera>_depth (uint16,
-    0.1 mm, 0 = none), <camera>_instance (uint8). episode.npz is written last: a folder that has it is whole.
+    answer to what is seen; executed: that plus noise, so that the data also show recoveries; states, K, T_base_cam,
+    poses of all things, words) and one PNG strip per camera, frames under each other: <camera>_rgb, <camera>_depth
+    (uint16, 0.1 mm, 0 = none), <camera>_instance (uint8). episode.npz is written last: a folder with it is whole.
 """
 
 import argparse
@@ -211,8 +209,8 @@ class Thing:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 class Task(NamedTuple):
-    """One task. goals are reached in order: ("lift", a) | ("in", a, b) | ("stack", a, b) | ("beside", a, b) |
-    ("push", a, b) | ("open",) | ("close",); a, b are names of things. words: the instruction, two more for training.
+    """One task. goals are reached in order: ("lift", a) | ("in", a, b) | ("stack", a, b) | ("beside", a, b) | ("push",
+    a, b) | ("open",) | ("close",); a, b are names of things. words: the instruction, two more for training.
     """
 
     goals: tuple[tuple[str, ...], ...]
@@ -405,8 +403,7 @@ def rotation_of(vector: np.ndarray) -> np.ndarray:
 
 def axis_angle(R: np.ndarray) -> np.ndarray:
     """Rotation (3, 3) -> axis times angle (3,) [rad] of the quaternion with x >= 0: continuous around a hand that
-    points
-    down, where w changes its sign; the angle may then pass pi, as robosuite's does."""
+    points down, where w changes its sign; the angle may then pass pi, as robosuite's does."""
     from scipy.spatial.transform import Rotation
 
     q = Rotation.from_matrix(R).as_quat()
@@ -1214,9 +1211,8 @@ def demonstrate(world: Tabletop, task: str, seed: int, perturbation: Perturbatio
     """One episode of the expert -> actions, executed (T, 7), states (T, 8), success.
 
     nudges: probability that at a step the hand is pushed off its way for two steps (after Laskey et al. 2017, DART);
-    the
-    recorded answer is the expert's own to the state that this led to. Rare and strong instead of always and weak: the
-    steps between them stay predictable, as a chunk of actions must be. watch(world): called before each step.
+    the recorded answer is the expert's own to the state that this led to. Rare and strong instead of always and weak:
+    the steps between them stay predictable, as a chunk of actions must be. watch(world): called before each step.
     """
     world.reset(task, seed, perturbation, words)
     rng = np.random.default_rng([seed, list(TASKS).index(task), 99])
@@ -1287,7 +1283,7 @@ def _write_job(job: tuple[Path, str, int, int]) -> None:
     write_demo(*job)
 
 
-def make_world(out: Path, seed: int = 0, demos: int = 20, tasks: tuple[str, ...] | None = None, size: int = 128,
+def make_world(out: Path, seed: int = 0, demos: int = 30, tasks: tuple[str, ...] | None = None, size: int = 128,
                workers: int | None = None) -> None:
     """Writes what is missing of a set of demonstrations. Raises InputError if `out` holds another one."""
     tasks = tuple(tasks or TASKS)
@@ -1333,7 +1329,7 @@ def main(argv: list[str] | None = None) -> None:
                                                                                  "world.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--demos", type=int, default=20, help="demonstrations of each task")
+    parser.add_argument("--demos", type=int, default=30, help="demonstrations of each task")
     parser.add_argument("--tasks", nargs="+", help=f"default: all of {', '.join(TASKS)}")
     parser.add_argument("--image", type=int, default=128, help="side of the square pictures [px]")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")

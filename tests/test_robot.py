@@ -659,6 +659,13 @@ def test_libero_adapter_on_a_stand_in(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not of libero_spatial"):
         env.reset("fly", 0)
 
+    def no_mesh(**settings):
+        raise FileNotFoundError("bowl.msh\nTraceback")
+
+    monkeypatch.setattr(sys.modules["libero.libero.envs"], "OffScreenRenderEnv", no_mesh)
+    with pytest.raises(InputError, match=r"put_it.bddl: the scene cannot be built \(bowl.msh\)"):
+        robot.make_environment("libero_spatial", data, size=16).reset("put_it", 0)
+
 
 def test_robotwin_adapter_on_a_stand_in(tmp_path, monkeypatch):
     """A clone of RoboTwin's form: only seeds that its expert solves count; depth in mm, extrinsics world -> camera."""

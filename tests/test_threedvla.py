@@ -157,7 +157,7 @@ def test_grounding_maps_lie_where_the_picture_has_them(tabletop):
     data, agent = V.Demos(tabletop, cfg), agent_of(variant="base")
     # (1, V, 2, 16, 16), patches of 4 x 4 cells
     truth = data.ground(0)[None]
-    target = data.instances[0][0] == data.things[0].index("red cube") + 1
+    target = data.demos[0]["instances"][0, 0] == data.demos[0]["things"].index("red cube") + 1
     assert truth.shape == (1, 2, 2, 16, 16) and truth[0, 0, 0].sum() * 16 == pytest.approx(target.sum())
     # by token: h, w, channel, i, j
     cells = truth.unflatten(-1, (4, 4)).unflatten(-3, (4, 4)).permute(0, 1, 3, 5, 2, 4, 6)
@@ -460,6 +460,45 @@ def test_a_thing_in_both_views_is_one_object():
     assert len(V.pseudo_targets(masks, depth, K, T, SMALL, radius=1e-6).points) == 2
 
 
+def test_foundation_masks_are_the_detectors_without_doubles(monkeypatch):
+    """Stand-ins for GroundingDINO and SAM: two boxes on one thing give one mask, and a picture without boxes none."""
+    def grounding(**inputs):
+        return None
+
+    def prompt(images, text, return_tensors):
+        assert "push the cart" in text
+        return SimpleNamespace(to=lambda device: Inputs(images))
+
+    class Inputs(dict):
+        def __init__(self, images):
+            super().__init__(), setattr(self, "input_ids", images)
+
+    def detections(outputs, images, **thresholds):
+        boxes = [[2, 2, 10, 10], [2, 2, 10, 11], [20, 20, 30, 30]] if images.max() else []
+        return [{"boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)}]
+
+    def ask(images, input_boxes, return_tensors):
+        return {"pixel_values": torch.zeros(1), "input_boxes": torch.tensor(input_boxes),
+                "original_sizes": images.shape[:2], "reshaped_input_sizes": None}  # fmt: skip
+
+    def masks_of(boxes, size, _):
+        out = torch.zeros(boxes.shape[1], 1, *size, dtype=torch.bool)
+        for k, (x0, y0, x1, y1) in enumerate(boxes[0].long().tolist()):
+            out[k, 0, y0:y1, x0:x1] = True
+        return [out]
+
+    prompt.post_process_grounded_object_detection, ask.post_process_masks = detections, masks_of
+    monkeypatch.setattr("data.labelers._load_grounding", lambda *_: (grounding, prompt))
+    monkeypatch.setattr("data.labelers._load_sam", lambda *_: (
+        lambda pixel_values, input_boxes, multimask_output: SimpleNamespace(pred_masks=input_boxes), ask))
+    images = np.stack([np.full((40, 40, 3), 9, np.uint8), np.zeros((40, 40, 3), np.uint8)])
+    found = V.FoundationMasks(SMALL, CPU)(images, "push the cart.")
+    assert [len(view) for view in found] == [2, 0] and [int(m.sum()) for m in found[0]] == [64, 100]
+    o = make_environment("tabletop", size=40).reset("lift_cube", 0)
+    cfg = V.replace(SMALL, image_size=40)
+    assert len(V.pseudo_targets(found, np.ones((2, 40, 40), np.float32), o.K, o.T_base_cam, cfg).points) == 2
+
+
 # --- 3.3 --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
@@ -529,6 +568,21 @@ def test_clustering_drops_strays():
     strays = np.array([[0.4, 0, 1.0], [0, 0.5, 1.2], [-0.4, 0.4, 0.9]])
     kept = V.largest_cluster(np.concatenate([cloud, strays]))
     assert len(kept) >= 0.95 * len(cloud) and np.linalg.norm(kept - [0, 0, 1], axis=1).max() < 0.06
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_clustering_is_scikit_learns(seed):
+    from sklearn.cluster import DBSCAN
+
+    rng = np.random.default_rng(seed)
+    points = np.concatenate([rng.normal(0, 0.01, (60, 3)), rng.normal(1, 0.02, (40, 3)), rng.uniform(-1, 2, (10, 3))])
+    points = rng.permutation(points)
+    apart = np.linalg.norm(points[:, None] - points, axis=-1)
+    spacing = np.median(np.sort(apart, axis=1)[:, 1])
+    label = DBSCAN(eps=3 * spacing, min_samples=4).fit_predict(points)
+    assert np.array_equal(V.largest_cluster(points), points[label == np.bincount(label[label >= 0]).argmax()])
+    far = 10.0 * rng.permutation(np.eye(3).repeat(2, 0)) * np.arange(1, 7)[:, None] ** 2
+    assert len(V.largest_cluster(far, factor=0.5)) == 6                                  # nothing is dense: all of it
 
 
 def test_mirroring_fills_the_back_of_a_ball():
@@ -670,6 +724,19 @@ def test_each_stage_freezes_what_the_paper_freezes(observations):
     assert learns(vlm) == learns(three.fusion) == learns(three.instances) == {False}
     assert learns(three.predictor) == learns(three.context) == learns(three.local) == learns(three.routing) == {True}
     assert learns(three.relative) == learns(agent.policy.net.action_out_proj) == {True}
+
+
+def test_the_next_stage_keeps_what_the_last_one_learned():
+    """Token gains: the object tokens' is stage 1's, the new completion tokens' starts at the words' size."""
+    old, new = agent_of(variant="A"), agent_of(variant="C")
+    torch.nn.init.constant_(old.three.out_inst.gain, 7.0)
+    weights = old.state_dict()
+    new.load_state_dict(weights, strict=False)
+    V.calibrate(new, weights.keys())
+    fresh = agent_of(variant="C")
+    V.calibrate(fresh)
+    assert float(new.three.out_inst.gain) == 7.0 != float(fresh.three.out_inst.gain)
+    assert float(new.three.out_comp.gain) == float(fresh.three.out_comp.gain) != 0.5
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -837,6 +904,14 @@ def test_a_policy_learns_one_demonstration(tabletop):
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
 
+def test_frames_to_score_the_predictor_on_are_no_demonstrations():
+    frames = V.unseen_frames(SMALL, 3)
+    again = V.unseen_frames(SMALL, 2)
+    assert len(frames) == 3 and np.array_equal(frames[1].images, again[1].images)
+    start = make_environment("tabletop", size=64).reset("can_in_basket", SMALL.eval_seed + 1)
+    assert frames[1].instruction == start.instruction and not np.array_equal(frames[1].images, start.images)
+
+
 def small_preset(monkeypatch) -> None:
     """The tiny preset shrinks, and episodes end after 16 steps a goal."""
     monkeypatch.setitem(V.PRESETS, "tiny", SMALL)
@@ -856,9 +931,8 @@ def test_train_and_eval_from_the_command_line(tabletop, tmp_path, monkeypatch, c
     result = json.loads((out / "stage2" / "result.json").read_text())
     m = result["metrics"]
     assert result["dataset"]["name"] == "synthetic tabletop world" and result["dataset"]["frames"] == 9
-    assert {"success", "success_clean", "success_hard", "random_success", "blind_success", "success_camera_nominal",
-            "success_weighted",
-            "ssl_predictor", "ssl_position", "ssl_nearest"} <= m.keys()
+    assert {"success", "success_clean", "success_hard", "random_success", "expert_success", "blind_success",
+            "success_camera_nominal", "success_weighted", "ssl_predictor", "ssl_position", "ssl_nearest"} <= m.keys()
     assert len(list((out / "stage2" / "pictures").glob("*.gif"))) == 1
     with np.load(out / "stage2" / "by_scene.npz") as rows:
         assert len(rows["success"]) == 7 and rows["trials"].sum() == 7
@@ -906,6 +980,7 @@ def test_bad_input_costs_one_line(tabletop, tmp_path, monkeypatch, capsys):
              (("train", "--data-root", tmp_path, "--out", tmp_path / "x"), "world.json"),
              (("train", "--data-root", tabletop, "--base", tmp_path, "--out", tmp_path / "x"), "--base"),
              (("ablate", "--claim", "fame"), "one of main"),
+             (("ablate", "--claim", "main", "--arms", "A", "Z"), "--arms Z: main has base"),
              (("eval", "--ckpt", tmp_path / "none"), "no such folder"),
              (("train", "--data-root", tabletop, "--replan", "9", "--out", tmp_path / "x"), "--replan 9")]
     shutil.rmtree(cut / "demos/open_drawer/0000")
@@ -940,7 +1015,7 @@ def test_describe_tells_both_sides(monkeypatch, capsys):
     small_preset(monkeypatch)
     out = V.describe_agent(SMALL)
     told = capsys.readouterr().out
-    assert "one plan on this CPU" in told and "0.086 B" in told
+    assert "one plan on this CPU" in told and "0.086 B" in told and "overhead of one plan: +" in told
     assert out["params_C"] > out["params_base"] and out["gflop_C"] > out["gflop_base"]
 
 

@@ -245,6 +245,13 @@ def test_muon_steps_layers_by_their_size_and_the_rest_as_adamw():
     assert torch.linalg.matrix_norm(step, 2).item() == pytest.approx(0.2 * 1e-2 * 108**0.5, rel=0.4)
 
 
+def test_the_encoder_of_a_wrapped_network_learns_at_its_own_rate():
+    net = nn.ModuleDict({"net": nn.ModuleDict({"encoder": nn.Linear(2, 3)}), "head": nn.Linear(3, 1)})
+    groups = T.make_optimizer("muon", net, 1e-3, 1e-2, 0.0, encoder="net.encoder").param_groups
+    rate = {id(p): g["base_lr"] for g in groups for p in g["params"]}
+    assert {rate[id(p)] for p in net["net"].parameters()} == {1e-3} and {rate[id(p)] for p in net["head"].parameters()} == {1e-2}
+
+
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
