@@ -181,7 +181,7 @@ class Config:
 TINY = Config(  # two CPU cores
     image_size=(112, 200), backbone="conv", channels=32, grid_stride=(2, 2, 1), cell_split=(2, 2, 2), cnn3d="unet",
     cnn_channels=(24, 48, 96), norm="group", logit_norm=False, position="ranges", free_bias=2.0, contract_ratio=0.8, map_stride=(2, 4), map_fill=0.4, outlier_nb=8,
-    free_weight=1.5, w_semantic=0.5, render_size=(28, 50), samples=80, batch=1, optimizer="muon", steps=400, lr_enc=1e-2, lr_dec=1e-2,
+    free_weight=1.5, w_semantic=0.5, render_size=(28, 50), samples=80, batch=1, optimizer="muon", steps=450, lr_enc=1e-2, lr_dec=1e-2,
     weight_decay=0.6, schedule="cosine", warmup=20, grad_clip=5.0, jitter=1.0, amp="off",
 )  # fmt: skip
 PRESETS = {
