@@ -824,7 +824,7 @@ def test_one_frame_is_overfitted(roots, labels):
     torch.manual_seed(0)
     net, batch = O.OccLE(cfg), O.stack_items([samples((0, True), np.random.default_rng(0))], torch.device("cpu"), 1)
     weights = O.Weights(torch.ones(17), O.truth_weights(samples.truth, (0,), cfg))
-    optimizer = O.make_optimizer("muon", net, cfg.lr, cfg.lr, 0.0)
+    optimizer = O.make_optimizer("muon", net, 2e-2, 2e-2, 0.0)
     values, geometry = [], []
     for _ in range(30):
         out = net(batch)
