@@ -111,7 +111,7 @@ from common.files import InputError, exit_on_input_error, read_json, read_npz, w
 from common.geometry import OCC3D, VoxelGrid, invert, pixel_centers, project, traversed, unproject
 from common.kernels.voxel_vote import voxel_vote
 from common.losses import lovasz_softmax
-from common.metrics import OccupancyMeter, class_iou, occupancy_confusion, openset_scores
+from common.metrics import OccupancyMeter, occupancy_confusion, openset_scores
 from common.nuscenes import FREE, OCC3D_CLASSES, NuScenesOccupancy, find_root, find_version, rigid_inverse
 from common.poisson import estimate_normals, open3d_surface, reconstruct, trim
 from common.train import (DataOrder, Log, Run, autocast, barrier, begin, load_checkpoint, make_optimizer, peak_gb, prefetch,
@@ -200,7 +200,7 @@ class Config:
     l_lov: float = 1.0  # (8), assumption
     class_weights: Literal["sqrt", "none"] = "sqrt"  # assumption: freq^-0.5
     free_mode: Literal["carved", "unhit"] = "carved"  # assumption: voxels that no ray met are ignored, or free
-    gt: bool = False  # Sec. 1: existing ground truth (gts) instead of labels, held-out kinds treated alike
+    gt: bool = False  # Sec. 1: existing ground truth (gts) where a sensor saw it, labels elsewhere; held-out kinds treated alike
     # optimisation
     batch: int = 1  # keyframes per process; assumption
     optimizer: Literal["adamw", "muon"] = "adamw"  # LOcc; muon (common/train.py) learns in fewer steps
@@ -684,7 +684,8 @@ def name_voxels(scene: Scene, index: np.ndarray, movers: Thing, T_ego_scene: np.
     if known.any():
         sources.append((cKDTree(movers.points[known]), movers.labels[known], centers))
     for tree, labels, query in sources:
-        d, rows = tree.query(query, k=list(range(1, k + 1)), workers=torch.get_num_threads())  # (V, k) each; inf and n where there are fewer
+        # (V, k) each; inf and n where there are fewer
+        d, rows = tree.query(query, k=list(range(1, k + 1)), workers=torch.get_num_threads())
         distance.append(d)
         label.append(np.append(labels, UNLABELLED)[rows])
     if not sources:
@@ -772,9 +773,9 @@ def scenes_of(dataset) -> dict[str, list[int]]:
 
 def label_scene(job: tuple) -> tuple[int, str]:
     """Writes the labels of one scene's keyframes -> keyframes written, a note (or ""). Finished ones are kept."""
-    dataset, indices, labeler_name, options, cfg, out = job
-    path = {i: label_file(out, dataset, i) for i in indices}
-    todo, note = [i for i in indices if not path[i].is_file()], ""
+    dataset, indices, wanted, labeler_name, options, cfg, out = job
+    path = {i: label_file(out, dataset, i) for i in wanted}
+    todo, note = [i for i in wanted if not path[i].is_file()], ""
     if not todo:
         return 0, note
     scenes = Fusion(dataset, indices, labeler_name, options, cfg)
@@ -829,8 +830,9 @@ def check_factory(dataset, labeler: str) -> str:
     return "fused LiDAR; boxes re-pose each instance"
 
 
-def make_labels(dataset, labeler: str, cfg: Config, out: Path, shard: tuple[int, int] = (0, 1)) -> float:
-    """Dense labels of every keyframe of `dataset` into out/<scene>/<token>/labels.npz -> seconds a keyframe written.
+def make_labels(dataset, labeler: str, cfg: Config, out: Path, shard: tuple[int, int] = (0, 1), only: list[int] | None = None) -> float:
+    """Dense labels of every keyframe of `dataset` (or of `only` these) into out/<scene>/<token>/labels.npz -> seconds a
+    keyframe written.
 
     Resumable (finished files are kept), sharded by scene, cfg.workers processes. out/labels.json holds the settings; a
     folder made with other settings is refused (InputError).
@@ -847,14 +849,16 @@ def make_labels(dataset, labeler: str, cfg: Config, out: Path, shard: tuple[int,
             raise InputError(f"{path}: made with another {', '.join(differ)}; choose another folder or delete this one")
     else:
         write_json(path, wanted)
-    scenes = scenes_of(dataset)
-    jobs = [(dataset, scenes[name], labeler, options, cfg, out) for name in sorted(scenes)[shard[0] :: shard[1]]]
-    total, written = sum(len(job[1]) for job in jobs), 0
+    scenes, asked = scenes_of(dataset), range(len(dataset)) if only is None else set(only)
+    chosen = {name: [i for i in indices if i in asked] for name, indices in scenes.items()}
+    mine = [name for name in sorted(scenes)[shard[0] :: shard[1]] if chosen[name]]
+    jobs = [(dataset, scenes[name], chosen[name], labeler, options, cfg, out) for name in mine]
+    total, written = sum(len(job[2]) for job in jobs), 0
     processes = 1 if labeler == "foundation" else min(cfg.workers, len(jobs))  # one set of models in memory
     with tqdm(total=total, desc="labels", unit="keyframe") as bar:
 
         def finished(job, result) -> int:
-            bar.update(len(job[1]))
+            bar.update(len(job[2]))
             if result[1]:
                 print(f"note: {result[1]}", file=sys.stderr)
             return result[0]
@@ -922,7 +926,8 @@ def flat_ground(K: Tensor, T_ref_cam: Tensor, h: int, w: int, bins: tuple[float,
     z-depth at which the pixel's ray meets the plane z = 0 of the reference; 0 where it never does. Ours."""
     uv = pixel_centers(h, w, device=K.device)
     ones = torch.ones(h, w, device=K.device)
-    slope = torch.stack([unproject(uv, ones, k, T)[..., 2] - T[2, 3] for k, T in zip(K, T_ref_cam, strict=True)])  # (N, h, w) metres up per metre
+    slope = [unproject(uv, ones, k, T)[..., 2] - T[2, 3] for k, T in zip(K, T_ref_cam, strict=True)]  # metres up per metre
+    slope = torch.stack(slope)  # (N, h, w)
     ground = (T_ref_cam[:, 2, 3, None, None] / -slope.clamp(max=-1e-3)).clamp(*bins[:2])
     d = torch.arange(bins[0] + bins[2] / 2, bins[1], bins[2], device=K.device)[:, None, None]
     return -4 * (d.log() - ground[:, None].log()).abs() * (slope < 0)[:, None]
@@ -1006,14 +1011,19 @@ def build(cfg: Config, classes: int = 18, pretrained: bool = True) -> LiftNet:
     return LiftNet(cfg, classes, pretrained)
 
 
-def wrapped_network(cfg: Config, pretrained: bool) -> nn.Module:
-    """The network that LOC wraps: its own, or another method's by the protocol, imported only now."""
-    if cfg.network == "own":
-        return build(cfg, 18, pretrained)
+def network_file(cfg: Config):
+    """The method file of --network, imported only now."""
     try:
-        method = importlib.import_module(cfg.network)
+        return importlib.import_module(cfg.network)
     except ModuleNotFoundError as error:
         raise InputError(f"--network {cfg.network}: {cfg.network}.py cannot be imported here ({error}); run from the project's root") from error
+
+
+def wrapped_network(cfg: Config, pretrained: bool) -> nn.Module:
+    """The network that LOC wraps: its own, or another method's by the protocol."""
+    if cfg.network == "own":
+        return build(cfg, 18, pretrained)
+    method = network_file(cfg)
     if cfg.network_preset not in method.PRESETS:
         raise InputError(f"--network-preset {cfg.network_preset}: {cfg.network}.py has {', '.join(method.PRESETS)}")
     theirs = method.PRESETS[cfg.network_preset]
@@ -1407,14 +1417,17 @@ def loss(out: dict[str, Tensor], batch: dict, text: Tensor, class_weight: Tensor
 
 
 def read_truth(labels: Path, dataset: NuScenesOccupancy, i: int, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
-    """What training calls true: the label, or with --gt the ground truth -> semantics uint8, seen bool (200, 200, 16)."""
+    """What training calls true -> semantics uint8, seen bool (200, 200, 16): the label; with --gt the ground truth where a
+    sensor saw it, and the label elsewhere."""
+    label, seen = read_label(labels, dataset, i)
     if not cfg.gt:
-        return read_label(labels, dataset, i)
+        return label, seen
     found = dataset.labels(i)
     if found is None:
         raise InputError(f"{dataset.root}: no gts/ (Occ3D labels), which --gt trains on; add them, or drop --gt")
     semantics, camera, lidar = found
-    return semantics, camera | lidar | (semantics < FREE)
+    observed = camera | lidar | (semantics < FREE)
+    return np.where(observed, semantics, label), observed | seen
 
 
 def surely_free(seen: np.ndarray) -> np.ndarray:
@@ -1588,14 +1601,23 @@ def target_weights(keyframes: Keyframes, words: Words, cfg: Config) -> tuple[Ten
 # --- 5  Train --------------------------------------------------------------------------------------------------------
 
 
-def prepare(cfg: Config, dataset: NuScenesOccupancy, labels: Path, shared: Path, run: Run, args) -> tuple[Words, tinyclip.Clip | None, Tensor | None, Path | None, Path | None]:
-    """What training needs beside labels, made once: the CLIP, its known prompts (K, D), the teacher's names of held-out
-    objects, a place for patch features. Other processes wait for the main one."""
+class Prepared(NamedTuple):
+    """What training needs beside labels, made once; None where nothing asks for it."""
+
+    words: Words
+    clip: tinyclip.Clip | None
+    text: Tensor | None  # (K, D) known prompts
+    named: Path | None  # folder of the teacher's names of held-out objects
+    patches: Path | None  # folder for CLIP's patch features
+
+
+def prepare(cfg: Config, dataset: NuScenesOccupancy, labels: Path, shared: Path, run: Run, args) -> Prepared:
+    """Makes it, in `shared` where it is files. Other processes wait for the main one."""
     if not cfg.wrapped and cfg.mode == "selfsup":
         raise InputError("--no-wrapped --mode selfsup: without a language head nothing names a voxel there; use --mode supervised")
     words = read_vocabulary(cfg)
     if not cfg.wrapped and cfg.holdout_mode == "ignore":
-        return words, None, None, None, None
+        return Prepared(words, None, None, None, None)
     clip = open_clip(cfg, words, dataset.root, run.device) if run.is_main else None
     barrier(run)
     clip = clip or open_clip(cfg, words, dataset.root, run.device)
@@ -1609,7 +1631,7 @@ def prepare(cfg: Config, dataset: NuScenesOccupancy, labels: Path, shared: Path,
             name_heldout(whole, labels, words, clip, text.to(run.device), named, cfg)
         barrier(run)
     patches = shared / f"patches-{short_hash([clip.name, cfg.clip_image])}" if cfg.cache_patches else None
-    return words, clip, text, named, patches
+    return Prepared(words, clip, text, named, patches)
 
 
 def short_hash(value) -> str:
@@ -1751,7 +1773,8 @@ def open_set(net: Loc, dataset: NuScenesOccupancy, indices: list[int], words: Wo
         ids_open = torch.where(occupied, paint(guess, reading.cells, net, FREE), FREE).cpu()
         confusion[scene] = confusion.get(scene, 0) + occupancy_confusion(ids_open, torch.from_numpy(semantics), torch.from_numpy(camera))
         random = torch.tensor(ids)[torch.from_numpy(rng.integers(len(ids), size=ids_open.shape))]
-        chance = chance + occupancy_confusion(torch.where(ids_open < FREE, random, FREE), torch.from_numpy(semantics), torch.from_numpy(camera))
+        guessed = torch.where(ids_open < FREE, random, FREE)
+        chance = chance + occupancy_confusion(guessed, torch.from_numpy(semantics), torch.from_numpy(camera))
     return open_scores(words, columns, confusion, chance, pools, cfg)
 
 
@@ -1770,7 +1793,8 @@ def open_scores(words: Words, columns: dict, confusion: dict, chance, pools: dic
         if columns[name]:
             score = torch.cat(columns[name])
             metrics |= {f"{key}{ending}": value for key, value in openset_scores(score, unknown).items()}
-            by_scene = {s: openset_scores(score[torch.from_numpy(scenes == s)], unknown[torch.from_numpy(scenes == s)])["auroc"] for s in set(scenes)}
+            rows = {s: torch.from_numpy(scenes == s) for s in set(scenes)}
+            by_scene = {s: openset_scores(score[r], unknown[r])["auroc"] for s, r in rows.items()}
             sums[f"scene_auroc{ending}"] = {s: np.array([[v, 1.0]]) if np.isfinite(v) else np.zeros((1, 2)) for s, v in by_scene.items()}
     if confusion:
         for name, classes in (("unknown_miou", words.novel), ("open_known_miou", words.known)):
@@ -1780,7 +1804,8 @@ def open_scores(words: Words, columns: dict, confusion: dict, chance, pools: dic
         for offset, name in ((0, "name"), (J, "description")):
             found = [openset_scores(sims[:, offset + j], label == c)["aupr"] for j, c in enumerate(words.novel)]
             metrics[f"retrieval_map_{name}"] = float(np.nanmean(found)) if np.isfinite(found).any() else math.nan
-        metrics["retrieval_map_chance"] = float(np.mean([float((label == c).double().mean()) for c in words.novel if (label == c).any()] or [math.nan]))
+        there = [float((label == c).double().mean()) for c in words.novel if (label == c).any()]
+        metrics["retrieval_map_chance"] = float(np.mean(there or [math.nan]))
         f = torch.cat([x for parts in pools.values() for x, _ in parts])
         of = torch.cat([torch.full((len(x),), c) for parts in pools.values() for x, c in parts])
         metrics |= homogenisation(f, of)
@@ -1822,7 +1847,8 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
     net = Loc(cfg, len(words.known), pretrained=False).to(run.device).eval()
     state = load_checkpoint(out, net)
     novel_names = ", ".join(OCC3D_CLASSES[c] for c in words.novel)
-    protocol = {"mask_train": "none" if cfg.free_mode == "unhit" else "voxels that the label's rays met", "labels": "Occ3D ground truth" if cfg.gt else source["note"],
+    protocol = {"mask_train": "none" if cfg.free_mode == "unhit" else "voxels that the label's rays met",
+                "labels": f"{'Occ3D ground truth where observed, else ' if cfg.gt else ''}{source['note']}",
                 "held_out": f"{novel_names} ({Path(cfg.holdout).name}); in training {cfg.holdout_mode}; their voxels are in no known score",
                 "language": "none" if not cfg.wrapped else cfg.clip or f"tiny CLIP, {cfg.language}"}  # fmt: skip
     seen, full = open_split(root, version, args.split, cfg, args.cache, train=False), dataset
@@ -1877,7 +1903,8 @@ def print_open(metrics: dict[str, float], words: Words, cfg: Config) -> None:
               f"{metrics.get('inter_intra', math.nan):.3f}, effective rank {metrics.get('effective_rank', math.nan):.1f} of {cfg.clip_dim}")  # fmt: skip
 
 
-HEAT = np.array([(196, 200, 205), (173, 187, 201), (140, 180, 200), (120, 190, 150), (190, 200, 80), (240, 180, 40), (240, 110, 30), (215, 25, 40)], np.uint8)
+HEAT = np.array([(196, 200, 205), (173, 187, 201), (140, 180, 200), (120, 190, 150), (190, 200, 80), (240, 180, 40),
+                 (240, 110, 30), (215, 25, 40)], np.uint8)  # fmt: skip
 HEAT_EDGES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)  # of a probability; ours
 HEAT_NAMES = ("under 5 %", "5 to 10 %", "10 to 20 %", "20 to 35 %", "35 to 50 %", "50 to 70 %", "70 to 90 %", "over 90 %")
 
@@ -1960,7 +1987,8 @@ CLAIMS = {
     ),
     "density": Claim(
         "density", "(c) dense labels (fusion, Poisson, k nearest neighbours) teach more than sparse ones",
-        {"single sweep": SELF | {"fuse": False, "poisson": "none", "knn_k": 0}, "fused": SELF | {"poisson": "none", "knn_k": 0}, "fused + Poisson + KNN": SELF},
+        {"single sweep": SELF | {"fuse": False, "poisson": "none", "knn_k": 0}, "fused": SELF | {"poisson": "none", "knn_k": 0},
+         "fused + Poisson + KNN": SELF},
         (("fused + Poisson + KNN", "single sweep"), ("fused + Poisson + KNN", "fused")),
         note="Labels differ, and with them what is supervised: a single sweep's rays leave most voxels unknown.",
     ),
@@ -1978,7 +2006,8 @@ CLAIMS = {
     ),
     "image": Claim(
         "image", "(f) the sparse image term helps: unknown kinds by prompt",
-        {"with image term": SELF, "text only": SELF | {"lambda_img": 0.0}}, (("with image term", "text only", "unknown_miou"), ("with image term", "text only")),
+        {"with image term": SELF, "text only": SELF | {"lambda_img": 0.0}},
+        (("with image term", "text only", "unknown_miou"), ("with image term", "text only")),
     ),
 }  # fmt: skip
 LETTERS = dict(zip("abcdef", CLAIMS, strict=True))
@@ -2008,7 +2037,8 @@ def ablate(cfg: Config, args) -> None:
         dataset = open_split(root, args.version, None, arm_cfg, args.cache)
         labels = pool / f"labels-{short_hash(label_settings(arm_cfg, labeler))}"
         make_labels(dataset, labeler, arm_cfg, labels)
-        arm_args = SimpleNamespace(**vars(args) | {"seed": seed, "resume": False, "ckpt": shared, "save_pred": None, "labels": None, "data_root": root, "split": None})
+        own = {"seed": seed, "resume": False, "ckpt": shared, "save_pred": None, "labels": None, "data_root": root, "split": None}
+        arm_args = SimpleNamespace(**vars(args) | own)
         train(learned, dataset, labels, shared, setup(args.device), arm_args, shared=labels)
         arm_args.run = read_json(shared / "config.json")
         evaluate(arm_cfg, arm_args, brief=True)
@@ -2046,7 +2076,7 @@ def label_quality(cfg: Config, args) -> None:
         for step, fields in FACTORY_STEPS.items():
             variant = replace(cfg, **fields)
             labels = out.parent / "arms" / f"labels-{dataset.split}-{short_hash(label_settings(variant, labeler))}"
-            seconds = make_labels(dataset, labeler, variant, labels)
+            seconds = make_labels(dataset, labeler, variant, labels, only=indices)
             rows[f"{arm}: {step}"] = (score_scans if kitti else score_labels)(dataset, labels, indices)
             if seconds > 0.005:  # else they were there already
                 rows[f"{arm}: {step}"]["s/keyframe"] = seconds * min(cfg.workers, len(scenes_of(dataset)))
@@ -2104,7 +2134,8 @@ def score_scans(dataset, labels: Path, indices: list[int]) -> dict[str, float]:
         label, returns, hidden = semantics != 0, dataset.bits(i, "bin"), dataset.bits(i, "occluded")
         count += [(label & returns).sum(), returns.sum(), label.sum(), (label & hidden & ~returns).sum(), (label & ~hidden & ~returns).sum()]
     both, returns, label, hidden, empty = count
-    return {"recall of bin": both / returns, "voxels / bin": label / returns, "in bin": both / label, "hidden": hidden / label, "seen empty": empty / label}
+    return {"recall of bin": both / returns, "voxels / bin": label / returns, "in bin": both / label, "hidden": hidden / label,
+            "seen empty": empty / label}  # fmt: skip
 
 
 # --- 8  Command line -------------------------------------------------------------------------------------------------
@@ -2166,6 +2197,8 @@ def describe_network(cfg: Config) -> None:
     H, W = cfg.image_size
     known = len(read_vocabulary(cfg).known)
     samples = known * cfg.dcl_samples + cfg.image_samples
+    if cfg.network != "own":
+        network_file(cfg)  # what a file makes when it is imported must not land on the meta device
     with torch.device("meta"):
         net = Loc(cfg, known, pretrained=False)
         batch = {"images": torch.empty(cfg.batch, 6, 3, H, W), "K": torch.empty(cfg.batch, 6, 3, 3), "T_ego_cam": torch.empty(cfg.batch, 6, 4, 4),

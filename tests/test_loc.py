@@ -19,6 +19,7 @@ import loc as L
 from common import ablation
 from common.files import InputError, write_npz
 from common.geometry import OCC3D, invert, project, traversed
+from common.metrics import class_iou
 from common.nuscenes import OCC3D_CLASSES, NuScenesOccupancy
 from data import tinyclip
 from data.labelers import make_labeler
@@ -285,7 +286,7 @@ def test_every_step_of_the_factory_finds_more_and_stays_precise(base, labeler):
         occupied = label.semantics < 17
         hit = occupied & truth & camera
         found[step] = hit.sum() / (truth & camera).sum(), hit.sum() / (occupied & camera).sum(), (label.semantics == semantics)[hit].mean()
-    recall, precision, named = (dict(zip(found, column)) for column in zip(*found.values()))
+    recall, precision, named = (dict(zip(found, column)) for column in zip(*found.values(), strict=True))
     assert recall["single sweep"] < recall["fused"] < recall["+ Poisson"] == recall["+ KNN"]
     assert precision["single sweep"] > 0.97 and precision["+ KNN"] > 0.8 and named["+ KNN"] > 0.75
 
@@ -563,12 +564,12 @@ def test_unions_and_their_mean_equal_the_metric():
     torch.manual_seed(0)
     confusion = torch.randint(0, 50, (18, 18))
     sums = L.union_sums(confusion, [2, 5, 9])
-    iou = L.class_iou(confusion, "flashocc")[[2, 5, 9]].numpy()
+    iou = class_iou(confusion, "flashocc")[[2, 5, 9]].numpy()
     assert np.allclose(sums[:, 0] / sums[:, 1], iou) and L.mean_ratio(sums) == pytest.approx(iou.mean())
     confusion[5] = 0
     confusion[:, 5] = 0
     sums = L.union_sums(confusion, [2, 5, 9])
-    assert L.mean_ratio(sums) == pytest.approx(L.class_iou(confusion, "flashocc")[[2, 9]].mean().item())  # absent: skipped
+    assert L.mean_ratio(sums) == pytest.approx(class_iou(confusion, "flashocc")[[2, 9]].mean().item())  # absent: skipped
     assert ablation.score(sums, "unknown_miou") == pytest.approx(L.mean_ratio(sums))
 
 
@@ -600,6 +601,15 @@ def test_held_out_voxels_are_ignored_or_take_the_teachers_label(base, tmp_path):
     assert np.array_equal(honest[~novel], target[~novel])
     assert len(np.unique(honest[:4, :4, :2])) == 1  # one heap, one name (or none: no camera shows it)
     assert ((honest[novel] < len(words.known)) | (honest[novel] == 255)).all()
+
+
+def test_ground_truth_is_added_where_a_sensor_saw_it(base):
+    dataset = world_set(base, "mini_train")
+    (label, seen), (semantics, camera, lidar) = L.read_label(base.boxes, dataset, 0), dataset.labels(0)
+    both, known = L.read_truth(base.boxes, dataset, 0, L.replace(base.cfg, gt=True))
+    observed = camera | lidar | (semantics < 17)
+    assert np.array_equal(both[observed], semantics[observed]) and np.array_equal(both[~observed], label[~observed])
+    assert np.array_equal(known, observed | seen) and (label[~observed] < 17).any()
 
 
 def test_the_lowest_seen_voxel_of_a_column_is_not_surely_free():
