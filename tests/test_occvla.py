@@ -364,7 +364,7 @@ def test_skipping_is_exact(prefix, changes):
 
 
 def test_skipping_is_measured_against_a_plain_vlm():
-    found = O.skipping(network(prefix="image+prompt", tiny_width=64, image_size=64), pictures(size=64)[0], CPU, "off", rounds=1)
+    found = O.skipping(network(prefix="image+prompt", tiny_width=64, image_size=64, grid_stride=(4, 4, 4), vq_stem=2), pictures(size=64)[0], CPU, "off", rounds=1)
     assert found["skip_difference_text"] == found["skip_difference_path"] == 0
     assert found["plain_difference_text"] < 1e-5
     assert {f"{k}_{m}_over_plain" for k in ("prefill", "decode", "memory") for m in ("off", "on")} <= set(found)
@@ -855,7 +855,9 @@ def test_motion_baselines_are_exact_on_their_own_motion():
     np.testing.assert_allclose(baselines(bend)["mean_command"], bend.trajectory, atol=1e-5)
     np.testing.assert_allclose(baselines(line)["ego_mlp"], line.trajectory, atol=0.5)  # fitted to these two
     np.testing.assert_allclose(baselines(bend)["ego_mlp"], bend.trajectory, atol=0.5)
+    assert np.allclose(baselines(line)["cv_tables"], baselines(line)["cv"])
     first = line._replace(history_mask=np.zeros(4, bool))  # no past: its history was copied from the future
+    np.testing.assert_allclose(baselines(first)["cv_tables"], line.trajectory, atol=1e-3)
     assert np.allclose(baselines(first)["cv"], baselines(first)["mean"]) and np.allclose(baselines(first)["ctr"], baselines(first)["mean"])
 
 
@@ -1169,7 +1171,7 @@ def test_baselines_print_meta_actions_beside_speeds(drives, capsys):
     assert all(name in text for name in O.Baselines.NAMES.values())
 
 
-ARM_SMALL = [*SMALL, "--stage-steps", "2", "2", "2", "2", "--eval-questions", "2", "--eval-frames", "2"]
+ARM_SMALL = [*SMALL, "--stage-steps", "2", "2", "2", "2", "--eval-questions", "2", "--eval-frames", "1"]
 
 
 @pytest.mark.parametrize("claim", ["two-way", "c"])
@@ -1216,7 +1218,7 @@ def meta_paper_vlm() -> nn.Module:
 def test_measure_takes_a_real_step_of_each_stage(capsys):
     from types import SimpleNamespace
 
-    rows = O.measure(replace(TINY, questions=1), SimpleNamespace(device="cpu"))
+    rows = O.measure(replace(TINY, questions=1, grid_stride=(4, 4, 4), vq_stem=2), SimpleNamespace(device="cpu"))
     assert [row["stage"] for row in rows] == [0, 1, 2, 3] and all(row["seconds"] > 0 for row in rows)
     assert rows[1]["tokens_per_s"] > 0 and "tokens/s" in capsys.readouterr().out
 
@@ -1407,7 +1409,12 @@ def test_real_poses_equal_their_expected_arrays(tmp_path, capsys):
     assert known.sum() == 38 and not ego.known[0].any()
     run("baselines", "--data-root", POSES, "--split", "mini_val", "--cache", tmp_path)
     text = capsys.readouterr().out
-    assert "34 of 40 keyframes with a full 3 s of future" in text and "constant velocity" in text
+    assert "34 of 40 keyframes with a full 3 s of future" in text
+    row = next(line for line in text.splitlines() if "constant velocity, VAD's history" in line).split()[-9:]
+    driven = expected["gt_ego_fut_trajs"].cumsum(1)[expected["gt_ego_fut_masks"].all(1)]
+    ahead = np.arange(1, 7)[:, None] * expected["gt_ego_his_trajs"][expected["gt_ego_fut_masks"].all(1)][:, -1:]
+    error = np.linalg.norm(ahead - driven, axis=2).mean(0)  # (6,) [m]
+    assert [float(x) for x in row[:3]] == pytest.approx([error[: 2 * s].mean() for s in (1, 2, 3)], abs=0.006)
     # what the meta-action says holds for the recorded speeds and turns of this scene
     for future in futures:
         action = O.meta_action(future.trajectory, future.mask, TINY)
