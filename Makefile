@@ -44,8 +44,13 @@ test-gpu: $(READY)  ## the tests that need a CUDA device
 world: $(READY)  ## write the ten-scene world with the devkit's mini split into data/worlds/mini
 	$(PYTHON) -m data.driving --out data/worlds/mini --seed 0 --size mini
 
-smoke: $(READY)  ## 20 steps of each method
-	$(PYTHON) easyocc.py train --preset tiny --steps 20 --out runs/smoke/easyocc
+smoke: $(READY)  ## 20 steps of each method on a world of three scenes
+	$(PYTHON) -m data.driving --out data/worlds/smoke --scenes 3 --keyframes 12
+	$(PYTHON) easyocc.py train --data-root data/worlds/smoke --steps 20 --out runs/smoke/easyocc
+	$(PYTHON) occle.py train --data-root data/worlds/smoke --steps 20 --out runs/smoke/occle
+	$(PYTHON) loc.py train --data-root data/worlds/smoke --steps 20 --out runs/smoke/loc
+	$(PYTHON) occvla.py train --data-root data/worlds/smoke --stage-steps 5 5 5 5 --out runs/smoke/occvla
+	$(PYTHON) threedvla.py train --steps 20 --demos 1 --out runs/smoke/threedvla
 
 bench: $(READY)  ## kernels and CPU paths against references and peers, as ratios
 	$(PYTHON) -m tests.bench --out runs/bench.json

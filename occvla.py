@@ -2473,7 +2473,7 @@ def world(size: str, out: Path | None = None, seed: int = 0) -> Path:
 
     out = out or Path("data/worlds") / f"driving-{size}"
     if size == "drives":
-        return make_world(out, seed=seed, size="demo", keyframes=12, sweeps=0)
+        return make_world(out, seed=seed, size="demo", scenes=55, keyframes=12, sweeps=0)
     return make_world(out, seed=seed, size=size)
 
 
