@@ -84,7 +84,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import cli
-from common.ablation import Claim, run_claim
+from common.ablation import Claim, run_claim, write_quality
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, describe, norm_layer
 from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
 from common.geometry import (OCC3D, VoxelGrid, invert, pixel_centers, project, scale_intrinsics, transform, traversed,
@@ -92,7 +92,7 @@ from common.geometry import (OCC3D, VoxelGrid, invert, pixel_centers, project, s
 from common.kernels.composite import composite_probability
 from common.kernels.voxel_vote import voxel_vote
 from common.losses import geo_scal, lovasz_softmax, sem_scal
-from common.evaluate import is_world, report, spread
+from common.evaluate import describe_dataset, is_world, report, spread
 from common.metrics import OccupancyMeter
 from common.nuscenes import FREE, Frame, NuScenesOccupancy, find_root, find_version
 from common.train import (DataOrder, Log, Run, autocast, barrier, begin, load_checkpoint, make_optimizer, peak_gb, prefetch,
@@ -1142,7 +1142,7 @@ def ablate(cfg: Config, args) -> None:
     cfg = replace(cfg, **{k: v for k, v in ABLATION.items() if k not in args.given})
     if name == "label-quality":
         return label_quality(cfg, args)
-    out = args.out or Path("runs/ablate") / name
+    out = args.out or Path("runs/ablate/easyocc") / name
     pool = out.parent / "arms"
     root = args.data_root or world(cfg.world_size)
 
@@ -1167,7 +1167,7 @@ def ablate(cfg: Config, args) -> None:
 
 def label_quality(cfg: Config, args) -> None:
     """Precision and recall of `world` labels against gts (surfaces that some sensor saw) and the exact solids."""
-    root, out = args.data_root or world(cfg.world_size), args.out or Path("runs/ablate/label-quality")
+    root, out = args.data_root or world(cfg.world_size), args.out or Path("runs/ablate/easyocc/label-quality")
     dataset = open_split(root, args.version, args.split, cfg, args.cache)
     variants = {f"{n} past, correlation {c}": {"past_frames": n, "correlation": c} for c in (0.8, 0.0) for n in (0, 3, 13)}
     variants |= {"13 past, movers kept": {"remove_dynamic": False}, "13 past, no border clamp": {"clamp_oob": False}}
@@ -1177,12 +1177,7 @@ def label_quality(cfg: Config, args) -> None:
         labels = out.parent / "arms" / f"labels-{arm_key(label_settings(variant, 'world'))}"
         make_labels(dataset, "world", variant, labels, only=indices)
         rows[name] = score_labels(dataset, labels, indices)
-    write_json(out / "label_quality.json", {"world": root.name, "split": dataset.split, "config": cli.to_dict(cfg), "rows": rows})
-    columns = list(next(iter(rows.values())))
-    print(f"label quality, {root.name} {dataset.split}, percent")
-    print(f"{'':28}" + "".join(f"{c:>18}" for c in columns))
-    for name, row in rows.items():
-        print(f"{name:28}" + "".join(f"{100 * row[c]:18.1f}" for c in columns))
+    write_quality(out, "easyocc", describe_dataset(dataset, len(indices)), cli.to_dict(cfg), rows)
 
 
 def score_labels(dataset: NuScenesOccupancy, labels: Path, indices: list[int]) -> dict[str, float]:

@@ -104,9 +104,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import cli, viz
-from common.ablation import Claim, run_claim
+from common.ablation import Claim, run_claim, write_quality
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, describe
-from common.evaluate import OCC3D_LOOK, SSC_LOOK, is_world, report, spread
+from common.evaluate import OCC3D_LOOK, SSC_LOOK, describe_dataset, is_world, report, spread
 from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
 from common.geometry import OCC3D, VoxelGrid, invert, pixel_centers, project, traversed, unproject
 from common.kernels.voxel_vote import voxel_vote
@@ -2022,7 +2022,7 @@ def ablate(cfg: Config, args) -> None:
     if name not in CLAIMS:
         raise InputError(f"--claim {args.claim}: one of {', '.join(CLAIMS)}, label-quality (or {', '.join(LETTERS)})")
     cfg = replace(cfg, **{k: v for k, v in ABLATION.items() if k not in args.given})
-    claim, out = CLAIMS[name], args.out or Path("runs/ablate") / name
+    claim, out = CLAIMS[name], args.out or Path("runs/ablate/loc") / name
     pool, root = out.parent / "arms", args.data_root or world(cfg.world_size)
     only = None
     if name == "wrap":
@@ -2059,7 +2059,7 @@ FACTORY_STEPS = {
 def label_quality(cfg: Config, args) -> None:
     """Each step of the factory against what is known: a world's or nuScenes' gts (surfaces that some sensor saw) and the
     world's exact solids, in both arms; SemanticKITTI's voxels/*.bin and .occluded. A table, its JSON, a picture an arm."""
-    root, out = args.data_root or world(cfg.world_size), args.out or Path("runs/ablate/label-quality")
+    root, out = args.data_root or world(cfg.world_size), args.out or Path("runs/ablate/loc/label-quality")
     dataset = open_scans(root, args.version, args.split, cfg, args.cache, train=False)
     kitti = not isinstance(dataset, NuScenesOccupancy)
     arms = {"own labels": "lidar"} if kitti else {"boxes + lidarseg": "lidar"} | ({"2D maps, no boxes": "world"} if is_world(root) else {})
@@ -2082,13 +2082,7 @@ def label_quality(cfg: Config, args) -> None:
                 rows[f"{arm}: {step}"]["s/keyframe"] = seconds * min(cfg.workers, len(scenes_of(dataset)))
             panels[step] = read_npz(label_file(labels, dataset, indices[0]), {"semantics": (None, "uint8")})["semantics"]
         draw_steps(dataset, indices[0], panels, arm, out)
-    write_json(out / "label_quality.json", {"data": root.name, "split": dataset.split, "config": cli.to_dict(cfg), "rows": rows})
-    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    print(f"label quality, {root.name} {dataset.split}, {len(indices)} keyframes, percent (s/keyframe: one process)")
-    print(f"{'':34}" + "".join(f"{c:>15}" for c in columns))
-    for name, row in rows.items():
-        cells = [f"{row[c]:15.2f}" if c == "s/keyframe" else f"{100 * row[c]:15.1f}" for c in columns if c in row]
-        print(f"{name:34}" + "".join(cells))
+    write_quality(out, "loc", describe_dataset(dataset, len(indices)), cli.to_dict(cfg), rows)
 
 
 def draw_steps(dataset, i: int, panels: dict[str, np.ndarray], arm: str, out: Path) -> None:

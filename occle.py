@@ -2086,7 +2086,7 @@ def ablate(cfg: Config, args) -> None:
     if kitti:
         pairs = tuple(tuple({"miou_camera": "miou", "iou_camera": "iou"}.get(w, w) for w in pair) for pair in claim.pairs)
         claim = replace(claim, metric="miou", pairs=pairs)
-    out = args.out or Path("runs/ablate") / f"occle-{name}{'-kitti' if kitti else ''}"
+    out = args.out or Path("runs/ablate/occle") / f"{name}{'-kitti' if kitti else ''}"
     pool = out.parent / f"occle-arms{'-kitti' if kitti else ''}"
     root = args.data_root or world(cfg)
 

@@ -2417,7 +2417,7 @@ def ablate(cfg: Config, args: Any) -> None:
         raise InputError(f"--claim {args.claim}: one of {', '.join(CLAIMS)} (or {', '.join(LETTERS)})")
     cfg = replace(cfg, **{k: v for k, v in ABLATION.items() if k not in args.given})
     check_config(cfg)
-    out = args.out or Path("runs/ablate-occvla") / name
+    out = args.out or Path("runs/ablate/occvla") / name
     pool, root = out.parent / "arms", args.data_root or world(cfg.world_size)
 
     def train_and_eval(arm: str, overrides: dict, seed: int, folder: Path) -> None:

@@ -2470,7 +2470,7 @@ def ablate(cfg: Config, args) -> None:
     if unknown := [arm for arm in args.arms or () if arm not in claim.arms]:
         raise InputError(f"--arms {' '.join(unknown)}: {args.claim} has {', '.join(claim.arms)}")
     cfg = replace(cfg, **{k: v for k, v in ABLATION.items() if k not in args.given})
-    out = args.out or Path("runs/ablate") / f"threedvla-{args.claim}"
+    out = args.out or Path("runs/ablate/threedvla") / args.claim
     pool, root = out.parent / "arms", args.data_root or world(cfg)
     data: dict[str, Demos] = {}
 

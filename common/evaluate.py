@@ -153,6 +153,13 @@ def is_world(root: Path) -> bool:
     return (Path(root) / "exact" / "world.json").is_file()
 
 
+def describe_dataset(dataset: NuScenesOccupancy | SemanticKITTI, frames: int) -> dict[str, Any]:
+    """What result.json says of the data: name, version, split, frames."""
+    real = "SemanticKITTI" if isinstance(dataset, SemanticKITTI) else "nuScenes"
+    name = "synthetic driving world" if is_world(dataset.root) else real
+    return {"name": name, "version": dataset.version, "split": dataset.split, "frames": frames}
+
+
 def report(predict: Predict, dataset: NuScenesOccupancy, train_set: NuScenesOccupancy | None, out: Path, run: dict[str, Any],
            state: dict[str, Any], params: int, protocol: dict[str, str], labels: Path | None, frames: int, rayiou: bool,
            pictures: int, save: Path | None) -> dict[str, float]:  # fmt: skip
@@ -173,8 +180,7 @@ def report(predict: Predict, dataset: NuScenesOccupancy, train_set: NuScenesOccu
             metrics |= constant_scores(train_set, dataset, indices, truth)
 
     against = f"labels in {labels}" if labels else "Occ3D ground truth"
-    data = {"name": "synthetic driving world" if is_world(dataset.root) else "nuScenes", "version": dataset.version,
-            "split": dataset.split, "frames": len(indices)}  # fmt: skip
+    data = describe_dataset(dataset, len(indices))
     protocol = protocol | {
         "truth": against, "grid": "200x200x16, 0.4 m", "mask_eval": "camera, lidar, both, none: one score each",
         "classes": "17 without free; miou15 also without others and other_flat",
@@ -331,8 +337,7 @@ def report_ssc(predict: Predict, dataset: SemanticKITTI, train_set: SemanticKITT
             scores = evaluate_ssc(predict, dataset, indices, known, images).metrics()
             metrics |= {f"{images}_{name}": scores[name] for name in ("miou", "iou")}
         metrics |= constant_ssc(train_set, truth(train_set), dataset, indices, known)
-    data = {"name": "synthetic driving world" if is_world(dataset.root) else "SemanticKITTI", "version": dataset.version,
-            "split": dataset.split, "frames": len(indices)}  # fmt: skip
+    data = describe_dataset(dataset, len(indices))
     protocol = protocol | {
         "truth": against, "grid": "256x256x32, 0.2 m", "mask_eval": "valid: label not 255, not in .invalid",
         "classes": "1..19", "absent": "a class absent from the truth counts 0",

@@ -256,6 +256,17 @@ def test_results_page_keeps_synthetic_and_real_apart(tmp_path, capsys):
         A.results_page(results)
 
 
+def test_label_quality_is_printed_published_and_on_the_page(tmp_path, capsys):
+    dataset = {"name": "synthetic driving world", "version": "v1.0-trainval", "split": "train", "frames": 3}
+    rows = {"fused": {"precision": 0.5, "s/keyframe": 1.25}, "single": {"precision": 0.25}}
+    A.write_quality(tmp_path / "runs" / "q", "loc", dataset, {"knn_k": 5}, rows)
+    printed = capsys.readouterr().out
+    assert "v1.0-trainval train, 3 frames, percent" in printed and "50.0" in printed and "1.25" in printed
+    A.publish(tmp_path / "runs" / "q", tmp_path / "results" / "q")
+    synthetic, real = A.results_page(tmp_path / "results").split("## Real data")
+    assert "| fused | 50.0 | 1.25 |" in synthetic and "| single | 25.0 |  |" in synthetic and "Label quality, loc" not in real
+
+
 def test_publish_takes_the_small_files_and_no_machine_s_paths(tmp_path):
     run_folder = tmp_path / "runs" / "x"
     make_arm(run_folder, "short", 0, 0.5)
