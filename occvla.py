@@ -595,8 +595,11 @@ def load_host(cfg: Config, folder: Path | None = None) -> Host:
     if (folder is not None or name.startswith((".", "/", "~")) or name.count("/") != 1) and not Path(name).is_dir():
         raise InputError(f"--vlm {name}: no such folder; give a folder saved by transformers, a hub id, or tiny")
     try:
-        config = PaliGemmaConfig.from_pretrained(name)
-        processor = AutoProcessor.from_pretrained(name)
+        local = Path(name).is_dir()  # a folder that lacks something is not looked for on the hub
+        config = PaliGemmaConfig.from_pretrained(name, local_files_only=local)
+        processor = AutoProcessor.from_pretrained(name, local_files_only=local)
+        if local and "text_config" not in read_json(Path(name) / "config.json"):  # transformers would build its 3B default
+            raise ValueError("config.json names no text_config")
         if folder is not None:
             vlm = PaliGemmaForConditionalGeneration(config)
         else:
