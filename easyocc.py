@@ -83,11 +83,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import cli
+from common import cli, geometry
 from common.ablation import Claim, run_claim, write_quality
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, describe, norm_layer
 from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
-from common.geometry import (OCC3D, VoxelGrid, invert, pixel_centers, project, scale_intrinsics, transform, traversed,
+from common.geometry import (OCC3D, VoxelGrid, fold, invert, pixel_centers, project, scale_intrinsics, transform, traversed,
                              unproject)  # fmt: skip
 from common.kernels.composite import composite_probability
 from common.kernels.voxel_vote import voxel_vote
@@ -529,18 +529,9 @@ class OccupancyNet(nn.Module):
         return self.scores(self.voxels(batch))
 
 
-def fold(fine: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """(B, X fx, Y fy, Z fz) -> (B, F, X, Y, Z): the F = fx fy fz fine cells inside each cell become channels."""
-    for axis, f in zip((1, 3, 5), stride, strict=True):
-        fine = fine.unflatten(axis, (-1, f))  # (B, X, fx, Y, fy, Z, fz)
-    return fine.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3)
-
-
 def unfold(folded: Tensor, stride: tuple[int, int, int]) -> Tensor:
     """Inverse of `fold`, with a channel axis: (B, F, X, Y, Z) -> (B, 1, X fx, Y fy, Z fz)."""
-    B, _, X, Y, Z = folded.shape
-    fx, fy, fz = stride
-    return folded.view(B, fx, fy, fz, X, Y, Z).permute(0, 4, 1, 5, 2, 6, 3).reshape(B, 1, X * fx, Y * fy, Z * fz)
+    return geometry.unfold(folded, stride)[:, None]
 
 
 def cell_logits(scores: Tensor, classes: int = 18) -> Tensor:

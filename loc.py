@@ -108,7 +108,7 @@ from common.ablation import Claim, run_claim, write_quality
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, describe
 from common.evaluate import OCC3D_LOOK, SSC_LOOK, describe_dataset, is_world, report, spread
 from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
-from common.geometry import OCC3D, VoxelGrid, invert, pixel_centers, project, traversed, unproject
+from common.geometry import OCC3D, VoxelGrid, fold, invert, pixel_centers, project, traversed, unfold, unproject
 from common.kernels.voxel_vote import voxel_vote
 from common.losses import lovasz_softmax
 from common.metrics import OccupancyMeter, occupancy_confusion, openset_scores
@@ -1103,20 +1103,6 @@ class Loc(nn.Module):
         if self.language is not None:
             out["f"] = self.language(features, batch["cells"])  # (B, S, D)
         return out if depth is None else out | {"depth": depth}
-
-
-def fold(fine: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """(B, X fx, Y fy, Z fz) -> (B, F, X, Y, Z): the fine voxels of each cell become channels."""
-    for axis, f in zip((1, 3, 5), stride, strict=True):
-        fine = fine.unflatten(axis, (-1, f))  # (B, X, fx, Y, fy, Z, fz)
-    return fine.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3)
-
-
-def unfold(folded: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """Inverse of `fold`."""
-    B, _, X, Y, Z = folded.shape
-    fx, fy, fz = stride
-    return folded.view(B, fx, fy, fz, X, Y, Z).permute(0, 4, 1, 5, 2, 6, 3).reshape(B, X * fx, Y * fy, Z * fz)
 
 
 # --- 2.4  Language: prompts, CLIP, held-out kinds --------------------------------------------------------------------

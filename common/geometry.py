@@ -563,3 +563,19 @@ def rope_3d(x: Tensor, position: Tensor, base: float = 1e4, scale: float = 1.0) 
     slices = x.split([width, width, width, x.shape[-1] - 3 * width], -1)
     turned = [rope(s, scale * position[..., a], base) for a, s in enumerate(slices[:3])]
     return torch.cat([*turned, slices[3]], -1)
+
+
+# --- coarse cells and the fine voxels in them -------------------------------------------------------------------------
+
+def fold(fine: Tensor, stride: tuple[int, int, int]) -> Tensor:
+    """(B, X fx, Y fy, Z fz) -> (B, F, X, Y, Z): the F = fx fy fz fine cells inside each cell become channels."""
+    for axis, f in zip((1, 3, 5), stride, strict=True):
+        fine = fine.unflatten(axis, (-1, f))                                                 # (B, X, fx, Y, fy, Z, fz)
+    return fine.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3)
+
+
+def unfold(folded: Tensor, stride: tuple[int, int, int]) -> Tensor:
+    """Inverse of `fold`."""
+    B, _, X, Y, Z = folded.shape
+    fx, fy, fz = stride
+    return folded.view(B, fx, fy, fz, X, Y, Z).permute(0, 4, 1, 5, 2, 6, 3).reshape(B, X * fx, Y * fy, Z * fz)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import commands
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,22 +23,7 @@ SMALL = ["--grid-stride", "4", "4", "2", "--cell-split", "1", "1", "1", "--cnn-c
          "--render-size", "8", "12", "--samples", "16", "--map-stride", "8", "8", "--workers", "1", "--warmup", "1"]  # fmt: skip
 
 
-def run(*words: str) -> None:
-    """easyocc.main() with these words."""
-    argv, sys.argv = sys.argv, ["easyocc.py", *map(str, words)]
-    try:
-        E.main()
-    finally:
-        sys.argv = argv
-
-
-def fails(capsys, *words) -> str:
-    """Runs into bad input: exit code 2 and one line on stderr, which is returned."""
-    with pytest.raises(SystemExit) as stop:
-        run(*words)
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+run, fails = commands.of(E)
 
 
 @pytest.fixture(scope="module")

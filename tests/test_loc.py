@@ -4,11 +4,11 @@ import json
 import math
 import re
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import commands
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,22 +39,7 @@ def flags(fields: dict) -> list[str]:
     return words
 
 
-def run(*words) -> None:
-    """loc.main() with these words."""
-    argv, sys.argv = sys.argv, ["loc.py", *map(str, words)]
-    try:
-        L.main()
-    finally:
-        sys.argv = argv
-
-
-def fails(capsys, *words) -> str:
-    """Runs into bad input: exit code 2 and one line on stderr, which is returned."""
-    with pytest.raises(SystemExit) as stop:
-        run(*words)
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+run, fails = commands.of(L)
 
 
 def untrained_clip(folder: Path) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import commands
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,22 +45,7 @@ def small(kind: str = "occ3d", **changes) -> O.Config:
     } | changes)  # fmt: skip
 
 
-def run(*words) -> None:
-    """occle.main() with these words."""
-    argv, sys.argv = sys.argv, ["occle.py", *map(str, words)]
-    try:
-        O.main()
-    finally:
-        sys.argv = argv
-
-
-def fails(capsys, *words) -> str:
-    """Runs into bad input: exit code 2 and one line on stderr, which is returned."""
-    with pytest.raises(SystemExit) as stop:
-        run(*words)
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+run, fails = commands.of(O)
 
 
 @pytest.fixture(autouse=True)

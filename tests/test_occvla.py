@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import commands
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,22 +38,7 @@ SMALL = [word for name, value in FIELDS.items()
 QUESTIONS = ("Are there any parked cars to the front left of me?", "How many pedestrians are there?", "What is the status of the bus?")
 
 
-def run(*words) -> None:
-    """occvla.main() with these words."""
-    argv, sys.argv = sys.argv, ["occvla.py", *map(str, words)]
-    try:
-        O.main()
-    finally:
-        sys.argv = argv
-
-
-def fails(capsys, *words) -> str:
-    """Runs into bad input: exit code 2 and one line on stderr, which is returned."""
-    with pytest.raises(SystemExit) as stop:
-        run(*words)
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+run, fails = commands.of(O)
 
 
 def network(seed: int = 0, **changes) -> O.OccVLA:
