@@ -35,8 +35,8 @@ demo: $(READY)  ## write a synthetic world, train and evaluate EasyOcc on it, dr
 	$(PYTHON) easyocc.py train --preset tiny --out runs/demo
 	$(PYTHON) easyocc.py eval --ckpt runs/demo
 
-test: $(READY)  ## the whole test suite on a CPU
-	$(PYTHON) -m pytest -q
+test: $(READY)  ## the whole test suite on a CPU, in two processes
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(PYTHON) -m pytest -q -m gpu

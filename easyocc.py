@@ -87,8 +87,8 @@ from common import cli, geometry
 from common.ablation import Claim, run_claim, write_quality
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, describe, norm_layer
 from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
-from common.geometry import (OCC3D, VoxelGrid, fold, invert, pixel_centers, project, scale_intrinsics, transform, traversed,
-                             unproject)  # fmt: skip
+from common.geometry import (OCC3D, VoxelGrid, fold, invert, pixel_centers, project, range_gates, scale_intrinsics, transform,
+                             traversed, unproject)  # fmt: skip
 from common.kernels.composite import composite_probability
 from common.kernels.voxel_vote import voxel_vote
 from common.losses import geo_scal, lovasz_softmax, sem_scal
@@ -435,7 +435,9 @@ class OccupancyNet(nn.Module):
         self.channels = cfg.cnn_channels[0] // (2 if math.prod(cfg.cell_split) > 1 else 1)
         self.encoder = ImageEncoder(cfg.backbone, cfg.channels, "group" if cfg.backbone == "conv" else "instance", pretrained)
         self.gated = cfg.position == "ranges"
-        first = self.range_gates(cfg.channels) if self.gated else torch.ones(*self.cells, cfg.channels)
+        first = torch.ones(*self.cells, cfg.channels)
+        if self.gated:
+            first = range_gates(self.centers(first), cfg.channels).view(*self.cells, cfg.channels)
         self.position = nn.Parameter(first)  # (X, Y, Z, C)
         inputs = cfg.channels + (5 if self.gated else 0)
         cnn3d = StackedHourglass if cfg.cnn3d == "hourglass" else UNet3D
@@ -470,16 +472,6 @@ class OccupancyNet(nn.Module):
         unit = contract(centers, self.grid, self.ratio)
         far = unit[:, :2].norm(dim=-1, keepdim=True)
         return torch.cat([unit, far, unit[:, 2:] / (far + 0.1)], -1)
-
-    def range_gates(self, channels: int) -> Tensor:
-        """(X, Y, Z, C) first values of the position factor, ours: a third of the channels pass everywhere; each of the
-        others passes at one distance from the ego (hat functions in log range, 2 to 56 m), so that such a channel of
-        the image can come to mean "a surface at this range", and the product finds the cell it lies in."""
-        gates = channels - channels // 3
-        knots = torch.linspace(math.log(2), math.log(56), gates)
-        log_range = self.centers(torch.zeros(()))[:, :2].norm(dim=-1, keepdim=True).clamp(2, 56).log()  # (V, 1)
-        hats = (1 - (log_range - knots).abs() / (knots[1] - knots[0])).clamp_min(0)  # (V, gates)
-        return torch.cat([torch.ones(len(hats), channels // 3), hats], 1).view(*self.cells, channels)
 
     def voxels(self, batch: dict) -> Tensor:
         """batch -> features (B, C, X, Y, Z) on the network's own cells (= `grid` when not contracted)."""

@@ -108,7 +108,7 @@ from common.ablation import Claim, run_claim, write_quality
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, describe
 from common.evaluate import OCC3D_LOOK, SSC_LOOK, describe_dataset, is_world, report, spread
 from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
-from common.geometry import OCC3D, VoxelGrid, fold, invert, pixel_centers, project, traversed, unfold, unproject
+from common.geometry import OCC3D, VoxelGrid, fold, invert, pixel_centers, project, range_gates, traversed, unfold, unproject
 from common.kernels.voxel_vote import voxel_vote
 from common.losses import lovasz_softmax
 from common.metrics import OccupancyMeter, occupancy_confusion, openset_scores
@@ -931,16 +931,6 @@ def flat_ground(K: Tensor, T_ref_cam: Tensor, h: int, w: int, bins: tuple[float,
     ground = (T_ref_cam[:, 2, 3, None, None] / -slope.clamp(max=-1e-3)).clamp(*bins[:2])
     d = torch.arange(bins[0] + bins[2] / 2, bins[1], bins[2], device=K.device)[:, None, None]
     return -4 * (d.log() - ground[:, None].log()).abs() * (slope < 0)[:, None]
-
-
-def range_gates(centers: Tensor, channels: int) -> Tensor:
-    """centers (V, 3) [m] -> (V, C) first factors, ours: a third of the channels pass everywhere; each of the others at one
-    distance from the ego (hats in log range, 2 to 56 m), so that it can come to mean "a surface at this range"."""
-    gates = channels - channels // 3
-    knots = torch.linspace(math.log(2), math.log(56), gates)
-    log_range = centers[:, :2].norm(dim=-1, keepdim=True).clamp(2, 56).log()  # (V, 1)
-    hats = (1 - (log_range - knots).abs() / (math.log(56 / 2) / (gates - 1))).clamp_min(0)  # (V, gates)
-    return torch.cat([torch.ones(len(hats), channels // 3), hats], 1)
 
 
 class LiftNet(nn.Module):

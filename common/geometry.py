@@ -579,3 +579,14 @@ def unfold(folded: Tensor, stride: tuple[int, int, int]) -> Tensor:
     B, _, X, Y, Z = folded.shape
     fx, fy, fz = stride
     return folded.view(B, fx, fy, fz, X, Y, Z).permute(0, 4, 1, 5, 2, 6, 3).reshape(B, X * fx, Y * fy, Z * fz)
+
+
+def range_gates(centers: Tensor, channels: int) -> Tensor:
+    """centers (V, 3) [m] -> (V, C) first values of a factor on lifted image features, ours: a third of the channels pass
+    everywhere; each of the others passes at one distance from the ego (hat functions in log range, 2 to 56 m), so that
+    such a channel of the image can come to mean "a surface at this range", and the product finds the cell it lies in."""
+    gates = channels - channels // 3
+    knots = torch.linspace(math.log(2), math.log(56), gates, device=centers.device)
+    log_range = centers[:, :2].norm(dim=-1, keepdim=True).clamp(2, 56).log()  # (V, 1)
+    hats = (1 - (log_range - knots).abs() / (knots[1] - knots[0])).clamp_min(0)  # (V, gates)
+    return torch.cat([torch.ones(len(hats), channels // 3, device=centers.device), hats], 1)

@@ -22,6 +22,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker of `pytest -n`: its counts go to the process that reports
+        session.config.workeroutput["vectors"] = dict(vectors.PASSED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    vectors.PASSED.update(getattr(node, "workeroutput", {}).get("vectors", {}))
+
+
 def pytest_terminal_summary(terminalreporter):
     if not vectors.PASSED:
         return
