@@ -88,6 +88,7 @@ import math
 import multiprocessing
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -202,6 +203,7 @@ class Config:
     free_mode: Literal["carved", "unhit"] = "carved"  # assumption: voxels that no ray met are ignored, or free
     gt: bool = False  # Sec. 1: existing ground truth (gts) where a sensor saw it, labels elsewhere; held-out kinds treated alike
     # optimisation
+    frame_stride: int = 1  # ours: every n-th keyframe of the split is learned from
     batch: int = 1  # keyframes per process; assumption
     optimizer: Literal["adamw", "muon"] = "adamw"  # LOcc; muon (common/train.py) learns in fewer steps
     steps: int = 93_000  # LOcc
@@ -830,7 +832,7 @@ def check_factory(dataset, labeler: str) -> str:
     return "fused LiDAR; boxes re-pose each instance"
 
 
-def make_labels(dataset, labeler: str, cfg: Config, out: Path, shard: tuple[int, int] = (0, 1), only: list[int] | None = None) -> float:
+def make_labels(dataset, labeler: str, cfg: Config, out: Path, shard: tuple[int, int] = (0, 1), only: Iterable[int] | None = None) -> float:
     """Dense labels of every keyframe of `dataset` (or of `only` these) into out/<scene>/<token>/labels.npz -> seconds a
     keyframe written.
 
@@ -1153,7 +1155,7 @@ def name_heldout(dataset: NuScenesOccupancy, labels: Path, words: Words, clip: t
     that shows most of it, and picks the likeliest of the known prompts `text` (K, D). What no camera shows is ignored.
     """
     close = np.ones((3, 3, 3), bool)
-    for i in tqdm(range(len(dataset)), "nearest known labels", unit="keyframe", leave=False):
+    for i in tqdm(learned_from(dataset, cfg), "nearest known labels", unit="keyframe", leave=False):
         path = out / dataset.scene_names[i] / f"{dataset.tokens[i]}.npz"
         if path.is_file():
             continue
@@ -1455,19 +1457,27 @@ class Patches:
         return features
 
 
+def learned_from(dataset: NuScenesOccupancy, cfg: Config) -> range:
+    """The dataset's keyframes that training reads."""
+    if cfg.frame_stride < 1:
+        raise InputError(f"--frame-stride {cfg.frame_stride}: must be 1 or more")
+    return range(0, len(dataset), cfg.frame_stride)
+
+
 class Keyframes:
     """This paper's choices on top of the reader: targets, LiDAR depth, class-balanced voxels, pixels of voxels."""
 
     def __init__(self, dataset: NuScenesOccupancy, targets: Targets, patches: Patches | None, stride: tuple[int, int, int], cfg: Config):
         self.dataset, self.targets, self.patches, self.stride, self.cfg = dataset, targets, patches, stride, cfg
+        self.frames = learned_from(dataset, cfg)
         self.shape = tuple(n // s for n, s in zip(OCC3D.shape, stride, strict=True))
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.frames)
 
-    def __call__(self, i: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Keyframe i -> its fields as tensors without a batch axis (see `stack_items`)."""
-        cfg, dataset = self.cfg, self.dataset
+    def __call__(self, k: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The k-th keyframe learned from -> its fields as tensors without a batch axis (see `stack_items`)."""
+        cfg, dataset, i = self.cfg, self.dataset, self.frames[k]
         item, target, points = inputs(dataset, i, cfg), self.targets(i), dataset.points(i)[:, :3].astype(np.float64)
         if rng.random() < cfg.jitter:
             item["images"] = (item["images"] * float(rng.uniform(0.7, 1.3)) + float(rng.uniform(-0.1, 0.1))).clamp(0, 1)
@@ -1558,7 +1568,7 @@ def target_weights(keyframes: Keyframes, words: Words, cfg: Config) -> tuple[Ten
     0 for the rest; and each one's share of what the weighted loss sees."""
     K = keyframes.targets.count
     count = np.zeros(K + 1)
-    for i in tqdm(range(len(keyframes)), "class weights", unit="keyframe", leave=False):
+    for i in tqdm(keyframes.frames, "class weights", unit="keyframe", leave=False):
         target = keyframes.targets(i)
         count += np.bincount(target[target != IGNORE], minlength=K + 1)
     if not count[:K].any():
@@ -1634,7 +1644,7 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, out: Path, run:
     if cfg.free_bias:
         net.occupancy.start_at(share)
     text = text.to(run.device) if cfg.wrapped else None
-    order = DataOrder(len(dataset), cfg.batch, run.world, run.rank, args.seed)
+    order = DataOrder(len(keyframes), cfg.batch, run.world, run.rank, args.seed)
     model = wrap(net, run, find_unused=True)  # the wrapped network's own head is not used
     optimizer = make_optimizer(cfg.optimizer, net, cfg.lr_enc, cfg.lr_dec, cfg.weight_decay, encoder="net.encoder")
     state = load_checkpoint(out, net, optimizer, run, wanted) if start else {}
@@ -2012,7 +2022,7 @@ def ablate(cfg: Config, args) -> None:
         shared = pool / f"{short_hash(asdict(learned))}-{seed}"
         dataset = open_split(root, args.version, None, arm_cfg, args.cache)
         labels = pool / f"labels-{short_hash(label_settings(arm_cfg, labeler))}"
-        make_labels(dataset, labeler, arm_cfg, labels)
+        make_labels(dataset, labeler, arm_cfg, labels, only=learned_from(dataset, arm_cfg))
         own = {"seed": seed, "resume": False, "ckpt": shared, "save_pred": None, "labels": None, "data_root": root, "split": None}
         arm_args = SimpleNamespace(**vars(args) | own)
         train(learned, dataset, labels, shared, setup(args.device), arm_args, shared=labels)
@@ -2205,7 +2215,7 @@ def main() -> None:
             if cfg.mode == "selfsup" and not is_world(dataset.root):
                 raise InputError(f"{dataset.root}: no exact maps to make default labels from; run: python loc.py labels "
                                  f"--labeler foundation --data-root {dataset.root} --out L, then train --labels L")  # fmt: skip
-            make_labels(dataset, "lidar" if cfg.mode == "supervised" else "world", cfg, labels)
+            make_labels(dataset, "lidar" if cfg.mode == "supervised" else "world", cfg, labels, only=learned_from(dataset, cfg))
         barrier(run)
         train(cfg, dataset, labels, out, run, args)
         teardown(run)
