@@ -225,10 +225,10 @@ class Config:
 
 TINY = Config(  # two CPU cores
     network_preset="tiny", image_size=(112, 200), backbone="conv", channels=32, depth_bins=(1.0, 45.0, 1.0), position="ranges",
-    depth_prior="ground", grid_stride=(2, 2, 2), cell_split=(2, 2, 1), cnn_channels=(24, 48, 96), norm="group", occ_hidden=0,
+    depth_prior="ground", grid_stride=(2, 2, 1), cell_split=(2, 2, 2), cnn_channels=(24, 48, 96), norm="group", occ_hidden=0,
     lang_hidden=128, lang_kernel=1, free_bias=2.0, clip=None, clip_dim=64, clip_image=(224, 400), dcl_samples=64,
-    image_samples=512, lambda_dcl=0.5, lambda_img=0.5, lambda_depth=0.3, optimizer="muon", steps=450, lr_enc=1e-2, lr_dec=1e-2,
-    warmup=20, amp="off",
+    image_samples=512, lambda_dcl=0.5, lambda_img=0.5, lambda_depth=0.3, optimizer="muon", steps=360, lr_enc=1e-2, lr_dec=1e-2,
+    weight_decay=0.6, warmup=20, jitter=1.0, amp="off",
 )  # fmt: skip
 PRESETS = {
     "tiny": TINY,
@@ -1957,7 +1957,7 @@ def query(cfg: Config, args) -> None:
 # --- 7  Claims -------------------------------------------------------------------------------------------------------
 
 # What every arm shares. A label set is made once for the arms that share its settings.
-ABLATION = dict(steps=300, warmup=20, eval_frames=60, rayiou=False, world_size="claims")
+ABLATION = dict(steps=180, frame_stride=4, eval_frames=40, rayiou=False, world_size="claims")
 SELF = {"mode": "selfsup"}
 DIVERSE = ("scene_centroid_distance", "scene_inter_intra", "scene_effective_rank")
 CLAIMS = {
