@@ -1957,7 +1957,7 @@ def query(cfg: Config, args) -> None:
 # --- 7  Claims -------------------------------------------------------------------------------------------------------
 
 # What every arm shares. A label set is made once for the arms that share its settings.
-ABLATION = dict(steps=180, frame_stride=4, eval_frames=40, rayiou=False, world_size="claims")
+ABLATION = dict(steps=180, frame_stride=4, n_sweeps=90, eval_frames=40, rayiou=False, world_size="claims")
 SELF = {"mode": "selfsup"}
 DIVERSE = ("scene_centroid_distance", "scene_inter_intra", "scene_effective_rank")
 CLAIMS = {
