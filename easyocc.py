@@ -92,7 +92,7 @@ from common.geometry import (OCC3D, VoxelGrid, fold, invert, pixel_centers, proj
 from common.kernels.composite import composite_probability
 from common.kernels.voxel_vote import voxel_vote
 from common.losses import geo_scal, lovasz_softmax, sem_scal
-from common.evaluate import describe_dataset, is_world, report, spread
+from common.evaluate import describe_dataset, is_world, pictured, report, spread
 from common.metrics import OccupancyMeter
 from common.nuscenes import FREE, Frame, NuScenesOccupancy, find_root, find_version
 from common.train import (DataOrder, Log, Run, autocast, barrier, begin, load_checkpoint, make_optimizer, peak_gb, prefetch,
@@ -1061,7 +1061,7 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
     state = load_checkpoint(out, net)
     made = Path(source["labels"]) / "labels.json"
     if not brief and is_world(dataset.root) and made.is_file() and read_json(made) == label_record(dataset, "world", cfg):
-        make_labels(dataset, "world", cfg, made.parent, only=spread(len(dataset), cfg.pictures))  # to draw beside the prediction
+        make_labels(dataset, "world", cfg, made.parent, only=pictured(len(dataset), cfg.pictures))  # to draw beside the prediction
     protocol = {"mask_train": "none" if cfg.free_mode == "unhit" else "voxels that the label's rays saw", "labels": source["note"]}
     report(lambda frame: predict(net, frame, run.device, cfg.amp), dataset, None if brief else open_split(root, version, None, cfg, args.cache),
            out, args.run, state, sum(p.numel() for p in net.parameters()), protocol, args.labels, cfg.eval_frames, cfg.rayiou,

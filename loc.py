@@ -107,7 +107,7 @@ from tqdm import tqdm
 from common import cli, viz
 from common.ablation import Claim, run_claim, write_quality
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, describe
-from common.evaluate import OCC3D_LOOK, SSC_LOOK, describe_dataset, is_world, report, spread
+from common.evaluate import OCC3D_LOOK, SSC_LOOK, describe_dataset, is_world, pictured, report, spread
 from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
 from common.geometry import OCC3D, VoxelGrid, fold, invert, pixel_centers, project, range_gates, traversed, unfold, unproject
 from common.kernels.voxel_vote import voxel_vote
@@ -1849,7 +1849,7 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
     add_results(out, metrics, sums)
     print_open(metrics, words, cfg)
     if not brief and cfg.wrapped:
-        for path in draw_open(net, full, spread(len(full), cfg.pictures)[:2], tongue, out, cfg):
+        for path in draw_open(net, full, pictured(len(full), cfg.pictures)[:2], tongue, out, cfg):
             print(f"  {path}")
 
 
@@ -2161,7 +2161,7 @@ def open_scans(root: Path, version: str | None, split: str | None, cfg: Config, 
 def draw_labels(dataset, labels: Path, count: int) -> list[Path]:
     """PNG sheets of `count` labels, evenly spaced."""
     drawn, paths = look(dataset), []
-    for i in spread(len(dataset), count) if count else []:
+    for i in pictured(len(dataset), count):
         file = label_file(labels, dataset, i)
         if file.is_file():
             arrays = read_npz(file, {"semantics": (drawn["grid"].shape, "uint8"), "mask_lidar": (drawn["grid"].shape, "uint8")})

@@ -108,7 +108,7 @@ from common.ablation import Claim, run_claim
 from common.audit import planning_truth
 from common.backbones import describe as describe_network
 from common.cli import Flag
-from common.evaluate import constant_scores, ground_truth, is_world, print_controls, spread
+from common.evaluate import constant_scores, ground_truth, is_world, pictured, print_controls, spread
 from common.files import InputError, exit_on_input_error, read_image, read_json, write_bytes, write_npz
 from common.geometry import OCC3D, VoxelGrid, invert, project
 from common.losses import lovasz_softmax
@@ -2093,7 +2093,7 @@ def evaluate(cfg: Config, args: Any, brief: bool = False, host: Path | None = No
         print(f"{line}\nmIoU {100 * metrics['miou_camera']:.2f}, QA {100 * metrics.get('qa_accuracy', math.nan):.1f} %, "
               f"L2 {metrics['l2_avg']:.2f} m")  # fmt: skip
         return
-    paths = draw(net, dataset, spread(len(dataset), cfg.pictures), truth, out, cfg, device, "label" if args.labels else "ground truth")
+    paths = draw(net, dataset, pictured(len(dataset), cfg.pictures), truth, out, cfg, device, "label" if args.labels else "ground truth")
     own.occupancy.print_table(line)
     print_controls(metrics)
     print(f"  {'tokenizer alone':20}{100 * metrics['vq_miou']:7.2f}   {metrics['vq_codes_used']:.0%} of the codes used, "
@@ -2325,9 +2325,11 @@ def draw(net: OccVLA, dataset: NuScenesOccupancy, indices: list[int], truth: Cal
                   pictures=[("drive", "", viz.drive_bev(lines, corners, semantics))])
         paths.append(path)
         frames.append(viz.ViewerFrame(name, panels, pixels, camera))
-    viz.viewer(out / "viewer.html", frames, title=f"occvla, {dataset.split}", difference=(against, "prediction"))
+    if frames:
+        viz.viewer(out / "viewer.html", frames, title=f"occvla, {dataset.split}", difference=(against, "prediction"))
+        paths.insert(0, out / "viewer.html")
     viz.curves(out / "pictures" / "curves.png", out / "log.jsonl", title=f"occvla: {out.name}")
-    return [out / "viewer.html", *paths, out / "pictures" / "curves.png"]
+    return [*paths, out / "pictures" / "curves.png"]
 
 
 # --- 7  Claims --------------------------------------------------------------------------------------------------------

@@ -36,6 +36,11 @@ def spread(n: int, count: int) -> list[int]:
     return list(range(n)) if not 0 < count < n else sorted({round(k) for k in np.linspace(0, n - 1, count)})
 
 
+def pictured(n: int, count: int) -> list[int]:
+    """Which of n keyframes are drawn: `count`, evenly spaced; none for count 0."""
+    return spread(n, count) if count else []
+
+
 def ground_truth(dataset: NuScenesOccupancy, labels: Path | None) -> Truth:
     """-> truth(i) = (semantics, mask_camera, mask_lidar) of keyframe i: Occ3D's gts, or those of a label folder.
 
@@ -143,9 +148,11 @@ def draw(predict: Predict, dataset: NuScenesOccupancy, indices: list[int], truth
                       title=f"{title}: {name}\nerrors inside the {mask}", **drawn)  # fmt: skip
             paths.append(path)
         frames.append(viz.ViewerFrame(name, panels, np.asarray(frame.images), camera))
-    viz.viewer(out / "viewer.html", frames, look.grid, title=title, **drawn)
+    if frames:
+        viz.viewer(out / "viewer.html", frames, look.grid, title=title, **drawn)
+        paths.insert(0, out / "viewer.html")
     viz.curves(out / "pictures" / "curves.png", out / "log.jsonl", title=f"{title}: training")
-    return [out / "viewer.html", *paths, out / "pictures" / "curves.png"]
+    return [*paths, out / "pictures" / "curves.png"]
 
 
 def is_world(root: Path) -> bool:
@@ -195,7 +202,7 @@ def report(predict: Predict, dataset: NuScenesOccupancy, train_set: NuScenesOccu
         print(f"{line}\nmIoU {100 * metrics['miou_camera']:.2f} camera mask, {100 * metrics['miou_none']:.2f} no mask")
         return metrics
 
-    paths = draw(predict, dataset, spread(len(dataset), pictures), truth, Path(run["data"]["labels"]), out,
+    paths = draw(predict, dataset, pictured(len(dataset), pictures), truth, Path(run["data"]["labels"]), out,
                  f"{run['method']}, {data['split']}", "label" if labels else "ground truth")  # fmt: skip
     meter.print_table(line)
     print_controls(metrics)
@@ -352,7 +359,7 @@ def report_ssc(predict: Predict, dataset: SemanticKITTI, train_set: SemanticKITT
         print(f"{line}\nmIoU {100 * metrics['miou']:.2f}, completion IoU {100 * metrics['iou']:.2f}")
         return metrics
     shown = lambda i: (lambda semantics, invalid: (semantics, ~invalid & (semantics != 255), None))(*known(i))  # noqa: E731
-    paths = draw(predict, dataset, spread(len(dataset), pictures), shown, Path("-"), out, f"{run['method']}, {data['split']}",
+    paths = draw(predict, dataset, pictured(len(dataset), pictures), shown, Path("-"), out, f"{run['method']}, {data['split']}",
                  look=SSC_LOOK)  # fmt: skip
     meter.print_table(line)
     print_controls(metrics, "miou", "valid voxels, 19 classes")

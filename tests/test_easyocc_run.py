@@ -188,8 +188,10 @@ def test_eval_writes_what_it_promises_and_is_deterministic(data, trained, tmp_pa
     assert len(saved) == result["dataset"]["frames"] == 3
     pred = np.load(saved[0])["pred"]
     assert pred.shape == (200, 200, 16) and pred.dtype == np.uint8
-    run("eval", "--ckpt", trained, *flags[2:])
+    capsys.readouterr()
+    run("eval", "--ckpt", trained, *flags[2:], "--pictures", "0")
     assert json.loads((trained / "result.json").read_text())["metrics"] == result["metrics"]
+    assert "viewer.html" not in capsys.readouterr().out
 
 
 def test_saved_predictions_are_what_was_scored(data, trained, tiny_world, tmp_path):

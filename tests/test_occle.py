@@ -889,8 +889,10 @@ def test_every_claim_of_the_issue_is_there_and_its_fields_exist():
     for claim in O.CLAIMS.values():
         assert claim.pairs and {name for arm in claim.arms.values() for name in arm} <= fields
     assert set(O.SECOND_STAGE) <= fields and O.ABLATION.keys() <= fields
-    plain, supervised = O.CLAIMS["labels"].arms.values()
+    arms = O.CLAIMS["labels"].arms
+    plain, supervised = arms["OccLE 10 %"], arms["supervised 10 %"]
     assert plain == {} and not any(k in supervised for k in ("steps", "batch", "lr")), "same optimiser steps and labelled exposures"
+    assert arms["OccLE 1 %"] == {"label_ratio": 0.01} and arms["supervised 1 %"] == supervised | {"label_ratio": 0.01}
 
 
 @pytest.mark.parametrize("kind", list(O.SPACES))
