@@ -75,8 +75,9 @@ ASSUMPTIONS    What the summary leaves open, with the flag that changes it.
     * self-attention among probes; vector gate; 5 neighbours, 10 frequencies        --neighbours --frequencies
 DEVIATIONS
     * the tiny policies are random, trained whole on the demonstrations (stage 0 stands in for pre-training), then
-      frozen as the paper freezes its own. Their patch embedding is a small convolutional stem (--stem conv), and in
-      stage 0 they also learn to find what the words name (--w-ground), as a pre-trained VLM can; all arms share it.
+      frozen as the paper freezes its own. Their patch embedding is a small convolutional stem (--stem conv). What a
+      pre-trained VLM can do, find what the words name, a small finder learns in stage 0 from the simulator's masks
+      (--w-ground): its two points a view join the prefix as tokens. It is frozen with the VLM; all arms share it.
     * pi05: transformers' PI0 keeps a slot before the actions (pi0's state token); ours puts a learned token there.
     * xvla: LIBERO's 7 numbers instead of ee6d's 20, one embodiment's soft prompts, a plain ViT instead of Florence-2.
     * tiny learns by Muon (common.train), as the other methods' tiny presets do; base and paper by AdamW (--optimizer).
@@ -212,7 +213,7 @@ class Config:
     tau: float = 1.0  # first temperature of (16) and of the view gate; assumption
     keep_comp: bool = True  # assumption: C keeps its completion tokens
     # losses
-    w_ground: float = 0.0  # stage 0: finding what the words name, PaliGemma's detection pre-training; ours, tiny
+    w_ground: float = 0.0  # stage 0: finding what the words name, PaliGemma's detection pre-training; 0: no finder; ours, tiny
     w_inst: float = 1.0  # assumption
     w_cls: float = 2.0  # assumption
     w_l1: float = 5.0  # assumption
@@ -388,6 +389,7 @@ class Prefix(NamedTuple):
     tokens: Tensor  # (B, L, C)
     mask: Tensor  # (B, L) long, 0 = padding
     maps: Tensor  # (B, V, C', h, w) the VLM's image tokens, for the 3D modules
+    heat: Tensor | None = None  # (B, V, 2, H / 4, W / 4) logits of the finder
 
 
 def plug(prefix: Prefix, tokens: Tensor, mask: Tensor) -> Prefix:
@@ -412,6 +414,43 @@ class ConvStem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
+
+
+GROUND_STRIDE = 4  # [px] cells of the finder's maps
+
+
+class Finder(nn.Module):
+    """Where each view shows what the words name: the thing to move, and the place it belongs to. Two queries read the
+    words, each is compared with the picture cell by cell, and the softmax's centre becomes a token. Ours; it stands for
+    the detection that a real VLM has learned beforehand."""
+
+    def __init__(self, cfg: Config, width: int, channels: int = 32, frequencies: int = 6):
+        super().__init__()
+        c, self.frequencies = channels, frequencies
+        self.near = nn.Sequential(nn.Conv2d(3, c, GROUND_STRIDE, GROUND_STRIDE), nn.ReLU(), conv_norm_relu(c, c, "group"))
+        self.far = nn.Sequential(conv_norm_relu(c, 2 * c, "group", stride=2), conv_norm_relu(2 * c, 2 * c, "group"))
+        self.mix = nn.Sequential(conv_norm_relu(3 * c, c, "group"), nn.Conv2d(c, c, 1))
+        self.words = nn.Embedding(cfg.vocabulary, c)
+        self.order = nn.Parameter(0.5 * torch.randn(cfg.text_tokens, c))
+        self.roles = nn.Parameter(torch.randn(2, c))
+        self.read, self.ask = Attention(c, 4), mlp(c, 2 * c, c)
+        self.bias = nn.Parameter(torch.tensor([-3.0, -3.0]))  # a thing covers few cells
+        self.tell = nn.Linear(2 + 4 * frequencies + 1, width)
+        self.slots = nn.Parameter(torch.randn(cfg.views, 2, width))
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, V, 3, H, W) in [-1, 1], words ids, mask (B, L) -> heat (B, V, 2, h, w) logits, tokens (B, 2 V, C)."""
+        near = self.near(images.flatten(0, 1))  # (B V, c, h, w)
+        far = F.interpolate(self.far(near), near.shape[-2:], mode="bilinear", align_corners=False)
+        seen = self.mix(torch.cat([near, far], 1)).unflatten(0, images.shape[:2])  # (B, V, c, h, w)
+        words = self.words(ids) + self.order[: ids.shape[1]]  # (B, L, c)
+        asked = self.ask(self.read(self.roles.expand(len(ids), -1, -1), words, mask=mask.bool()))  # (B, 2, c)
+        heat = torch.einsum("bvchw,brc->bvrhw", seen, asked) + self.bias[:, None, None]
+        h, w = heat.shape[-2:]
+        share = (2 * heat).flatten(-2).softmax(-1)  # (B, V, 2, h w)
+        centers = pixel_centers(h, w, device=heat.device).flatten(0, 1) / torch.tensor([w, h], device=heat.device)
+        found = torch.cat([fourier(share @ centers, self.frequencies), heat.flatten(-2).amax(-1, keepdim=True).sigmoid()], -1)
+        return heat, (self.tell(found) + self.slots).flatten(1, 2)
 
 
 class Pi0(nn.Module):
@@ -444,26 +483,27 @@ class Pi0(nn.Module):
                     module.reset_parameters()
         if cfg.policy == "pi05":
             use_adarms(self.net, c.dit_config.hidden_size)
+        self.finder = Finder(cfg, self.width) if cfg.w_ground and not cfg.vlm else None
 
     def vlm(self) -> nn.Module:
         """The part that stays frozen behind the base policy."""
         return self.net.model.vlm
 
     def encode(self, batch: Batch, state: Tensor) -> Prefix:
-        """Images and words, by transformers' own embed_prefix: V h w image tokens first, then the text."""
+        """Images and words, by transformers' own embed_prefix: V h w image tokens first, then the text, then what the
+        finder found."""
         B, V = batch.images.shape[:2]
-        ids, mask = tokenize(batch.texts, self.cfg, state[:, : batch.state.shape[1]] if self.cfg.policy == "pi05"
-                             else None)
-        slots = V * self.grid * self.grid
-        ids = torch.cat([ids.new_full((B, slots), self.image_token), ids], 1).to(batch.images.device)
-        mask = torch.cat([mask.new_ones(B, slots), mask], 1).to(batch.images.device)
+        words, known = tokenize(batch.texts, self.cfg, state[:, : batch.state.shape[1]] if self.cfg.policy == "pi05"
+                                else None)
+        words, known, slots = words.to(batch.images.device), known.to(batch.images.device), V * self.grid * self.grid
+        ids = torch.cat([words.new_full((B, slots), self.image_token), words], 1)
+        mask = torch.cat([known.new_ones(B, slots), known], 1)
         tokens = self.net.model.embed_prefix(ids, batch.images * 2 - 1, mask.new_ones(B, V, dtype=torch.bool))
         maps = tokens[:, :slots].unflatten(1, (V, self.grid, self.grid)).permute(0, 1, 4, 2, 3)  # (B, V, C, h, w)
-        return Prefix(tokens, mask, maps)
+        return with_found(Prefix(tokens, mask, maps), self.finder, batch.images, words, known)
 
-    def loss(self, prefix: Prefix, state: Tensor, actions: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Flow matching, error (B k, A, D): the expert says noise - actions at x_t, for k draws an observation; and
-        what the language model's last layer reads of each image token (B, V h w, C).
+    def loss(self, prefix: Prefix, state: Tensor, actions: Tensor, draws: Draws) -> Tensor:
+        """Flow matching, error (B k, A, D): the expert says noise - actions at x_t, for k draws an observation.
 
         The prefix is computed once, as transformers' forward does; its keys and values serve all draws.
         """
@@ -471,13 +511,12 @@ class Pi0(nn.Module):
         mask, k = prefix.mask, len(actions) // len(prefix.tokens)
         zeros = torch.zeros_like(prefix.tokens)[..., 0]
         read = self.net.model.vlm(inputs_embeds=prefix.tokens, attention_mask=mask, position_ids=mask.cumsum(-1) - 1,
-                                  token_type_ids=zeros, use_cache=True, output_hidden_states=True)  # fmt: skip
+                                  token_type_ids=zeros, use_cache=True)  # fmt: skip
         if k > 1:
             read.past_key_values.batch_repeat_interleave(k)
         out = self.net(state=state, noise=x_t, timestep=draws.time, attention_mask=mask.repeat_interleave(k, 0),
                        past_key_values=read.past_key_values)  # fmt: skip
-        seen = read.hidden_states[-2][:, : prefix.maps.shape[1] * self.grid**2]
-        return F.mse_loss(out.logits, u_t, reduction="none"), seen
+        return F.mse_loss(out.logits, u_t, reduction="none")
 
     def act(self, prefix: Prefix, state: Tensor, noise: Tensor) -> Tensor:
         """-> (B, A, D) by transformers' own sampler, whose prefix is ours."""
@@ -488,6 +527,14 @@ class Pi0(nn.Module):
                                            attention_mask=prefix.mask, num_steps=self.cfg.flow_steps)  # fmt: skip
         finally:
             del model.embed_prefix
+
+
+def with_found(prefix: Prefix, finder: Finder | None, images: Tensor, ids: Tensor, mask: Tensor) -> Prefix:
+    """The prefix with a finder's tokens behind it, if there is one."""
+    if finder is None:
+        return prefix
+    heat, tokens = finder(images * 2 - 1, ids, mask)
+    return plug(prefix, tokens, mask.new_ones(tokens.shape[:2]))._replace(heat=heat)
 
 
 def pi0_settings(cfg: Config) -> dict:
@@ -592,7 +639,8 @@ class XVLA(nn.Module):
         self.seer.register_parameter("order", nn.Parameter(0.02 * torch.randn(cfg.text_tokens, d)))
         self.action_in = nn.Linear(cfg.action_dim + cfg.state_dim + e, e)
         self.from_encoder, self.from_views = nn.Linear(d, e), nn.Linear(d, e)
-        slots = cfg.chunk + self.grid**2 * cfg.views + cfg.text_tokens + cfg.instance_tokens + cfg.comp_tokens
+        self.finder = Finder(cfg, d) if cfg.w_ground else None
+        slots = cfg.chunk + (self.grid**2 + 2) * cfg.views + cfg.text_tokens + cfg.instance_tokens + cfg.comp_tokens
         self.slots = nn.Parameter(0.02 * torch.randn(slots, e))
         self.prompts = nn.Parameter(0.02 * torch.randn(cfg.soft_prompts, e))
         self.layers = nn.ModuleList(Block(e, cfg.heads) for _ in range(cfg.lm_layers))
@@ -603,21 +651,22 @@ class XVLA(nn.Module):
         return self.seer
 
     def encode(self, batch: Batch, state: Tensor) -> Prefix:
-        """Images and words -> encoder tokens of view 0 and text, then the other views' tokens."""
+        """Images and words -> encoder tokens of view 0 and text, then the other views' and the finder's tokens."""
         s, (B, V) = self.seer, batch.images.shape[:2]
         x = s["stem"](batch.images.flatten(0, 1) * 2 - 1).flatten(2).mT + s.places  # (B V, h w, C)
         for block in s["vision"]:
             x = block(x)
         x = s["project"](x).unflatten(0, (B, V))  # (B, V, h w, d)
-        ids, mask = tokenize(batch.texts, self.cfg)
-        ids, mask = ids.to(x.device), mask.to(x.device)
+        ids, known = tokenize(batch.texts, self.cfg)
+        ids, known = ids.to(x.device), known.to(x.device)
         tokens = torch.cat([x[:, 0], s["words"](ids) + s.order], 1)
-        mask = torch.cat([mask.new_ones(B, self.grid**2), mask], 1)
+        mask = torch.cat([known.new_ones(B, self.grid**2), known], 1)
         for block in s["encoder"]:
             tokens = block(tokens, mask=mask.bool())
         maps = x.mT.unflatten(-1, (self.grid, self.grid))  # (B, V, d, h, w)
         tokens = torch.cat([tokens, x[:, 1:].flatten(1, 2)], 1)
-        return Prefix(tokens, torch.cat([mask, mask.new_ones(B, (V - 1) * self.grid**2)], 1), maps)
+        prefix = Prefix(tokens, torch.cat([mask, mask.new_ones(B, (V - 1) * self.grid**2)], 1), maps)
+        return with_found(prefix, self.finder, batch.images, ids, known)
 
     def clean(self, prefix: Prefix, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x_t (B, A, D) at time t (B,) -> the actions it comes from (B, A, D)."""
@@ -634,17 +683,16 @@ class XVLA(nn.Module):
             x = block(x, mask=mask)
         return self.out(x[:, :A])
 
-    def loss(self, prefix: Prefix, state: Tensor, actions: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Error (B, A, D) of the clean actions, each part with its own measure: squares, cross-entropy for the gripper;
-        and the encoder's tokens of the first view (B, h w, d)."""
+    def loss(self, prefix: Prefix, state: Tensor, actions: Tensor, draws: Draws) -> Tensor:
+        """Error (B, A, D) of the clean actions, each part with its own measure: squares, cross-entropy for the gripper."""
         x_t, _ = pi0_flow(actions, draws.noise, draws.time)
-        k, seen = len(actions) // len(prefix.tokens), prefix.tokens[:, : self.grid**2]
+        k = len(actions) // len(prefix.tokens)
         prefix = prefix._replace(tokens=prefix.tokens.repeat_interleave(k, 0), mask=prefix.mask.repeat_interleave(k, 0))
         said = self.clean(prefix, state, x_t, draws.time)
         last = self.cfg.real_actions - 1
         grip = F.binary_cross_entropy_with_logits(said[..., last], (actions[..., last] > 0).to(said), reduction="none")
         error = F.mse_loss(said, actions, reduction="none")
-        return torch.cat([error[..., :last], grip[..., None], error[..., last + 1 :]], -1), seen
+        return torch.cat([error[..., :last], grip[..., None], error[..., last + 1 :]], -1)
 
     def act(self, prefix: Prefix, state: Tensor, noise: Tensor) -> Tensor:
         """-> (B, A, D): from t = 1 the clean answer is taken and made a little less noisy each time."""
@@ -1629,9 +1677,6 @@ class GenericTokens(nn.Module):
         return self.out(tokens), torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device)
 
 
-GROUND_STRIDE = 4  # [px] cells of the grounding map
-
-
 class Agent(nn.Module):
     """A base policy with or without the plug-in; observations in, actions out."""
 
@@ -1642,8 +1687,6 @@ class Agent(nn.Module):
         sizes = self.policy.map_width, self.policy.width
         self.three = ThreeD(cfg, *sizes) if cfg.variant in "ABC" else None
         self.control = GenericTokens(cfg, *sizes) if cfg.variant == "control" else None
-        cells = (cfg.patch // GROUND_STRIDE) ** 2
-        self.ground = nn.Linear(cfg.lm_width, 2 * cells) if cfg.w_ground else None  # of stage 0 alone
         for name, size in (("action", cfg.real_actions), ("state", self.policy.state_dim)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
@@ -1655,6 +1698,8 @@ class Agent(nn.Module):
         self.requires_grad_(True)
         if stage > 0:
             self.policy.vlm().requires_grad_(False)
+            if self.policy.finder is not None:
+                self.policy.finder.requires_grad_(False)
         if self.three is not None:
             frozen = {0: [self.three], 1: [], 2: [self.three.fusion, self.three.instances]}[stage]
             frozen += [m for m in (getattr(self.three, "teacher", None), getattr(self.three, "completer", None))
@@ -1663,8 +1708,6 @@ class Agent(nn.Module):
                 module.requires_grad_(False)
         if self.control is not None and stage == 0:
             self.control.requires_grad_(False)
-        if self.ground is not None and stage > 0:
-            self.ground.requires_grad_(False)
 
     def pad_state(self, state: Tensor) -> Tensor:
         """(B, S) -> normalised, padded with zeros to the policy's width."""
@@ -1692,11 +1735,12 @@ class Agent(nn.Module):
         actions = F.pad((batch.actions - self.action_mean) / self.action_std, (0, self.policy.action_dim - real))
         k = len(draws.time) // len(actions)  # draws an observation
         state, actions, valid = (x.repeat_interleave(k, 0) for x in (self.pad_state(batch.state), actions, batch.valid))
-        error, read = self.policy.loss(prefix, state, actions, draws)
-        error = error[..., :real].mean(-1)  # (B k, A)
+        error = self.policy.loss(prefix, state, actions, draws)[..., :real].mean(-1)  # (B k, A)
         terms = {"action": (error * valid).sum() / valid.sum()}
         if self.stage == 0 and batch.ground is not None:
-            terms["ground"] = self.cfg.w_ground * self.grounding_loss(read, batch.ground)
+            weight = batch.ground.new_tensor(10.0)  # a thing covers few cells
+            said = F.binary_cross_entropy_with_logits(prefix.heat, batch.ground, pos_weight=weight)
+            terms["ground"] = self.cfg.w_ground * said
         if seen is not None and self.stage == 1:
             terms |= {name: self.cfg.w_inst * value for name, value in seen.terms.items()}
         if seen is not None and self.stage == 2 and self.three.predicts:
@@ -1705,16 +1749,6 @@ class Agent(nn.Module):
             parts = ssl_loss(said.flatten(0, 1), true.flatten(0, 1), self.cfg)
             terms |= {name: self.cfg.w_ssl * value for name, value in parts.items()}
         return terms
-
-    def grounding_loss(self, read: Tensor, truth: Tensor) -> Tensor:
-        """Stage 0's stand-in for a VLM that has learned to detect: each image token tells, cell by cell, whether it
-        shows the thing to move and the place it belongs to. read (B, n h w, C) of the first n views; truth as
-        Batch.ground."""
-        h = w = self.policy.grid
-        said = self.ground(read).unflatten(1, (-1, h, w)).unflatten(-1, (2, self.cfg.patch // GROUND_STRIDE, -1))
-        said = said.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(4, 5)  # (B, n, 2, H / 4, W / 4)
-        weight = said.new_tensor(10.0)  # a thing covers few cells
-        return F.binary_cross_entropy_with_logits(said, truth[:, : said.shape[1]], pos_weight=weight)
 
     @torch.no_grad()
     def act(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Insight | None]:

@@ -84,7 +84,7 @@ def cameras() -> tuple[torch.Tensor, torch.Tensor]:
 # --- the hook ---------------------------------------------------------------------------------------------------------
 
 def test_hooked_pi0_is_transformers_pi0_bit_for_bit(observations):
-    agent = agent_of(variant="base")
+    agent = agent_of(variant="base", w_ground=0.0)
     batch, noise = V.observe(observations, SMALL), torch.randn(3, 4, 7)
     state = agent.pad_state(batch.state)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_hooked_pi0_is_transformers_pi0_bit_for_bit(observations):
     actions, time = torch.randn(3, 4, 7), torch.tensor([0.2, 0.5, 0.9])
     with torch.no_grad():
         prefix = agent.prefix(batch)[0]
-        error = agent.policy.loss(prefix, state, actions, V.Draws(noise, time, None))[0]
+        error = agent.policy.loss(prefix, state, actions, V.Draws(noise, time, None))
         agent.policy.net.config.loss_reduction = "none"
         out = agent.policy.net(state=state, noise=noise, timestep=time, inputs_embeds=prefix.tokens, actions=actions,
                                pixel_values=batch.images, attention_mask=prefix.mask)  # fmt: skip
@@ -134,7 +134,7 @@ def test_a_frozen_vlm_still_teaches_the_tokens(observations, policy):
     draws = V.draw_step(agent.cfg, agent, 3, 0, 0, 0, CPU)
     k = len(draws.time) // 3
     state, actions = agent.pad_state(batch.state).repeat_interleave(k, 0), torch.randn(3 * k, 4, 7)
-    agent.policy.loss(prefix, state, actions, draws)[0].mean().backward()
+    agent.policy.loss(prefix, state, actions, draws).mean().backward()
     assert tokens.grad.abs().sum() > 0
     assert all(p.grad is None for p in agent.policy.vlm().parameters())
 
@@ -145,27 +145,46 @@ def test_draws_that_share_a_prefix_cost_the_same_loss(observations):
     prefix, state = agent.prefix(batch)[0], agent.pad_state(batch.state)
     actions, noise, time = torch.randn(3, 4, 7), torch.randn(3, 4, 7), torch.tensor([0.1, 0.5, 0.9])
     with torch.no_grad():
-        together = agent.policy.loss(prefix, state.expand(3, -1), actions, V.Draws(noise, time, None))[0]
+        together = agent.policy.loss(prefix, state.expand(3, -1), actions, V.Draws(noise, time, None))
         apart = [agent.policy.loss(prefix, state, *(x[k : k + 1] for x in (actions,)), V.Draws(noise[k : k + 1],
-                 time[k : k + 1], None))[0] for k in range(3)]  # fmt: skip
+                 time[k : k + 1], None)) for k in range(3)]  # fmt: skip
     assert torch.allclose(together, torch.cat(apart), atol=1e-5)
 
 
 def test_grounding_maps_lie_where_the_picture_has_them(tabletop):
-    """A head that says each token's own cells from the truth has no loss; one that swaps cells or channels has."""
     cfg = V.replace(SMALL, variant="base")
-    data, agent = V.Demos(tabletop, cfg), agent_of(variant="base")
-    # (1, V, 2, 16, 16), patches of 4 x 4 cells
-    truth = data.ground(0)[None]
+    data = V.Demos(tabletop, cfg)
+    truth = data.ground(0)[None]  # (1, V, 2, 16, 16)
     target = data.demos[0]["instances"][0, 0] == data.demos[0]["things"].index("red cube") + 1
     assert truth.shape == (1, 2, 2, 16, 16) and truth[0, 0, 0].sum() * 16 == pytest.approx(target.sum())
-    # by token: h, w, channel, i, j
-    cells = truth.unflatten(-1, (4, 4)).unflatten(-3, (4, 4)).permute(0, 1, 3, 5, 2, 4, 6)
-    said = (40 * (cells > 0.5).float() - 20).flatten(-3).flatten(1, 3)                  # (1, V h w, 2 x 16) logits
-    sharp = (truth > 0.5).float()
-    agent.ground = torch.nn.Identity()
-    assert agent.grounding_loss(said, sharp) < 1e-6 < 1 < agent.grounding_loss(said.flip(-1), sharp)
-    assert agent.grounding_loss(said[:, :16], sharp) < 1e-6                              # the first view alone
+
+
+@pytest.mark.parametrize("policy", ["pi0", "xvla"])
+def test_the_finder_learns_a_place_from_the_words_and_says_it(policy):
+    """One picture with a red and a blue square: the words decide which one the tokens speak of."""
+    agent, images = agent_of(policy=policy, variant="base"), torch.zeros(1, 2, 3, 64, 64)
+    images[:, :, 0, 8:20, 8:20], images[:, :, 2, 40:52, 32:44] = 1, 1
+    places = torch.zeros(2, 2, 16, 16)  # (words, role, ...): role 0 is asked for, role 1 is the other square
+    places[0, 0, 2:5, 2:5] = places[1, 1, 2:5, 2:5] = places[1, 0, 10:13, 8:11] = places[0, 1, 10:13, 8:11] = 1
+    ids, mask = V.tokenize(["lift the red cube", "lift the blue cube"], SMALL)
+    finder = agent.policy.finder.train()
+    optimizer = torch.optim.Adam(finder.parameters(), 1e-2)
+    for _ in range(60):
+        heat, _ = finder(images.expand(2, -1, -1, -1, -1) * 2 - 1, ids, mask)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(heat, places[:, None].expand_as(heat))
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    heat, tokens = finder(images.expand(2, -1, -1, -1, -1) * 2 - 1, ids, mask)
+    best = heat.flatten(-2).argmax(-1)  # (2, V, 2)
+    assert [[(b // 16 in range(2, 5), b // 16 in range(10, 13)) for b in row[0].tolist()] for row in best] == [
+        [(True, False), (False, True)], [(False, True), (True, False)]]  # fmt: skip
+    assert tokens.shape == (2, 4, agent.policy.width) and not torch.allclose(tokens[0], tokens[1], atol=1e-2)
+
+
+def test_the_finder_is_frozen_with_the_vlm():
+    agent = agent_of(variant="A")
+    for stage in (0, 1, 2):
+        agent.set_stage(stage)
+        assert all(p.requires_grad == (stage == 0) for p in agent.policy.finder.parameters())
 
 
 def test_pi05_puts_the_state_into_words_and_time_into_norms(observations):
