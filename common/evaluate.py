@@ -224,7 +224,8 @@ def print_controls(metrics: dict[str, float], score: str = "miou_camera", rule: 
     for label, name in (("this network", score), ("constant predictor", f"constant_{score}"),
                         ("its images shuffled", f"shuffled_{score}"), ("its images black", f"black_{score}")):  # fmt: skip
         if name in metrics:
-            print(f"  {label:20}{100 * metrics[name]:7.2f}{metrics[name] / constant:8.2f} x constant")
+            ratio = f"{metrics[name] / constant:8.2f} x constant" if constant > 0 else ""
+            print(f"  {label:20}{100 * metrics[name]:7.2f}{ratio}")
 
 
 # --- SemanticKITTI scene completion ----------------------------------------------------------------------------------
