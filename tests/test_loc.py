@@ -750,6 +750,20 @@ def test_an_interrupted_run_goes_on_bit_equal(base, trained, tmp_path, monkeypat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_only_every_nth_keyframe_is_labelled_and_learned_from(base, tmp_path, capsys):
+    """The tiny world trains on one scene of three keyframes: a stride of two leaves the first and the last."""
+    run("train", *base.data, "--out", tmp_path / "x", "--steps", "2", *base.small, "--frame-stride", "2")
+    made = sorted(path.parent.name for path in (tmp_path / "x" / "labels").glob("scene-*/*/labels.npz"))
+    dataset, words = world_set(base, "mini_train"), L.read_vocabulary(base.cfg)
+    assert made == sorted(dataset.tokens[i] for i in (0, 2))
+    cfg = L.replace(base.cfg, holdout_mode="ignore", wrapped=False, jitter=0.0)
+    every, second = (L.Keyframes(dataset, L.Targets(dataset, base.boxes, None, words, c), None, (4, 4, 2), c)
+                     for c in (cfg, L.replace(cfg, frame_stride=2)))
+    assert (len(every), len(second)) == (3, 2)
+    assert torch.equal(every(2, np.random.default_rng(0))["images"], second(1, np.random.default_rng(0))["images"])
+    assert "--frame-stride 0: must be 1 or more" in fails(capsys, "train", *base.data, "--out", tmp_path / "y", *base.small, "--frame-stride", "0")
+
+
 def test_no_training_voxel_of_a_class_is_said(base, tmp_path, capsys):
     for path in base.boxes.glob("scene-*/*/labels.npz"):
         arrays = dict(np.load(path))
