@@ -1616,7 +1616,7 @@ def prepare(cfg: Config, dataset: NuScenesOccupancy, labels: Path, shared: Path,
             whole = NuScenesOccupancy(dataset.root, dataset.version, dataset.split, image_size=cfg.clip_image, cache=args.cache, parts=())
             name_heldout(whole, labels, words, clip, text.to(run.device), named, cfg)
         barrier(run)
-    patches = shared / f"patches-{short_hash([clip.name, cfg.clip_image])}" if cfg.cache_patches else None
+    patches = shared / f"patches-{short_hash([tinyclip.fingerprint(clip), cfg.clip_image])}" if cfg.cache_patches else None
     return Prepared(words, clip, text, named, patches)
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common.files import InputError, atomic, exit_on_input_error, read_json, read_npz, write_json, write_npz
 from common.nuscenes import LIDARSEG_TO_OCC3D, OCC3D_CLASSES
-from common.train import schedule
+from common.train import Muon, schedule
 
 OPENSET = Path(__file__).parent / "openset"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own, of RGB in [0, 1]
@@ -138,6 +138,11 @@ def ensemble(clip: Clip, words: list[str], templates: tuple[str, ...] = TEMPLATE
     """One class's words -> (D,): each prompt normalised, averaged over templates and words, normalised again (ViLD)."""
     prompts = [template.format(word) for word in words for template in templates]
     return F.normalize(encode_text(clip, prompts).mean(0), dim=-1)
+
+
+def fingerprint(clip: Clip) -> list[float]:
+    """Tells one model from another, whatever its folder is called."""
+    return ensemble(clip, ["object"]).half().tolist()
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -408,7 +413,8 @@ def contrast(images: Tensor, texts: Tensor, same: Tensor, scale: Tensor) -> Tens
 def train(images: np.ndarray, facts: list[dict], hidden: tuple[str, ...], seed: int, steps: int, batch: int = 64):
     """-> (model, tokenizer, [loss of each step]). First `steps` / 4 steps of text alone (two captions of one crop belong
     together), then all, the text at a tenth of the rate: captions lie apart before pixels meet them, and stay so. Measured
-    on 2500 crops and 300 steps: 44 % of fresh crops get the right name, 28 % without the two."""
+    on 2500 crops and 300 steps of AdamW: 44 % of fresh crops get the right name, 28 % without the two. With 5000 crops and
+    700 steps AdamW names 41 % by the whole crop and 43 % by its patches, Muon (for the layers' matrices) 56 and 57 %."""
     vocabulary, rng = read_words(OPENSET / "vocabulary.txt"), np.random.default_rng([seed, 1])
     some = [caption(fact, hidden, vocabulary, rng) for fact in facts for _ in range(12)]
     tokenizer = make_tokenizer(set(re.findall(r"[a-z0-9]+|[.,]", " ".join([*some, *TEMPLATES]).lower())))
@@ -442,12 +448,16 @@ def train(images: np.ndarray, facts: list[dict], hidden: tuple[str, ...], seed: 
         same, scale = torch.from_numpy(words[:, None] == words[None]), model.logit_scale.exp().clamp(max=100)
         return contrast(whole, text, same, scale) + contrast(F.normalize(patches.mean(1), dim=-1), text, same, scale)
 
-    for count, rates, match in ((steps // 4, (2e-3, 0.0), match_texts), (steps, (2e-4, 2e-3), match_images)):
-        optimizer = torch.optim.AdamW([{"params": of_text}, {"params": of_images}], weight_decay=0.05, betas=(0.9, 0.98))
+    tables = [*(m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))]
+    inner = lambda p: p.ndim > 1 and not any(p is table for table in tables)  # noqa: E731
+    for count, rates, match in ((steps // 4, (1e-2, 0.0), match_texts), (steps, (1e-3, 1e-2), match_images)):
+        groups = [{"params": [p for p in part if inner(p) == matrices], "orthogonal": matrices, "rate": rate}
+                  for part, rate in zip((of_text, of_images), rates, strict=True) for matrices in (False, True)]
+        optimizer = Muon(groups, lr=1.0, weight_decay=0.05, betas=(0.9, 0.98))
         losses = []
         for step in tqdm(range(count), "tiny CLIP", unit="step", leave=False):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(step, count, "cosine", warmup=count // 10)
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * schedule(step, count, "cosine", warmup=count // 10)
             loss = match()
             optimizer.zero_grad()
             loss.backward()
@@ -456,7 +466,7 @@ def train(images: np.ndarray, facts: list[dict], hidden: tuple[str, ...], seed: 
     return model.eval(), tokenizer, losses
 
 
-def make_tinyclip(out: Path | str, hidden: tuple[str, ...] = (), seed: int = 0, crops: int = 5000, steps: int = 700) -> Path:
+def make_tinyclip(out: Path | str, hidden: tuple[str, ...] = (), seed: int = 0, crops: int = 5000, steps: int = 900) -> Path:
     """Trains the tiny CLIP into folder `out` unless it is there; the crops lie beside it and are shared. -> `out`.
 
     hidden: Occ3D classes that no caption names. Raises InputError if `out` holds one of other settings.
@@ -511,7 +521,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hide", type=Path, help="file of held-out kinds (data/openset/*.txt) that captions never name")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--crops", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=900)
     args = parser.parse_args(argv)
     hidden = tuple(read_words(args.hide)) if args.hide else ()
     make_tinyclip(args.out, hidden, args.seed, args.crops, args.steps)
