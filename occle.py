@@ -264,7 +264,7 @@ TINY = Config(  # two CPU cores
     grid_channels=24, mamba_stride=(2, 2, 2), d_state=4, expand=1, grid_stride=(2, 2, 1), cell_split=(2, 2, 2),
     head_channels=16, head_gain=4.0, hit_flags=True, hit_prior=3.0, geo_skip=True, occ_bias=-2.0,
     w_sem_scal=0.0, w_geo_scal=0.0, w_lov=0.0, ce_form="factored", class_weights="sqrt", occ_weight=3.0, ema=0.98, carve_rays=12000, scatter_stride=8,
-    branch_share=0.4, optimizer="muon", steps=180, lr=1e-2, warmup=20, grad_clip=5.0, amp="off", cache_frames=400,
+    branch_share=0.4, optimizer="muon", steps=150, lr=1e-2, warmup=20, grad_clip=5.0, amp="off", cache_frames=400,
 )  # fmt: skip
 PRESETS = {
     "tiny": TINY,

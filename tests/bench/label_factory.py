@@ -5,7 +5,8 @@
 Input of both: a scene's sweeps, boxes and lidarseg, read beforehand. Ours, timed: fusing the scene (normals, rays,
 objects), shared out among its keyframes, and everything a keyframe needs: crop, Poisson, voxels, k nearest neighbours, free
 space. The reference, timed: its recipe for the keyframe on the finished map, all of its points in the label's box; to
-fuse is not counted against it. One process each, as many threads as each takes by itself; wall and CPU seconds.
+fuse is not counted against it. Ours runs once unmeasured before. One process each, as many threads as each takes by
+itself; wall and CPU seconds.
 Both labels are scored against the exact world's gts: IoU and mIoU in the camera mask and everywhere, and the share of
 labelled voxels that lie inside matter.
 """
@@ -85,6 +86,8 @@ def main() -> None:
         indices = scenes[dataset.scene_names[i]]
         scans, poses = loc.read_scans(dataset, indices, labeler, cfg)
         tracks = loc.read_tracks(dataset, indices, poses, {s.keyframe: s.time for s in scans if s.keyframe >= 0})
+        if not rows:
+            loc.densify(loc.fuse(scans, poses, tracks, cfg), i, cfg)  # not measured: threads start, memory is mapped
         scene, fused_s, fused_cpu = timed(lambda: loc.fuse(scans, poses, tracks, cfg))
         label, dense_s, dense_cpu = timed(lambda: loc.densify(scene, i, cfg))
         points, classes = whole_cloud(loc.fuse(scans, poses, tracks, loc.replace(cfg, thin=0.0, poisson="none")), i, cfg)
