@@ -677,7 +677,7 @@ def test_one_keyframe_is_overfitted(base):
     keyframes = L.Keyframes(dataset, L.Targets(dataset, base.boxes, None, words, cfg), lambda i: patches, net.stride, cfg)
     batch = L.stack_items([keyframes(0, np.random.default_rng(0))], torch.device("cpu"))
     optimizer, first = torch.optim.AdamW(net.parameters(), 5e-3), None
-    for _ in range(50):
+    for _ in range(70):
         terms = L.loss(net(batch), batch, text, torch.ones(len(words.known) + 1), net, cfg)
         first = first or {name: value.item() for name, value in terms.items()}
         optimizer.zero_grad()
