@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common.files import InputError, atomic, exit_on_input_error, read_json, read_npz, write_json, write_npz
 from common.nuscenes import LIDARSEG_TO_OCC3D, OCC3D_CLASSES
-from common.train import Muon, schedule
+from common.train import Muon, schedule, set_lr
 
 OPENSET = Path(__file__).parent / "openset"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own, of RGB in [0, 1]
@@ -448,16 +448,15 @@ def train(images: np.ndarray, facts: list[dict], hidden: tuple[str, ...], seed: 
         same, scale = torch.from_numpy(words[:, None] == words[None]), model.logit_scale.exp().clamp(max=100)
         return contrast(whole, text, same, scale) + contrast(F.normalize(patches.mean(1), dim=-1), text, same, scale)
 
-    tables = [*(m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))]
+    tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     inner = lambda p: p.ndim > 1 and not any(p is table for table in tables)  # noqa: E731
     for count, rates, match in ((steps // 4, (1e-2, 0.0), match_texts), (steps, (1e-3, 1e-2), match_images)):
-        groups = [{"params": [p for p in part if inner(p) == matrices], "orthogonal": matrices, "rate": rate}
+        groups = [{"params": [p for p in part if inner(p) == matrices], "orthogonal": matrices, "base_lr": rate}
                   for part, rate in zip((of_text, of_images), rates, strict=True) for matrices in (False, True)]
         optimizer = Muon(groups, lr=1.0, weight_decay=0.05, betas=(0.9, 0.98))
         losses = []
         for step in tqdm(range(count), "tiny CLIP", unit="step", leave=False):
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * schedule(step, count, "cosine", warmup=count // 10)
+            set_lr(optimizer, schedule(step, count, "cosine", warmup=count // 10))
             loss = match()
             optimizer.zero_grad()
             loss.backward()
