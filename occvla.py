@@ -108,7 +108,7 @@ from common.ablation import Claim, run_claim
 from common.audit import planning_truth
 from common.backbones import describe as describe_network
 from common.cli import Flag
-from common.evaluate import constant_scores, ground_truth, is_world, pictured, print_controls, spread
+from common.evaluate import bind, constant_scores, ground_truth, is_world, pictured, print_controls, spread
 from common.files import InputError, exit_on_input_error, read_image, read_json, write_bytes, write_npz
 from common.geometry import OCC3D, VoxelGrid, invert, project
 from common.losses import lovasz_softmax
@@ -2325,11 +2325,7 @@ def draw(net: OccVLA, dataset: NuScenesOccupancy, indices: list[int], truth: Cal
                   pictures=[("drive", "", viz.drive_bev(lines, corners, semantics))])
         paths.append(path)
         frames.append(viz.ViewerFrame(name, panels, pixels, camera))
-    if frames:
-        viz.viewer(out / "viewer.html", frames, title=f"occvla, {dataset.split}", difference=(against, "prediction"))
-        paths.insert(0, out / "viewer.html")
-    viz.curves(out / "pictures" / "curves.png", out / "log.jsonl", title=f"occvla: {out.name}")
-    return [*paths, out / "pictures" / "curves.png"]
+    return bind(out, paths, frames, f"occvla: {out.name}", title=f"occvla, {dataset.split}", difference=(against, "prediction"))
 
 
 # --- 7  Claims --------------------------------------------------------------------------------------------------------

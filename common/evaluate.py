@@ -148,11 +148,16 @@ def draw(predict: Predict, dataset: NuScenesOccupancy, indices: list[int], truth
                       title=f"{title}: {name}\nerrors inside the {mask}", **drawn)  # fmt: skip
             paths.append(path)
         frames.append(viz.ViewerFrame(name, panels, np.asarray(frame.images), camera))
+    return bind(out, paths, frames, f"{title}: training", grid=look.grid, title=title, **drawn)
+
+
+def bind(out: Path, sheets: list[Path], frames: list[viz.ViewerFrame], curves: str, **viewer) -> list[Path]:
+    """Adds the HTML viewer of `frames` (none of no frame) and the training curves, titled `curves`; -> all paths."""
     if frames:
-        viz.viewer(out / "viewer.html", frames, look.grid, title=title, **drawn)
-        paths.insert(0, out / "viewer.html")
-    viz.curves(out / "pictures" / "curves.png", out / "log.jsonl", title=f"{title}: training")
-    return [*paths, out / "pictures" / "curves.png"]
+        viz.viewer(out / "viewer.html", frames, **viewer)
+        sheets = [out / "viewer.html", *sheets]
+    viz.curves(out / "pictures" / "curves.png", out / "log.jsonl", title=curves)
+    return [*sheets, out / "pictures" / "curves.png"]
 
 
 def is_world(root: Path) -> bool:
