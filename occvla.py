@@ -113,11 +113,12 @@ from common.files import InputError, exit_on_input_error, read_image, read_json,
 from common.geometry import OCC3D, VoxelGrid, invert, project
 from common.losses import lovasz_softmax
 from common.metrics import OccupancyMeter, PlanningMeter, box_corners, protocol_line, qa_scores
-from common.nuscenes import CAMERAS, FREE, Boxes, Future, NuScenesOccupancy, find_root, find_version
+from common.nuscenes import CAMERAS, FREE, OCC3D_CLASSES, Boxes, Future, NuScenesOccupancy, find_root, find_version
 from common.train import (DataOrder, Log, Muon, Run, autocast, barrier, begin, load_checkpoint, param_groups, peak_gb, prefetch,
                           reset_peak, save_checkpoint, schedule, seed_everything, set_lr, settings, setup, teardown, wrap,
                           write_result)  # fmt: skip
 from data.questions import ANSWERS, DIRECTIONS, PHRASES, STATUS, TYPES, WORDINGS, words
+from data.tinyvlm import make_tinyvlm
 
 IGNORE = 255
 STAGES = ("0_tokenizer", "1_occupancy", "2_language", "3_planning")
@@ -143,6 +144,7 @@ class Config:
     tiny_layers: int = 4  # --vlm tiny: layers of the language model; tiny: CPU
     tiny_vision_layers: int = 3  # --vlm tiny: layers of the vision tower; tiny: CPU
     tiny_patch: int = 16  # [px] --vlm tiny: side of a patch; tiny: CPU
+    tiny_pretrain: int = 0  # [steps] --vlm tiny: pre-training on pictures of other worlds (data/tinyvlm.py), 0: random; tiny: CPU
     # occupancy tokenizer (stage 0)
     tokenizer: str | None = None  # finished stage-0 folder to use instead of training one; ours
     grid_stride: tuple[int, int, int] = (1, 1, 1)  # Occ3D cells per tokenized cell along x, y, z; OccWorld's code: 1
@@ -206,7 +208,8 @@ class Config:
     steps: int = 0  # over 0: this many in every stage
     optimizer: Literal["adamw", "muon"] = "adamw"  # assumption; muon (common/train.py) learns in fewer steps
     lr_tok: float = 1e-3  # OccWorld's code
-    lr_vlm: float = 1e-5  # assumption
+    lr_vlm: float = 1e-5  # language model; assumption
+    lr_vision: float = 1e-5  # vision tower and projector; assumption
     lr_new: float = 1e-4  # occupancy transformer; assumption
     lr_plan: float = 1e-4  # planner; assumption
     weight_decay: float = 0.01  # OccWorld's code
@@ -244,10 +247,10 @@ class Config:
 
 
 TINY = Config(  # two CPU cores
-    vlm="tiny", image_size=128, prefix="image", vq_stem=4, vq_ch=64, vq_mult=(1,), vq_blocks=1, vq_attention=0, z_dim=64,
-    vq_revive=5, l_lov_tok=0.0, tok_weights="sqrt", occ_every=2, occ_dim=128, occ_heads=4, queries=25, rig_bias=True, l_lov=0.0,
-    voxel_crop=25, questions=20, plan_dim=64, plan_layers=2, plan_heads=4, plan_cache=True, stage_steps=(250, 360, 300, 300),
-    stage_batch=(1, 1, 1, 16), optimizer="muon", lr_tok=1.5e-2, lr_vlm=1e-2, lr_new=1e-2, lr_plan=2e-3, warmup=20, grad_clip=5.0,
+    vlm="tiny", tiny_layers=3, tiny_pretrain=800, image_size=128, prefix="image", vq_stem=4, vq_ch=64, vq_mult=(1,), vq_blocks=1, vq_attention=0, z_dim=64,
+    vq_revive=5, l_lov_tok=0.0, tok_weights="sqrt", occ_dim=128, occ_heads=4, queries=25, rig_bias=True, l_lov=0.0,
+    voxel_crop=25, questions=12, plan_dim=64, plan_layers=2, plan_heads=4, plan_cache=True, stage_steps=(200, 340, 280, 300),
+    stage_batch=(1, 1, 1, 16), optimizer="muon", lr_tok=1.5e-2, lr_vlm=1e-2, lr_vision=1e-3, lr_new=1e-2, lr_plan=2e-3, warmup=20, grad_clip=5.0,
     amp="off", eval_frames=60, eval_questions=10,
 )  # fmt: skip
 PRESETS = {
@@ -580,6 +583,21 @@ def tiny_host(cfg: Config) -> Host:
     return Host(PaliGemmaForConditionalGeneration(config), processor)
 
 
+def pretrained_tiny(cfg: Config) -> Path:
+    """The tiny host after a lesson on pictures of other worlds, which stands for PaliGemma's pre-training; made once."""
+    sizes = (cfg.image_size, cfg.tiny_patch, cfg.tiny_width, cfg.tiny_vision_layers, cfg.tiny_layers, cfg.tiny_pretrain)
+    out = Path("data/worlds") / f"tinyvlm-{'-'.join(map(str, sizes))}"
+    if (out / "tinyvlm.json").is_file():
+        return out
+    with torch.random.fork_rng(devices=[]):  # a run that finds it made and one that makes it are the same to the last bit
+        torch.manual_seed(0)
+        vlm, processor = tiny_host(cfg)
+        names = {OCC3D_CLASSES.index(name.replace(" ", "_")): [f" {words(p, plural)}" for plural in (False, True)]
+                 for p, (status, name) in enumerate(PHRASES) if not status and name != "thing"}  # fmt: skip
+        ids = {c: [processor.tokenizer.encode(text, add_special_tokens=False) for text in texts] for c, texts in names.items()}
+        return make_tinyvlm(out, vlm, processor, ids, cfg.tiny_pretrain)
+
+
 def load_host(cfg: Config, folder: Path | None = None) -> Host:
     """--vlm tiny, a folder or a hub id -> the host with its weights. folder: a run's 0_host, architecture and processor
     alone (the weights then come with the checkpoint). Raises InputError in one line."""
@@ -589,9 +607,9 @@ def load_host(cfg: Config, folder: Path | None = None) -> Host:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if folder is None and cfg.vlm == "tiny":
+    if folder is None and cfg.vlm == "tiny" and not cfg.tiny_pretrain:
         return check_host(tiny_host(cfg), cfg)
-    name = str(folder) if folder is not None else cfg.vlm
+    name = str(folder) if folder is not None else str(pretrained_tiny(cfg)) if cfg.vlm == "tiny" else cfg.vlm
     if (folder is not None or name.startswith((".", "/", "~")) or name.count("/") != 1) and not Path(name).is_dir():
         raise InputError(f"--vlm {name}: no such folder; give a folder saved by transformers, a hub id, or tiny")
     try:
@@ -1510,16 +1528,25 @@ def trainable(net: OccVLA, stage: int, cfg: Config) -> None:
                 module.requires_grad_(True)
 
 
+def set_apart(groups: list[dict], parameters: Sequence[Tensor], **changes: Any) -> None:
+    """Gives these parameters groups of their own, with other settings."""
+    chosen = {id(p) for p in parameters}
+    for group in list(groups):
+        if mine := [p for p in group["params"] if id(p) in chosen]:
+            group["params"] = [p for p in group["params"] if id(p) not in chosen]
+            groups.append(group | {"params": mine} | changes)
+
+
 def make_optimizer(net: nn.Module, stage: int, cfg: Config) -> torch.optim.Optimizer:
     """AdamW or Muon with each part's own rate; the word embedding (tied with the output layer) always AdamW's."""
     muon = cfg.optimizer == "muon"
     new = (cfg.lr_tok, cfg.lr_new, cfg.lr_new, cfg.lr_plan)[stage]
     groups = param_groups(net, cfg.lr_vlm, new, cfg.weight_decay, encoder="vlm", muon=muon)
-    if muon and stage:
-        embedding = net.vlm.lm_head.weight
-        for group in [g for g in groups if any(p is embedding for p in g["params"])]:
-            group["params"] = [p for p in group["params"] if p is not embedding]
-            groups.append(group | {"params": [embedding], "orthogonal": False})
+    if stage:
+        seeing = [p for part in (net.vlm.model.vision_tower, net.vlm.model.multi_modal_projector) for p in part.parameters()]
+        set_apart(groups, seeing, lr=cfg.lr_vision, base_lr=cfg.lr_vision)
+        if muon:
+            set_apart(groups, [net.vlm.lm_head.weight], orthogonal=False)
     return (Muon if muon else torch.optim.AdamW)([g for g in groups if g["params"]], lr=new)
 
 
