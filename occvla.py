@@ -64,6 +64,9 @@ ASSUMPTIONS    All unpublished; the flag that changes each stands beside it.
     * nuScenes' command and a scene's first "history" come from the future: the command is a row of its own, and history
       counts only where there is a past keyframe
 DEVIATIONS
+    * tiny's host is a PaliGemma 2 in miniature. A lesson on pictures of other worlds (data/tinyvlm.py, --tiny-pretrain)
+      stands for what PaliGemma's pre-training knows: what its patches show, and the words for it; nothing in 3D. Its vision
+      then learns at a tenth of the language model's rate (--lr-vision). From random weights it used no image in 8 minutes.
     * tiny uses --prefix image: only the images attend both ways, questions are causal. Then one pass over the images
       serves many questions. Its effect on the scores: unmeasured.
     * tiny's queries start from where the rig's cameras see each cell (--rig-bias): a learned table of attention offsets.

@@ -28,7 +28,7 @@ SHARED = ROOT.parent / "shared"
 POSES, DRIVELM = SHARED / "real/nuscenes-poses", SHARED / "real/drivelm"
 CPU = torch.device("cpu")
 FIELDS = dict(
-    tiny_width=16, tiny_layers=3, tiny_vision_layers=2, image_size=32, tiny_patch=16, vq_ch=8, z_dim=8, codebook=32, vq_stem=8, queries=5,
+    tiny_width=16, tiny_layers=3, tiny_vision_layers=2, tiny_pretrain=0, image_size=32, tiny_patch=16, vq_ch=8, z_dim=8, codebook=32, vq_stem=8, queries=5,
     voxel_crop=5, occ_dim=16, occ_heads=2, occ_every=1, plan_dim=16, plan_heads=2, questions=3, warmup=1, workers=1, stage_batch=(1, 1, 1, 4),
     thought_tokens=6, answer_tokens=3, eval_frames=3, eval_questions=3, pictures=1,
 )  # fmt: skip
