@@ -70,7 +70,7 @@ def estimate_normals(points: np.ndarray, sensor: np.ndarray, neighbours: int = 2
         part = slice(start, start + chunk)
         near = points[tree.query(points[part], k=k, workers=torch.get_num_threads())[1]]  # (m, k, 3)
         near = near - near.mean(1, keepdims=True)
-        normals[part] = np.linalg.eigh(np.einsum("mki,mkj->mij", near, near))[1][:, :, 0]  # ascending variances
+        normals[part] = np.linalg.eigh(near.transpose(0, 2, 1) @ near)[1][:, :, 0]  # ascending variances
     away = np.einsum("mi,mi->m", sensor - points, normals) < 0
     normals[away] *= -1
     return normals

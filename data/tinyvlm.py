@@ -1,20 +1,23 @@
 """A tiny PaliGemma 2 that has seen the web, in miniature: it stands for pre-trained weights where nothing may be downloaded.
 
-    folder = make_tinyvlm("data/worlds/tinyvlm", vlm, processor, words)    # minutes, once; then --vlm FOLDER loads it
+    folder = make_tinyvlm("data/worlds/tinyvlm", vlm, processor, words, answer_loss, steps)    # minutes, once
 
-WHAT IT IS TAUGHT   What PaliGemma 2 has learned long before it drives: to tell what its patches show (its pre-training has
-    segmentation and detection tasks) and to call it by its name. Two heads read the image tokens as the language model
-    gets them: one draws a class map of a quarter patch's cells, one compares each token with the embeddings of the words
-    for what can be asked for. Vision tower, projector and those embeddings learn; the language model's layers stay random,
-    and nothing is said of depth, height or another camera: the third dimension is left to the method.
+WHAT IT IS TAUGHT   What PaliGemma 2 has learned long before it drives (its pre-training has segmentation, detection and
+    questions about pictures), in two lessons over single photographs.
+    Seeing: two heads read the image tokens as the language model gets them. One draws a class map of a quarter patch's
+    cells, one compares each token with the embeddings of the words for what can be asked for. Vision tower, projector and
+    those embeddings learn.
+    Answering, beside it in the second half of the steps: is there such a thing in the picture, and how many. All learns.
+    Nothing is said of depth, height, direction, motion or a second camera: that is left to the method.
 
-WHAT IT SEES   Photographs by a car's six cameras in streets of *other* worlds: their seed differs from any world that is
-    trained or evaluated on, as the tiny CLIP's does, and no scene, object or calibration carries over.
+WHAT IT SEES   Photographs by a car's six cameras, one at a time, in streets of *other* worlds: their seed differs from any
+    world that is trained or evaluated on, as the tiny CLIP's does, and no scene, object or calibration carries over.
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,20 +28,30 @@ from tqdm import tqdm
 from common.files import InputError, read_json, write_json
 from common.nuscenes import FREE, LIDARSEG_TO_OCC3D
 from common.train import Muon, param_groups, schedule, set_lr
+from data.questions import CLASSES, MOST, PHRASES, WORDINGS, words
 from data.tinyclip import SEED_OFFSET
 
 CELLS = 4  # cells per side of a patch in the class map
+SEEN = 20  # [px] of a photograph that an object must show to be counted
 DRAWN = (144, 256)  # [px] rows, columns of the photographs before they are squeezed to the model's square
 
 
-def make_pictures(count: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """-> images (n, size, size, 3) uint8 and Occ3D classes (n, size, size) uint8, sky is 17; n = count, in whole rigs of six."""
+class Pictures(NamedTuple):
+    """n photographs and what is in them."""
+
+    images: np.ndarray  # (n, s, s, 3) uint8
+    classes: np.ndarray  # (n, s, s) uint8 Occ3D class, sky: 17
+    counts: np.ndarray  # (n, 11) uint8 how many of each detection class (Occ3D ids 1 to 10) show at least `SEEN` pixels
+
+
+def make_pictures(count: int, size: int, seed: int = 0) -> Pictures:
+    """`count` photographs of size x size px, a rig's six after another."""
     import cv2
 
     from data.city import City
     from data.driving import CAMERA_LAYOUT, calibration, matrix, photograph
 
-    rng, images, classes = np.random.default_rng([SEED_OFFSET + seed, 1]), [], []
+    rng, images, classes, counts = np.random.default_rng([SEED_OFFSET + seed, 1]), [], [], []
     names = np.append(LIDARSEG_TO_OCC3D, np.full(256 - len(LIDARSEG_TO_OCC3D), FREE)).astype(np.uint8)
     rigs = -(-count // 6)
     each = 10  # rigs of one street
@@ -50,68 +63,115 @@ def make_pictures(count: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.
             image = photograph(city, t, np.array(row["camera_intrinsic"]), city.ego(t) @ matrix(row), DRAWN, rng, True)
             images.append(cv2.resize(image.color, (size, size), interpolation=cv2.INTER_AREA))
             classes.append(cv2.resize(names[image.semantic], (size, size), interpolation=cv2.INTER_NEAREST))
-    return np.stack(images[:count]), np.stack(classes[:count])
+            both = names[image.semantic].astype(np.int64) << 16 | image.instance
+            shown, pixels = np.unique(both[image.instance > 0], return_counts=True)
+            kinds = shown[pixels >= SEEN] >> 16
+            counts.append(np.bincount(kinds[(kinds > 0) & (kinds < 11)], minlength=11))
+    return Pictures(np.stack(images[:count]), np.stack(classes[:count]), np.stack(counts[:count]).astype(np.uint8))
 
 
-class Lesson(nn.Module):
-    """The two heads of pre-training over a PaliGemma's image tokens; words: {Occ3D class: token ids of each of its names}."""
+def picture_questions(counts: np.ndarray, rng: np.random.Generator, existing: int = 4, counted: int = 2) -> list[tuple[str, str]]:
+    """counts (11,) -> questions about one picture and their answers: yes as often as no where both can be asked, and
+    counts of things that are mostly there."""
+    there, missing = np.flatnonzero(counts[1:]), np.flatnonzero(counts[1:] == 0)
+    asked = []
+    for k in range(existing + counted):
+        some = there if len(there) and (rng.random() < (0.5 if k < existing else 0.8) or not len(missing)) else missing
+        name = CLASSES[int(rng.choice(some))]
+        what, whats = (words(PHRASES.index(("", name)), plural) for plural in (False, True))
+        number = int(counts[1 + CLASSES.index(name)])
+        wording = WORDINGS["any" if k < existing else "number"]
+        answer = ("yes" if number else "no") if k < existing else str(min(number, MOST))
+        asked.append((wording[rng.integers(len(wording))].format(what=what, whats=whats), answer))
+    return asked
 
-    def __init__(self, vlm: nn.Module, words: dict[int, list[list[int]]]):
+
+class Seeing(nn.Module):
+    """The two heads of the first lesson over a PaliGemma's image tokens; names: {Occ3D class: token ids of each of its words}."""
+
+    def __init__(self, vlm: nn.Module, names: dict[int, list[list[int]]]):
         super().__init__()
-        host = vlm.model
-        self.tower, self.projector = host.vision_tower, host.multi_modal_projector
-        self.host, self.words = [host], words  # in a list: only what is named above learns as layers do
-        width = host.config.text_config.hidden_size
+        self.vlm, self.names = vlm, names
+        width = vlm.config.text_config.hidden_size
         self.norm, self.draw = nn.LayerNorm(width), nn.Linear(width, CELLS**2 * (FREE + 1))
         self.scale = nn.Parameter(torch.tensor([8.0, -4.0]))  # of the cosine between token and word
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(n, 3, s, s) in [-1, 1] -> class logits (n, p c, p c, 18) and word logits (n, p p, words)."""
-        tokens = self.host[0].get_image_features(images).pooler_output  # (n, p p, C)
+        tokens = self.vlm.model.get_image_features(images).pooler_output  # (n, p p, C)
         side = round(tokens.shape[1] ** 0.5)
         maps = self.draw(self.norm(tokens)).unflatten(-1, (CELLS, CELLS, FREE + 1)).unflatten(1, (side, side))
-        maps = maps.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (n, p, c, p c, K) -> (n, p c, p c, K)
-        embed = self.host[0].language_model.embed_tokens
-        device = tokens.device
-        names = torch.stack([torch.cat([embed(torch.tensor(ids, device=device)) for ids in given]).mean(0) for given in self.words.values()])
-        alike = F.normalize(tokens, dim=-1) @ F.normalize(names, dim=-1).t()
+        maps = maps.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (n, p, p, c, c, K) -> (n, p c, p c, K)
+        embed = self.vlm.model.language_model.embed_tokens
+        called = [torch.cat([embed(torch.tensor(ids, device=tokens.device)) for ids in given]).mean(0) for given in self.names.values()]
+        alike = F.normalize(tokens, dim=-1) @ F.normalize(torch.stack(called), dim=-1).t()
         return maps, self.scale[0] * alike + self.scale[1]
 
 
-def pretrain(vlm: nn.Module, words: dict[int, list[list[int]]], images: np.ndarray, classes: np.ndarray, steps: int, patch: int,
-             batch: int = 16, rate: float = 1e-2, word_rate: float = 2e-3) -> dict[str, float]:  # fmt: skip
+def cells_of(classes: np.ndarray, patch: int) -> Tensor:
+    """(n, s, s) classes of pixels -> (n, p c, p c) int64, those in the middle of the cells."""
+    px = patch // CELLS
+    return torch.from_numpy(classes)[:, px // 2 :: px, px // 2 :: px].long()
+
+
+def seeing_loss(seeing: Seeing, images: Tensor, cells: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy of the drawn classes, and of which words each patch deserves."""
+    maps, called = seeing(images)
+    patches = F.one_hot(cells, FREE + 1).unflatten(1, (-1, CELLS)).unflatten(3, (-1, CELLS)).amax((2, 4)).flatten(1, 2)  # (n, p p, K)
+    wanted = patches[..., list(seeing.names)].float()
+    drawn = F.cross_entropy(maps.flatten(0, 2), cells.flatten(), weight)
+    return drawn + F.binary_cross_entropy_with_logits(called, wanted, reduction="none").sum(-1).mean()
+
+
+AnswerLoss = Callable[[Tensor, list[list[tuple[str, str]]]], tuple[Tensor, float]]  # images, questions -> loss, share right
+
+
+def pretrain(vlm: nn.Module, names: dict[int, list[list[int]]], answer_loss: AnswerLoss, pictures: Pictures, steps: int, batch: int = 16,
+             rate: float = 1e-2, word_rate: float = 2e-3) -> dict[str, float]:  # fmt: skip
     """Teaches `vlm` in place -> what it knows of the last tenth of the pictures, which only measures: the share of cells
-    whose class is right, and of the commonest class."""
-    step_px = patch // CELLS
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    truth = torch.from_numpy(classes)[:, step_px // 2 :: step_px, step_px // 2 :: step_px].long()  # (n, p c, p c)
-    shown, lesson, rng = len(images) - max(1, len(images) // 10), Lesson(vlm, words).train(), np.random.default_rng(0)
-    count = torch.bincount(truth[:shown].flatten(), minlength=FREE + 1).double().clamp_min(1) ** -0.5
+    whose class is right, that of the commonest class, and the share of answers that are right.
+
+    answer_loss: images (n, 3, s, s) in [0, 1] and each one's questions with answers -> the loss, and the share it has right.
+    """
+    pixels, cells = torch.from_numpy(pictures.images).permute(0, 3, 1, 2), cells_of(pictures.classes, vlm.config.vision_config.patch_size)
+    shown, seeing, rng = len(pixels) - max(1, len(pixels) // 10), Seeing(vlm, names).train(), np.random.default_rng(0)
+    count = torch.bincount(cells[:shown].flatten(), minlength=FREE + 1).double().clamp_min(1) ** -0.5
     weight = (count / count.mean()).clamp_max(3).float()
-    embedding = {"params": [vlm.model.language_model.embed_tokens.weight], "lr": word_rate, "base_lr": word_rate, "weight_decay": 0.0, "orthogonal": False}
-    optimizer = Muon([*param_groups(lesson, rate, rate, 0.01, muon=True), embedding], lr=rate)
+    groups, embedding = param_groups(seeing, rate, rate, 0.01, muon=True), vlm.get_input_embeddings().weight
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p is not embedding]
+    groups.append({"params": [embedding], "lr": word_rate, "base_lr": word_rate, "weight_decay": 0.0, "orthogonal": False})
+    optimizer = Muon([group for group in groups if group["params"]], lr=rate)
+
+    def asked(rows: Tensor, rng: np.random.Generator) -> list[list[tuple[str, str]]]:
+        return [picture_questions(pictures.counts[row], rng) for row in rows.tolist()]
+
     for step in tqdm(range(steps), "tiny VLM", unit="step", leave=False):
         rows = torch.from_numpy(rng.integers(shown, size=batch))
-        x, y = pixels[rows].float() / 127.5 - 1, truth[rows]
+        x, y = pixels[rows].float() / 255, cells[rows]
         if rng.random() < 0.5:
             x, y = x.flip(-1), y.flip(-1)
-        maps, named = lesson(x)
-        patches = F.one_hot(y, FREE + 1).unflatten(1, (-1, CELLS)).unflatten(3, (-1, CELLS)).amax((2, 4)).flatten(1, 2)  # (n, p p, K)
-        drawn = F.cross_entropy(maps.flatten(0, 2), y.flatten(), weight)
-        called = F.binary_cross_entropy_with_logits(named, patches[..., list(words)].float(), reduction="none").sum(-1).mean()
+        loss = seeing_loss(seeing, 2 * x - 1, y, weight)
+        if 2 * step >= steps:
+            loss = loss + answer_loss(x, asked(rows, rng))[0]
         set_lr(optimizer, schedule(step, steps, "cosine", min(20, steps // 2)))
         optimizer.zero_grad()
-        (drawn + called).backward()
+        loss.backward()
+        nn.utils.clip_grad_norm_(seeing.parameters(), 5.0)
         optimizer.step()
-    right = 0
+    right, answered, rest, fixed = 0, [], torch.arange(shown, len(pixels)), np.random.default_rng(1)
     with torch.no_grad():
-        for rows in torch.arange(shown, len(images)).split(batch):
-            right += int((lesson.eval()(pixels[rows].float() / 127.5 - 1)[0].argmax(-1) == truth[rows]).sum())
-    kept = truth[shown:]
-    return {"cells_right": right / kept.numel(), "commonest": float(torch.bincount(kept.flatten()).max() / kept.numel())}
+        for rows in rest.split(batch):
+            x = pixels[rows].float() / 255
+            right += int((seeing.eval()(2 * x - 1)[0].argmax(-1) == cells[rows]).sum())
+            answered += [answer_loss(x, asked(rows, fixed))[1]] * len(rows)
+    kept = cells[shown:]
+    return {"cells_right": right / kept.numel(), "commonest": float(torch.bincount(kept.flatten()).max() / kept.numel()),
+            "answers_right": float(np.mean(answered))}  # fmt: skip
 
 
-def make_tinyvlm(out: Path | str, vlm: nn.Module, processor: Any, words: dict[int, list[list[int]]], steps: int, pictures: int = 2400) -> Path:
+def make_tinyvlm(out: Path | str, vlm: nn.Module, processor: Any, names: dict[int, list[list[int]]], answer_loss: AnswerLoss, steps: int,
+                 pictures: int = 2400) -> Path:  # fmt: skip
     """Pre-trains `vlm` and saves it with its processor in folder `out`, as transformers does, unless it is there. -> `out`.
 
     Raises InputError if `out` holds one of other settings.
@@ -124,7 +184,7 @@ def make_tinyvlm(out: Path | str, vlm: nn.Module, processor: Any, words: dict[in
         if differ := [name for name in wanted if found.get(name) != wanted[name]]:
             raise InputError(f"{out}: a tiny VLM with another {', '.join(differ)}; choose another folder or delete it")
         return out
-    known = pretrain(vlm, words, *make_pictures(pictures, vision.image_size), steps, vision.patch_size)
+    known = pretrain(vlm, names, answer_loss, make_pictures(pictures, vision.image_size), steps)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
         whole = Path(place) / "vlm"
@@ -133,5 +193,5 @@ def make_tinyvlm(out: Path | str, vlm: nn.Module, processor: Any, words: dict[in
         write_json(whole / "tinyvlm.json", wanted | known)
         whole.rename(out)
     print(f"tiny VLM {out}: {pictures} photographs of other worlds, {steps} steps; {100 * known['cells_right']:.0f} % of the cells of "
-          f"fresh ones have the right class ({100 * known['commonest']:.0f} % the commonest)")  # fmt: skip
+          f"fresh ones have the right class ({100 * known['commonest']:.0f} % the commonest), {100 * known['answers_right']:.0f} % of answers are right")  # fmt: skip
     return out

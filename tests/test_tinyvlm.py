@@ -1,6 +1,7 @@
 """The tiny PaliGemma 2 and its lesson on pictures of other worlds."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import occvla as O
 from common.files import InputError, read_json
 from common.nuscenes import FREE
 from data import tinyvlm as T
+from data.questions import CLASSES
 from data.tinyclip import SEED_OFFSET
 
 CFG = replace(O.TINY, tiny_width=32, tiny_layers=2, tiny_vision_layers=2, image_size=32, tiny_patch=16)
@@ -27,8 +29,9 @@ def fresh():
 
 
 def test_pictures_show_streets_and_their_classes(pictures):
-    images, classes = pictures
+    images, classes, counts = pictures
     assert images.shape == (12, 32, 32, 3) and images.dtype == np.uint8 and classes.shape == (12, 32, 32) and classes.max() == FREE
+    assert counts.shape == (12, 11) and counts.sum() > 0 and not counts[:, 0].any()
     assert all(len(np.unique(image.reshape(-1, 3), axis=0)) > 50 for image in images)
     assert np.mean([len(np.unique(ids)) for ids in classes]) >= 3
     above, below = classes[:, :8], classes[:, -8:]
@@ -39,14 +42,14 @@ def test_pictures_show_streets_and_their_classes(pictures):
 def test_pictures_are_repeatable_and_of_other_worlds(pictures):
     again = T.make_pictures(12, 32)
     assert all(np.array_equal(a, b) for a, b in zip(pictures, again, strict=True))
-    assert not np.array_equal(T.make_pictures(6, 32, seed=1)[0], pictures[0][:6])
+    assert not np.array_equal(T.make_pictures(6, 32, seed=1).images, pictures.images[:6])
     assert SEED_OFFSET > 10**8
 
 
 def test_class_map_has_the_layout_of_the_picture():
     """Each token draws its own square of cells."""
     vlm, _ = fresh()
-    lesson = T.Lesson(vlm, WORDS).eval()
+    lesson = T.Seeing(vlm, WORDS).eval()
     with torch.no_grad():
         lesson.draw.weight.zero_()
         lesson.draw.bias.copy_(torch.arange(T.CELLS**2).float().repeat_interleave(FREE + 1))
@@ -54,8 +57,8 @@ def test_class_map_has_the_layout_of_the_picture():
     assert maps.shape == (2, 8, 8, FREE + 1) and named.shape == (2, 4, 3)
     assert torch.equal(maps[0, :4, :4, 0], torch.arange(16.0).view(4, 4)) and torch.equal(maps[0, 4:, 4:, 5], torch.arange(16.0).view(4, 4))
     with torch.no_grad():  # and a token comes from its own patch
-        lesson.tower.embeddings.position_embedding.weight.zero_()
-        for layer in lesson.tower.encoder.layers:
+        lesson.vlm.model.vision_tower.embeddings.position_embedding.weight.zero_()
+        for layer in lesson.vlm.model.vision_tower.encoder.layers:
             layer.self_attn.out_proj.weight.zero_()
         image = torch.rand(1, 3, 32, 32)
         other = image.clone()
@@ -65,30 +68,72 @@ def test_class_map_has_the_layout_of_the_picture():
     assert not same[:4, 4:].any() and same[4:].all() and same[:, :4].all()
 
 
-def test_lesson_teaches_vision_and_words_and_leaves_the_layers(pictures):
-    vlm, _ = fresh()
-    before = {k: v.clone() for k, v in vlm.state_dict().items()}
-    known = T.pretrain(vlm, WORDS, *pictures, steps=25, patch=16, batch=4)
-    assert known["cells_right"] > 0.3 and 0 < known["commonest"] < 1
-    moved = {k for k, v in vlm.state_dict().items() if not torch.equal(v, before[k])}
-    assert any("vision_tower.encoder.layers.1" in k for k in moved) and any("multi_modal_projector" in k for k in moved)
-    assert not any("language_model.layers" in k for k in moved)
-    embedding = next(k for k in moved if k.endswith("embed_tokens.weight"))
-    rows = (vlm.state_dict()[embedding] != before[embedding]).any(1).nonzero()[:, 0].tolist()
-    assert rows == [300, 301, 302, 303, 304, 305, 306]
+def test_questions_about_a_picture_are_true_and_balanced():
+    counts, rng, seen = np.array([0, 0, 0, 1, 12, 0, 0, 3, 0, 0, 0], np.uint8), np.random.default_rng(0), {"yes": 0, "no": 0}
+    truth = {"bus": 1, "car": 12, "pedestrian": 3}
+    for _ in range(200):
+        asked = T.picture_questions(counts, rng)
+        assert len(asked) == 6
+        for question, answer in asked:
+            name = max((c for c in CLASSES if c in question), key=len)
+            number = truth.get(name, 0)
+            if answer in seen:
+                seen[answer] += 1
+                assert (answer == "yes") == (number > 0) and question.startswith(("Are there any", "Is there a"))
+            else:
+                assert answer == str(min(number, 10)) and question.startswith("How many")
+    assert abs(seen["yes"] - seen["no"]) < 0.15 * 800
+    assert {a for q, a in T.picture_questions(np.zeros(11, np.uint8), rng)} == {"no", "0"}  # nothing there
+    assert {a for q, a in T.picture_questions(np.ones(11, np.uint8), rng)} == {"yes", "1"}
+
+
+def lessons(net):
+    return partial(O.answer_loss, net)
+
+
+def test_lessons_teach_vision_words_and_answers(pictures):
+    """The first half leaves the language model's layers alone, the second teaches them too."""
+    changed = []
+    for steps in (1, 30):
+        torch.manual_seed(0)
+        net = O.OccVLA(CFG, O.tiny_host(CFG))
+        before = {k: v.clone() for k, v in net.vlm.state_dict().items()}
+        known = T.pretrain(net.vlm, WORDS, lessons(net) if steps > 1 else no_questions, pictures, steps=steps, batch=4)
+        moved = {k for k, v in net.vlm.state_dict().items() if not torch.equal(v, before[k])}
+        changed.append({part for part in ("vision_tower.encoder.layers.1", "multi_modal_projector", "language_model.layers.1", "embed_tokens")
+                        if any(part in k for k in moved)})  # fmt: skip
+    assert changed[1] == {"vision_tower.encoder.layers.1", "multi_modal_projector", "language_model.layers.1", "embed_tokens"}
+    assert changed[0] == changed[1] - {"language_model.layers.1"}
+    assert known["cells_right"] > 0.3 and 0 < known["commonest"] < 1 and 0 <= known["answers_right"] <= 1
+
+
+def no_questions(images, asked):
+    assert len(asked) == len(images) and all(len(rows) == 6 for rows in asked)
+    return images.sum() * 0, 0.0
+
+
+def test_answers_are_right_only_if_all_their_tokens_are():
+    """A network that says <eos> and nothing else is right where nothing is to be said, and never half right."""
+    net = O.OccVLA(CFG, O.tiny_host(CFG)).eval()
+    net.vocabulary = lambda hidden: torch.nn.functional.one_hot(torch.full(hidden.shape[:-1], net.text.eos), 900).float() + 0 * hidden[..., :1]
+    images = torch.rand(2, 3, 32, 32)
+    asked = [[("Are there any cars?", "yes"), ("How many cars are there?", "")], [("Is there a bus in view?", "traffic cone"), ("What is it?", "")]]
+    loss, right = O.answer_loss(net, images, asked)
+    assert loss > 0 and right == 0.5
 
 
 def test_folder_is_a_paligemma_and_is_made_once(tmp_path):
     vlm, processor = fresh()
-    out = T.make_tinyvlm(tmp_path / "vlm", vlm, processor, WORDS, steps=2, pictures=6)
+    out = T.make_tinyvlm(tmp_path / "vlm", vlm, processor, WORDS, no_questions, steps=2, pictures=6)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["vlm"]
-    assert {"cells_right", "commonest", "steps", "pictures"} <= set(read_json(out / "tinyvlm.json"))
+    assert {"cells_right", "commonest", "answers_right", "steps", "pictures"} <= set(read_json(out / "tinyvlm.json"))
     host = O.load_host(replace(CFG, vlm=str(out)))
     assert all(torch.equal(a, b) for a, b in zip(host.vlm.state_dict().values(), vlm.state_dict().values(), strict=True))
     stamp = (out / "model.safetensors").stat().st_mtime_ns
-    assert T.make_tinyvlm(out, *fresh(), WORDS, steps=2, pictures=6) == out and (out / "model.safetensors").stat().st_mtime_ns == stamp
+    assert T.make_tinyvlm(out, *fresh(), WORDS, no_questions, steps=2, pictures=6) == out
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match="another steps"):
-        T.make_tinyvlm(out, *fresh(), WORDS, steps=3, pictures=6)
+        T.make_tinyvlm(out, *fresh(), WORDS, no_questions, steps=3, pictures=6)
 
 
 def test_tiny_host_is_pretrained_unless_told_otherwise(tmp_path, monkeypatch):
