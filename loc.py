@@ -1893,11 +1893,14 @@ HEAT = np.array([(196, 200, 205), (173, 187, 201), (140, 180, 200), (120, 190, 1
                  (240, 110, 30), (215, 25, 40)], np.uint8)  # fmt: skip
 HEAT_EDGES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)  # of a probability; ours
 HEAT_NAMES = ("under 5 %", "5 to 10 %", "10 to 20 %", "20 to 35 %", "35 to 50 %", "50 to 70 %", "70 to 90 %", "over 90 %")
+TOP = (20, 10, 5, 2, 1, 0.5, 0.1)  # [%] of all voxels that a query ranks, for the same colours; ours
+TOP_NAMES = ("the rest", *(f"top {share} %" for share in TOP))
 
 
-def heat(probability: Tensor, reading: Reading, occupied: Tensor, net: Loc) -> np.ndarray:
-    """(S,) probabilities of cells -> (200, 200, 16) uint8 level 0..7 of each occupied voxel, 255 elsewhere."""
-    level = torch.bucketize(probability.cpu().contiguous(), torch.tensor(HEAT_EDGES))
+def heat(value: Tensor, reading: Reading, occupied: Tensor, net: Loc, edges: Tensor | None = None) -> np.ndarray:
+    """(S,) values of cells -> (200, 200, 16) uint8 level 0..7 of each occupied voxel, 255 elsewhere. edges (7,): between
+    the levels; None: of a probability."""
+    level = torch.bucketize(value.cpu().contiguous(), torch.tensor(HEAT_EDGES) if edges is None else edges)
     return torch.where(occupied.cpu(), paint(level, reading.cells.cpu(), net, 255), 255).to(torch.uint8).numpy()
 
 
@@ -1920,7 +1923,8 @@ def draw_open(net: Loc, dataset: NuScenesOccupancy, indices: list[int], tongue: 
 
 
 def query(cfg: Config, args) -> None:
-    """The verb query: the probability of a free text against the known prompts, at every occupied voxel: PNG and HTML."""
+    """The verb query: which occupied voxels of all keyframes are most like a free text, by the cosine that retrieval mAP
+    ranks them with: PNG and HTML. Ranks, because a text that nobody trained on is likelier than no known prompt."""
     run, out, source = setup(args.device), cli.last_stage(args.ckpt), args.run["data"]
     if not cfg.wrapped:
         raise InputError(f"--ckpt {args.ckpt}: trained with --no-wrapped, it has no language head to ask")
@@ -1936,20 +1940,23 @@ def query(cfg: Config, args) -> None:
     net = Loc(cfg, len(words.known), pretrained=False).to(run.device).eval()
     load_checkpoint(out, net)
     asked = tinyclip.ensemble(clip, [text])[None]
-    frames, found = [], []
+    readings, frames, found = [], [], []
     for i in tqdm(spread(len(dataset), cfg.eval_frames or 10), "query", unit="keyframe", leave=False):
         occupied, reading = read_heads(net, stack_items([inputs(dataset, i, cfg)], run.device), None, cfg.amp)
-        share = (reading.f @ torch.cat([asked, tongue.text]).t() / cfg.tau).softmax(-1)[:, 0]
-        volume = heat(share, reading, occupied, net)
-        found.append((int((volume < 255).sum() and (volume[volume < 255] >= 5).sum()), len(frames)))
+        readings.append((i, occupied.cpu(), reading._replace(f=None), (reading.f @ asked[0]).float().cpu()))
+    alike = torch.cat([cosine for *_, cosine in readings])
+    edges = torch.from_numpy(np.quantile(alike.numpy(), 1 - np.array(TOP) / 100).astype(np.float32)) if len(alike) else torch.zeros(len(TOP))
+    for i, occupied, reading, cosine in readings:
+        volume = heat(cosine, reading, occupied, net, edges)
+        found.append((int(((volume < 255) & (volume > TOP.index(1))).sum()), len(frames)))
         frames.append(viz.ViewerFrame(f"{dataset.scene_names[i]} {dataset.tokens[i][:8]}", {text: volume}, dataset.images(i)))
     slug = "_".join("".join(c if c.isalnum() else " " for c in text.lower()).split())[:60]
-    title = f"LOC: {text}\nprobability of the text against the {len(words.known)} known prompts, {dataset.split}"
-    viz.viewer(out / "query" / f"{slug}.html", frames, classes=HEAT_NAMES, palette=HEAT, free=255, difference=None, title=title)
-    print(f"'{text}': voxels over 50 %, by keyframe: {', '.join(f'{frames[k].name.split()[0]} {n}' for n, k in found)}")
+    title = f"LOC: {text}\nwhich of {len(alike):,} cells in {len(frames)} keyframes of {dataset.split} are most like the text"
+    viz.viewer(out / "query" / f"{slug}.html", frames, classes=TOP_NAMES, palette=HEAT, free=255, difference=None, title=title)
+    print(f"'{text}': voxels among the 1 % most like it, by keyframe: {', '.join(f'{frames[k].name.split()[0]} {n}' for n, k in found)}")
     for rank, (_, k) in enumerate(sorted(found, reverse=True)[:2]):
         path = out / "query" / f"{slug}_{rank}.png"
-        viz.sheet(path, frames[k].images, frames[k].panels, OCC3D, classes=HEAT_NAMES, palette=HEAT, free=255, error=None, title=f"{title}\n{frames[k].name}")
+        viz.sheet(path, frames[k].images, frames[k].panels, OCC3D, classes=TOP_NAMES, palette=HEAT, free=255, error=None, title=f"{title}\n{frames[k].name}")
         print(f"  {path}")
     print(f"  {out / 'query' / f'{slug}.html'}")
 

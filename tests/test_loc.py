@@ -806,8 +806,12 @@ def test_known_scores_leave_held_out_voxels_out(base):
     assert (after[novel] == 255).all() and np.array_equal(after[~novel], before[~novel])
 
 
-def test_query_writes_a_picture_and_a_page(base, trained, capsys):
+def test_query_writes_a_picture_and_a_page(base, trained, capsys, monkeypatch):
+    sheets, real = [], L.viz.sheet
+    monkeypatch.setattr(L.viz, "sheet", lambda path, images, panels, *args, **kw: sheets.append(panels) or real(path, images, panels, *args, **kw))
     run("query", "--ckpt", trained, "--text", "a tall yellow vehicle with an arm", "--cache", base.cache)
+    levels = np.bincount(np.concatenate([v[v < 255] for panels in sheets for v in panels.values()]), minlength=8)
+    assert levels[1:].any() and levels[0] > 4 * levels[4:].sum()  # ranks: some always light up, few are bright
     folder = trained / "query"
     assert (folder / "a_tall_yellow_vehicle_with_an_arm.html").stat().st_size > 10_000
     assert (folder / "a_tall_yellow_vehicle_with_an_arm_0.png").stat().st_size > 10_000
