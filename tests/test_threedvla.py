@@ -107,21 +107,36 @@ def test_hooked_pi0_is_transformers_pi0_bit_for_bit(observations):
     assert torch.allclose(error, out.loss, atol=1e-6)
 
 
-@pytest.mark.parametrize("policy", ["pi0", "pi05", "xvla"])
-def test_no_tokens_change_no_bit_and_masked_ones_nothing(observations, policy):
+@pytest.mark.parametrize("policy, front", [("pi0", False), ("pi0", True), ("pi05", False), ("pi05", True), ("xvla", False)])
+def test_no_tokens_change_no_bit_and_masked_ones_nothing(observations, policy, front):
     agent = agent_of(policy=policy, variant="base")
     batch, noise = V.observe(observations, SMALL), torch.randn(3, 4, 7)
     state = agent.pad_state(batch.state)
     with torch.no_grad():
         prefix = agent.prefix(batch)[0]
         alone = agent.policy.act(prefix, state, noise)
-        none = V.plug(prefix, torch.zeros(3, 0, agent.policy.width), torch.zeros(3, 0))
+        none = V.plug(prefix, torch.zeros(3, 0, agent.policy.width), torch.zeros(3, 0), front)
         assert torch.equal(alone, agent.policy.act(none, state, noise))
         tokens = torch.randn(3, 5, agent.policy.width)
-        hidden = agent.policy.act(V.plug(prefix, tokens, torch.zeros(3, 5)), state, noise)
+        hidden = agent.policy.act(V.plug(prefix, tokens, torch.zeros(3, 5), front), state, noise)
         assert torch.allclose(alone, hidden, atol=1e-5)
-        shown = agent.policy.act(V.plug(prefix, tokens, torch.ones(3, 5)), state, noise)
+        plugged = V.plug(prefix, tokens, torch.ones(3, 5), front)
+        shown = agent.policy.act(plugged, state, noise)
     assert not torch.allclose(alone, shown, atol=1e-4)
+    own = plugged.tokens[:, 5:] if front else plugged.tokens[:, :-5]
+    assert torch.equal(own, prefix.tokens)
+
+
+@pytest.mark.parametrize("policy, at, first", [("pi0", "end", False), ("pi0", "front", True), ("xvla", "front", False)])
+def test_tokens_lie_where_the_flag_says(observations, policy, at, first):
+    """--tokens-at front: before the prefix, except in X-VLA, whose slots are no distances."""
+    agent = agent_of(policy=policy, variant="A", tokens_at=at)
+    agent.stage = 1
+    batch = V.observe(observations, SMALL)
+    with torch.no_grad():
+        plugged, alone = agent.prefix(batch)[0].tokens, agent.policy.encode(batch, agent.pad_state(batch.state)).tokens
+    T = plugged.shape[1] - alone.shape[1]
+    assert T > 0 and torch.equal(plugged[:, T:] if first else plugged[:, :-T], alone)
 
 
 @pytest.mark.parametrize("policy", ["pi0", "pi05", "xvla"])
