@@ -943,6 +943,21 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.allclose(found[0][n], found[1][n], rtol=1e-4, atol=1e-6) for n in found[0])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_part_learns_at_its_own_rate(optimizer):
+    """Every parameter once; vision and projector at lr_vision, language at lr_vlm, the stream at lr_new."""
+    net = network()
+    groups = O.make_optimizer(net, 1, replace(TINY, optimizer=optimizer, lr_vision=1e-4, lr_vlm=2e-4, lr_new=3e-4)).param_groups
+    rate = {id(p): g["base_lr"] for g in groups for p in g["params"]}
+    assert len(rate) == sum(len(g["params"]) for g in groups) == len(list(net.parameters()))
+    host = net.vlm.model
+    for part, lr in ((host.vision_tower, 1e-4), (host.multi_modal_projector, 1e-4), (host.language_model, 2e-4), (net.occupancy, 3e-4)):
+        assert {rate[id(p)] for p in part.parameters()} == {lr}
+    if optimizer == "muon":
+        plain = [p for g in groups if not g["orthogonal"] for p in g["params"]]
+        assert any(p is net.vlm.lm_head.weight for p in plain) and not any(p is host.language_model.layers[0].mlp.up_proj.weight for p in plain)
+
+
 def test_one_keyframe_is_overfitted(drives):
     """Stage 2 on a single keyframe: occupancy, answers and chain of thought are learned by heart."""
     _, flags = drives
