@@ -65,7 +65,6 @@ CLAIMS         the paper's, on Occ3D-nuScenes val; ours are in RESULTS.md and ar
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import multiprocessing
@@ -86,7 +85,7 @@ from tqdm import tqdm
 from common import cli, geometry
 from common.ablation import Claim, run_claim, write_quality
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, describe, norm_layer
-from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
+from common.files import InputError, exit_on_input_error, read_json, read_npz, short_hash, write_bytes, write_json, write_npz
 from common.geometry import (OCC3D, VoxelGrid, fold, invert, pixel_centers, project, range_gates, scale_intrinsics, transform,
                              traversed, unproject)  # fmt: skip
 from common.kernels.composite import composite_probability
@@ -1114,11 +1113,6 @@ CLAIMS = {
 LETTERS = dict(zip("abcdef", CLAIMS, strict=True))
 
 
-def arm_key(fields: dict) -> str:
-    """A short name for a set of config values: arms and label sets that several claims share are made once."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
 def ablate(cfg: Config, args) -> None:
     """Re-tests one claim. Arms that claims share (the same config and seed) are run once, in <out>/../arms."""
     name = LETTERS.get(args.claim, args.claim)
@@ -1133,10 +1127,10 @@ def ablate(cfg: Config, args) -> None:
 
     def train_and_eval(arm: str, overrides: dict, seed: int, folder: Path) -> None:
         arm_cfg = replace(cfg, **overrides)
-        shared = pool / arm_key(asdict(arm_cfg)) / f"seed{seed}"
+        shared = pool / short_hash(asdict(arm_cfg)) / f"seed{seed}"
         if not (shared / "result.json").is_file():
             train_set = open_split(root, args.version, None, arm_cfg, args.cache)
-            labels = pool / f"labels-{arm_key(label_settings(arm_cfg, 'world'))}"
+            labels = pool / f"labels-{short_hash(label_settings(arm_cfg, 'world'))}"
             make_labels(train_set, "world", arm_cfg, labels)
             arm_args = SimpleNamespace(**vars(args) | {"seed": seed, "resume": False, "ckpt": shared, "save_pred": None, "labels": None})
             train(arm_cfg, train_set, labels, shared, setup(args.device), arm_args)
@@ -1159,7 +1153,7 @@ def label_quality(cfg: Config, args) -> None:
     rows, indices = {}, spread(len(dataset), cfg.eval_frames)
     for name, fields in variants.items():
         variant = replace(cfg, **fields)
-        labels = out.parent / "arms" / f"labels-{arm_key(label_settings(variant, 'world'))}"
+        labels = out.parent / "arms" / f"labels-{short_hash(label_settings(variant, 'world'))}"
         make_labels(dataset, "world", variant, labels, only=indices)
         rows[name] = score_labels(dataset, labels, indices)
     write_quality(out, "easyocc", describe_dataset(dataset, len(indices)), cli.to_dict(cfg), rows)

@@ -81,7 +81,6 @@ CLAIMS         of the paper, without public numbers: ours are in RESULTS.md
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -109,7 +108,7 @@ from common import cli, viz
 from common.ablation import Claim, run_claim, write_quality
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, describe
 from common.evaluate import OCC3D_LOOK, SSC_LOOK, describe_dataset, is_world, pictured, report, spread
-from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
+from common.files import InputError, exit_on_input_error, read_json, read_npz, short_hash, write_bytes, write_json, write_npz
 from common.geometry import OCC3D, VoxelGrid, fold, invert, pixel_centers, project, range_gates, traversed, unfold, unproject
 from common.kernels.voxel_vote import voxel_vote
 from common.losses import lovasz_softmax
@@ -1619,11 +1618,6 @@ def prepare(cfg: Config, dataset: NuScenesOccupancy, labels: Path, shared: Path,
         barrier(run)
     patches = shared / f"patches-{short_hash([tinyclip.fingerprint(clip), cfg.clip_image])}" if cfg.cache_patches else None
     return Prepared(words, clip, text, named, patches)
-
-
-def short_hash(value) -> str:
-    """A short name for a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, out: Path, run: Run, args, shared: Path | None = None) -> None:

@@ -97,7 +97,6 @@ CLAIMS         the paper's 10 %: SemanticKITTI val 16.59 mIoU, Occ3D val 27.53 (
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import math
@@ -121,7 +120,7 @@ from common import cli
 from common.ablation import Claim, run_claim
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, describe
 from common.evaluate import SscMeter, SscTruth, is_world, report, report_ssc, spread, ssc_ground_truth
-from common.files import InputError, atomic, exit_on_input_error, read_json, write_bytes, write_json
+from common.files import InputError, atomic, exit_on_input_error, read_json, short_hash, write_bytes, write_json
 from common.geometry import OCC3D, SEMANTICKITTI, VoxelGrid, hilbert_order, invert, project, scale_intrinsics, traversed
 from common.kernels.scatter_project import scatter_project
 from common.kernels.selective_scan import selective_scan
@@ -1820,7 +1819,7 @@ def train(cfg: Config, dataset, labels: Path, out: Path, run: Run, args, branche
     path = labels / "labels.json"
     note = read_json(path).get("data", {}).get("note", "") if path.is_file() else ""
     source = {"root": dataset.root, "version": dataset.version, "split": dataset.split, "labels": labels, "note": note,
-              "list": lists["rule"], "frames": key_of([lists["labelled"], lists["dev"]]),
+              "list": lists["rule"], "frames": short_hash([lists["labelled"], lists["dev"]]),
               "labelled": len(frames.labelled), "dev": len(frames.dev), "of": len(dataset)}  # fmt: skip
     truth = Truth(dataset, cfg, (*frames.labelled, *frames.dev))
     samples = Samples(dataset, labels if needs_maps(cfg) else None, truth, cfg)
@@ -2073,11 +2072,6 @@ LETTERS = dict(zip("abcdefghijk", CLAIMS, strict=True))
 MAIN = ("labels", "share", "fusion", "projection")  # three seeds; the others one, unless --seeds says otherwise
 
 
-def key_of(fields: dict | list) -> str:
-    """A short name for a set of values: what several arms share is made once."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
 def ablate(cfg: Config, args) -> None:
     """Re-tests one claim. Labels, first stages and whole arms that claims share are made once, in <out>/../arms."""
     name = LETTERS.get(args.claim, args.claim)
@@ -2094,13 +2088,13 @@ def ablate(cfg: Config, args) -> None:
 
     def train_and_eval(arm: str, overrides: dict, seed: int, folder: Path) -> None:
         arm_cfg = replace(cfg, **overrides)
-        shared = pool / key_of(asdict(arm_cfg)) / f"seed{seed}"
+        shared = pool / short_hash(asdict(arm_cfg)) / f"seed{seed}"
         last = shared / "2-fusion"
         if not (last / "result.json").is_file():
             train_set = open_data(root, args.version, None, arm_cfg, args.cache)
-            labels = pool / f"labels-{key_of(label_settings(arm_cfg, 'world'))}"
+            labels = pool / f"labels-{short_hash(label_settings(arm_cfg, 'world'))}"
             make_labels(train_set, "world", arm_cfg, labels)
-            branches_at = pool / f"branches-{key_of(asdict(first_stage(arm_cfg)))}" / f"seed{seed}"
+            branches_at = pool / f"branches-{short_hash(asdict(first_stage(arm_cfg)))}" / f"seed{seed}"
             changed = {"seed": seed, "resume": False, "ckpt": shared, "save_pred": None, "labels": None}
             arm_args = SimpleNamespace(**vars(args) | changed)
             train(arm_cfg, train_set, labels, shared, setup(args.device), arm_args, branches_at)

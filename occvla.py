@@ -84,8 +84,6 @@ CLAIMS         the paper's, nuScenes val; ours are in RESULTS.md and are never i
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 import subprocess
@@ -114,7 +112,7 @@ from common.audit import planning_truth
 from common.backbones import describe as describe_network
 from common.cli import Flag
 from common.evaluate import bind, constant_scores, ground_truth, is_world, pictured, print_controls, spread
-from common.files import InputError, exit_on_input_error, read_image, read_json, write_bytes, write_npz
+from common.files import InputError, exit_on_input_error, read_image, read_json, short_hash, write_bytes, write_npz
 from common.geometry import OCC3D, VoxelGrid, invert, project
 from common.losses import lovasz_softmax
 from common.metrics import OccupancyMeter, PlanningMeter, box_corners, protocol_line, qa_scores
@@ -2442,11 +2440,6 @@ CLAIMS = {
 LETTERS = dict(zip("abcdefghi", CLAIMS, strict=True))
 
 
-def arm_key(value: Any) -> str:
-    """A short name for settings: what several arms share is made once."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
 def pseudo_labels(root: Path, version: str | None, cache: Path | None, out: Path) -> Path:
     """EasyOcc's labels of the training split, made by its own command line (a method never imports another)."""
     words_ = ["labels", "--preset", "tiny", "--labeler", "world", "--data-root", str(root), "--out", str(out)]
@@ -2476,7 +2469,7 @@ def ablate(cfg: Config, args: Any) -> None:
         # what a stage does not use is reset, so that arms which differ only there share it
         language = replace(arm_cfg, **{k: getattr(cfg, k) for k in PLAN_FIELDS})
         tokenizer = replace(cfg, **{k: getattr(arm_cfg, k) for k in TOKENIZER_FIELDS})
-        where = [pool / f"{kind}-{arm_key([asdict(c), str(labels)])}" / f"seed{seed}"
+        where = [pool / f"{kind}-{short_hash([asdict(c), str(labels)])}" / f"seed{seed}"
                  for kind, c in (("tokenizer", tokenizer), ("language", language), ("planning", arm_cfg))]  # fmt: skip
         stages = [where[0] / STAGES[0], where[1] / STAGES[1], where[1] / STAGES[2], where[2] / STAGES[3]]
         host = where[1] / "0_host"

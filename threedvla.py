@@ -100,8 +100,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import json
 import math
 import time
 import zlib
@@ -126,7 +124,8 @@ from tqdm import tqdm
 from common import cli
 from common.ablation import Claim, run_claim
 from common.backbones import conv_norm_relu
-from common.files import InputError, exit_on_input_error, read_json, read_npz, write_bytes, write_json, write_npz
+from common.files import (InputError, exit_on_input_error, read_json, read_npz, short_hash, write_bytes,
+                          write_json, write_npz)  # fmt: skip
 from common.geometry import farthest_point_sample, invert, pixel_centers, rope_3d, scale_intrinsics, unproject
 from common.kernels.ms_deform_attn import ms_deform_attn
 from common.losses import (cxcywh_to_xyxy, dice_loss, focal_cost, generalized_box_iou, mask_cross_entropy,
@@ -2497,11 +2496,6 @@ LATER = ("mask_ratio", "teacher", "ema", "target_ln", "var_target", "keep_comp",
          "w_var")  # fmt: skip  what stage 1 does not see
 
 
-def short_key(fields: dict) -> str:
-    """A short name for a set of config values: what arms share is made once."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
 def ablate(cfg: Config, args) -> None:
     """Re-tests one claim. The base policy (one for all seeds) and stage 1 are shared by the arms that have them in
     common, in <out>/../arms."""
@@ -2523,14 +2517,14 @@ def ablate(cfg: Config, args) -> None:
         data["demos"].cfg = own
         quiet = SimpleNamespace(**vars(args) | {"seed": seed, "resume": False, "preset": args.preset})
         bare = replace(cfg, policy=own.policy, variant="base")
-        base = pool / f"base-{own.policy}-{short_key({k: getattr(bare, k) for k in BASE_FIELDS})}"
+        base = pool / f"base-{own.policy}-{short_hash({k: getattr(bare, k) for k in BASE_FIELDS})}"
         train_stage(0, bare, data["demos"], base, run, SimpleNamespace(**vars(quiet) | {"seed": 0}), None)
         stage1 = replace(own, variant="A") if own.variant in "ABC" else own
         kept = {k: v for k, v in asdict(stage1).items() if k not in LATER or (k == "variant" and v not in "ABC")}
-        first = pool / f"stage1-{own.policy}-{short_key(kept)}" / f"seed{seed}"
+        first = pool / f"stage1-{own.policy}-{short_hash(kept)}" / f"seed{seed}"
         shared = replace(stage1, **{k: getattr(cfg, k) for k in LATER if k != "variant"})
         train_stage(1, shared, data["demos"], first, run, quiet, base)
-        last = pool / f"{own.policy}-{own.variant}-{short_key(asdict(own))}" / f"seed{seed}" / "stage2"
+        last = pool / f"{own.policy}-{own.variant}-{short_hash(asdict(own))}" / f"seed{seed}" / "stage2"
         train_stage(2, own, data["demos"], last, run, quiet, first)
         if not (last / "result.json").is_file():
             quiet.ckpt, quiet.run = last, read_json(last / "config.json")

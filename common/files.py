@@ -5,6 +5,7 @@ reads from a user's folder goes through `read_json`, `read_npz` or `read_image`,
 file, the value and the remedy; `exit_on_input_error` turns that into one line and exit code 2.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -131,3 +132,8 @@ def read_image(path: Path | str) -> np.ndarray:
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         reason = "the file is empty" if path.stat().st_size == 0 else str(error).split(":")[0]
         raise InputError(f"{path}: not a readable image ({reason}); copy it again") from error
+
+
+def short_hash(value) -> str:
+    """A short name for a JSON value (what JSON lacks by its str): settings that several arms share are made once."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
