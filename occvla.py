@@ -116,12 +116,12 @@ from common.files import InputError, exit_on_input_error, read_image, read_json,
 from common.geometry import OCC3D, VoxelGrid, invert, project
 from common.losses import lovasz_softmax
 from common.metrics import OccupancyMeter, PlanningMeter, box_corners, protocol_line, qa_scores
-from common.nuscenes import CAMERAS, FREE, OCC3D_CLASSES, Boxes, Future, NuScenesOccupancy, find_root, find_version
+from common.nuscenes import CAMERAS, FREE, Boxes, Future, NuScenesOccupancy, find_root, find_version
 from common.train import (DataOrder, Log, Muon, Run, autocast, barrier, begin, load_checkpoint, param_groups, peak_gb, prefetch,
-                          reset_peak, save_checkpoint, schedule, seed_everything, set_lr, settings, setup, teardown, wrap,
+                          reset_peak, save_checkpoint, schedule, seed_everything, set_apart, set_lr, settings, setup, teardown, wrap,
                           write_result)  # fmt: skip
 from data.questions import ANSWERS, DIRECTIONS, PHRASES, STATUS, TYPES, WORDINGS, words
-from data.tinyvlm import make_tinyvlm
+from data.tinyvlm import NAMES, make_tinyvlm
 
 IGNORE = 255
 STAGES = ("0_tokenizer", "1_occupancy", "2_language", "3_planning")
@@ -595,9 +595,7 @@ def pretrained_tiny(cfg: Config) -> Path:
     with torch.random.fork_rng(devices=[]):  # a run that finds it made and one that makes it are the same to the last bit
         torch.manual_seed(0)
         net = OccVLA(cfg, tiny_host(cfg))
-        names = {OCC3D_CLASSES.index(name.replace(" ", "_")): [f" {words(p, plural)}" for plural in (False, True)]
-                 for p, (status, name) in enumerate(PHRASES) if not status and name != "thing"}  # fmt: skip
-        ids = {c: [net.text.tokenizer.encode(text, add_special_tokens=False) for text in texts] for c, texts in names.items()}
+        ids = {c: [net.text.tokenizer.encode(f" {name}", add_special_tokens=False) for name in both] for c, both in NAMES.items()}
         return make_tinyvlm(out, net.vlm, net.text.processor, ids, partial(answer_loss, net), cfg.tiny_pretrain)
 
 
@@ -627,7 +625,7 @@ def load_host(cfg: Config, folder: Path | None = None) -> Host:
     logging.disable_progress_bar()
     if folder is None and cfg.vlm == "tiny" and not cfg.tiny_pretrain:
         return check_host(tiny_host(cfg), cfg)
-    name = str(folder) if folder is not None else str(pretrained_tiny(cfg)) if cfg.vlm == "tiny" else cfg.vlm
+    name = str(folder or (pretrained_tiny(cfg) if cfg.vlm == "tiny" else cfg.vlm))
     if (folder is not None or name.startswith((".", "/", "~")) or name.count("/") != 1) and not Path(name).is_dir():
         raise InputError(f"--vlm {name}: no such folder; give a folder saved by transformers, a hub id, or tiny")
     try:
@@ -1544,15 +1542,6 @@ def trainable(net: OccVLA, stage: int, cfg: Config) -> None:
         for module in parts[name]:
             if module is not None:
                 module.requires_grad_(True)
-
-
-def set_apart(groups: list[dict], parameters: Sequence[Tensor], **changes: Any) -> None:
-    """Gives these parameters groups of their own, with other settings."""
-    chosen = {id(p) for p in parameters}
-    for group in list(groups):
-        if mine := [p for p in group["params"] if id(p) in chosen]:
-            group["params"] = [p for p in group["params"] if id(p) not in chosen]
-            groups.append(group | {"params": mine} | changes)
 
 
 def make_optimizer(net: nn.Module, stage: int, cfg: Config) -> torch.optim.Optimizer:

@@ -270,8 +270,8 @@ TINY = Config(  # two CPU cores
     image_size=128, patch=16, stem="conv", vision_width=128, vision_layers=2, vision_heads=4, vision_mlp=256,
     lm_width=128, lm_layers=3, lm_mlp=256, expert_width=128, expert_mlp=256, heads=4, head_dim=32, vocabulary=1024,
     text_tokens=20, state_dim=8, action_dim=7, chunk=10, min_period=0.25, flow_draws=4, soft_prompts=8,
-    width=96, width_heads=4, tokens_at="front", fusion_layers=2, rope_scale=20.0, probes=40, decoder_layers=2, mask_width=48,
-    sample_heads=4, completion="mirror", comp_points=128, predictor_layers=2, context_layers=1,
+    width=96, width_heads=4, tokens_at="front", fusion_layers=2, rope_scale=20.0, probes=40, decoder_layers=2,
+    mask_width=48, sample_heads=4, completion="mirror", comp_points=128, predictor_layers=2, context_layers=1,
     optimizer="muon", batch=16, base_steps=2400, base_lr=1e-2, w_ground=1.0, stage1_steps=300, stage2_steps=300,
     warmup=50, lr=2e-3, lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05, amp="off",
 )  # fmt: skip

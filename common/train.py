@@ -35,7 +35,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -314,6 +314,15 @@ def param_groups(
         {"params": p, "lr": lr, "base_lr": lr, "weight_decay": wd} | e
         for ((lr, wd, _), p), e in zip(groups.items(), extra, strict=True)
     ]
+
+
+def set_apart(groups: list[dict], parameters: Sequence[Tensor], **changes: Any) -> None:
+    """Gives these parameters, out of `param_groups`, groups of their own with other settings."""
+    chosen = {id(p) for p in parameters}
+    for group in list(groups):
+        if mine := [p for p in group["params"] if id(p) in chosen]:
+            group["params"] = [p for p in group["params"] if id(p) not in chosen]
+            groups.append(group | {"params": mine} | changes)
 
 
 class Muon(torch.optim.AdamW):

@@ -27,12 +27,13 @@ from tqdm import tqdm
 
 from common.files import InputError, read_json, write_json
 from common.nuscenes import FREE, LIDARSEG_TO_OCC3D
-from common.train import Muon, param_groups, schedule, set_lr
+from common.train import Muon, param_groups, schedule, set_apart, set_lr
 from data.questions import CLASSES, MOST, PHRASES, WORDINGS, words
 from data.tinyclip import SEED_OFFSET
 
 CELLS = 4  # cells per side of a patch in the class map
 SEEN = 20  # [px] of a photograph that an object must show to be counted
+NAMES = {c: [words(PHRASES.index(("", name)), plural) for plural in (False, True)] for c, name in enumerate(CLASSES, 1)}  # Occ3D id: what, whats
 DRAWN = (144, 256)  # [px] rows, columns of the photographs before they are squeezed to the model's square
 
 
@@ -77,9 +78,8 @@ def picture_questions(counts: np.ndarray, rng: np.random.Generator, existing: in
     asked = []
     for k in range(existing + counted):
         some = there if len(there) and (rng.random() < (0.5 if k < existing else 0.8) or not len(missing)) else missing
-        name = CLASSES[int(rng.choice(some))]
-        what, whats = (words(PHRASES.index(("", name)), plural) for plural in (False, True))
-        number = int(counts[1 + CLASSES.index(name)])
+        kind = 1 + int(rng.choice(some))
+        (what, whats), number = NAMES[kind], int(counts[kind])
         wording = WORDINGS["any" if k < existing else "number"]
         answer = ("yes" if number else "no") if k < existing else str(min(number, MOST))
         asked.append((wording[rng.integers(len(wording))].format(what=what, whats=whats), answer))
@@ -137,10 +137,8 @@ def pretrain(vlm: nn.Module, names: dict[int, list[list[int]]], answer_loss: Ans
     shown, seeing, rng = len(pixels) - max(1, len(pixels) // 10), Seeing(vlm, names).train(), np.random.default_rng(0)
     count = torch.bincount(cells[:shown].flatten(), minlength=FREE + 1).double().clamp_min(1) ** -0.5
     weight = (count / count.mean()).clamp_max(3).float()
-    groups, embedding = param_groups(seeing, rate, rate, 0.01, muon=True), vlm.get_input_embeddings().weight
-    for group in groups:
-        group["params"] = [p for p in group["params"] if p is not embedding]
-    groups.append({"params": [embedding], "lr": word_rate, "base_lr": word_rate, "weight_decay": 0.0, "orthogonal": False})
+    groups = param_groups(seeing, rate, rate, 0.01, muon=True)
+    set_apart(groups, [vlm.get_input_embeddings().weight], lr=word_rate, base_lr=word_rate, weight_decay=0.0, orthogonal=False)
     optimizer = Muon([group for group in groups if group["params"]], lr=rate)
 
     def asked(rows: Tensor, rng: np.random.Generator) -> list[list[tuple[str, str]]]:
