@@ -2366,7 +2366,7 @@ def draw(net: OccVLA, dataset: NuScenesOccupancy, indices: list[int], truth: Cal
 
 # What every arm shares; all get the same optimiser steps. Tokenizers, and VLMs that only the planner's inputs tell apart,
 # are trained once.
-ABLATION = dict(stage_steps=(250, 200, 250, 300), eval_frames=60, eval_questions=10, rayiou=False, world_size="claims", plan_inputs=("none",))
+ABLATION = dict(stage_steps=(250, 200, 250, 100), eval_frames=60, eval_questions=10, rayiou=False, world_size="claims", plan_inputs=("none",))
 PLAN_FIELDS = ("plan_inputs", "plan_meta", "plan_dim", "plan_layers", "plan_heads", "plan_loss", "plan_cache", "stage3_train", "lr_plan")
 BLIND = tuple(f"qa_{kind}_over_black" for kind in TYPES)
 CLAIMS = {
