@@ -2300,6 +2300,22 @@ def masked_token_errors(agent: Agent, cfg: Config, device: torch.device, batches
     return sums
 
 
+@torch.no_grad()
+def token_shift(agent: Agent, frames: list[Observation], cfg: Config, device: torch.device) -> float:
+    """How far the plans for these frames move when the added tokens are withheld: root mean square over the actions'
+    deviation. Near 0, the expert does not read them."""
+    batch, added = observe(frames, cfg, device), (agent.three, agent.control)
+    shape = len(frames), agent.policy.chunk, agent.policy.action_dim
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    whole = agent.act(batch, noise)[0]
+    agent.three = agent.control = None
+    try:
+        alone = agent.act(batch, noise)[0]
+    finally:
+        agent.three, agent.control = added
+    return float(((whole - alone) / agent.action_std).square().mean().sqrt())
+
+
 def evaluate(cfg: Config, args, brief: bool = False) -> None:
     """The verb eval: episodes, controls, result.json, by_scene.npz, GIFs. brief: an arm of a claim, episodes only."""
     run, out = setup(args.device), cli.last_stage(args.ckpt)
@@ -2317,6 +2333,8 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
         listed = [e for e in listed if env.category(e[0]) not in ("", "hard")] or listed
     episodes = rollout(plan, envs, listed, cfg, title=f"{cfg.policy} {cfg.variant}")
     metrics = summarise(episodes) | {"replan_ms": 1000 * float(np.median(clock))}
+    if cfg.env == "tabletop" and cfg.variant != "base":
+        metrics["token_shift"] = token_shift(agent, unseen_frames(cfg, 48), cfg, run.device)
     paths: list[Path] = []
     if not brief:
         metrics |= controls(agent, env, envs, listed, cfg, run.device)
@@ -2384,6 +2402,8 @@ def print_table(metrics: dict[str, float], data: dict, protocol: dict, paths: li
     for name in ("ssl_predictor", "ssl_position", "ssl_nearest"):
         if name in metrics:
             print(f"===> {name} (smooth L1 at hidden tokens) = {metrics[name]:.4f}")
+    if "token_shift" in metrics:
+        print(f"===> without the added tokens plans move by {metrics['token_shift']:.3f} of the actions' deviation")
     if metrics["aborted"] > 0:
         print(f"===> aborted episodes (an action that is not finite), counted as failures = "
               f"{100 * metrics['aborted']:.2f}")

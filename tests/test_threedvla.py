@@ -894,6 +894,24 @@ def test_summary_by_hand():
     assert s["success_visible_high"] == pytest.approx(2 / 8)
 
 
+@pytest.mark.parametrize("variant", ["base", "control", "A"])
+def test_withheld_tokens_move_the_plan_as_far_as_they_are_read(observations, variant):
+    agent = agent_of(variant=variant).eval()
+    added = agent.three, agent.control
+    shift = V.token_shift(agent, observations, agent.cfg, torch.device("cpu"))
+    assert (agent.three, agent.control) == added  # they are there again
+    if variant == "base":
+        assert shift == 0
+        return
+    assert shift > 1e-4
+    with torch.no_grad():
+        agent.action_std.mul_(2)
+    assert V.token_shift(agent, observations, agent.cfg, torch.device("cpu")) == pytest.approx(shift, rel=1e-4)  # both plans double
+    if variant == "A":
+        blind = agent_of(variant="A", token_threshold=2.0).eval()  # no object passes: nothing to withhold
+        assert V.token_shift(blind, observations, blind.cfg, torch.device("cpu")) < 1e-4
+
+
 def test_depth_noise_and_nominal_cameras():
     env = make_environment("tabletop", size=64)
     o = env.reset("lift_cube@camera:4", 0)
