@@ -91,9 +91,9 @@ from common.geometry import (OCC3D, VoxelGrid, fold, invert, pixel_centers, proj
 from common.kernels.composite import composite_probability
 from common.kernels.voxel_vote import voxel_vote
 from common.losses import geo_scal, lovasz_softmax, sem_scal
-from common.evaluate import describe_dataset, is_world, pictured, report, spread
+from common.evaluate import describe_dataset, is_world, pictured, report, spread, world
 from common.metrics import OccupancyMeter
-from common.nuscenes import FREE, Frame, NuScenesOccupancy, find_root, find_version
+from common.nuscenes import FREE, Frame, NuScenesOccupancy, open_split
 from common.train import (DataOrder, Log, Run, autocast, barrier, begin, load_checkpoint, make_optimizer, peak_gb, prefetch,
                           save_checkpoint, schedule, seed_everything, set_lr, settings, setup, teardown, wrap)  # fmt: skip
 from data.labelers import Maps, make_labeler, write_maps
@@ -1055,14 +1055,14 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
     run, out, source = setup(args.device), cli.last_stage(args.ckpt), args.run["data"]
     root = args.data_root or Path(source["root"])
     version = args.version or (None if args.data_root else source["version"])
-    dataset = open_split(root, version, args.split, cfg, args.cache, train=False)
+    dataset = open_split(root, version, args.split, cfg.image_size, args.cache, train=False)
     net = build(cfg, pretrained=False).to(run.device).eval()
     state = load_checkpoint(out, net)
     made = Path(source["labels"]) / "labels.json"
     if not brief and is_world(dataset.root) and made.is_file() and read_json(made) == label_record(dataset, "world", cfg):
         make_labels(dataset, "world", cfg, made.parent, only=pictured(len(dataset), cfg.pictures))  # to draw beside the prediction
     protocol = {"mask_train": "none" if cfg.free_mode == "unhit" else "voxels that the label's rays saw", "labels": source["note"]}
-    report(lambda frame: predict(net, frame, run.device, cfg.amp), dataset, None if brief else open_split(root, version, None, cfg, args.cache),
+    report(lambda frame: predict(net, frame, run.device, cfg.amp), dataset, None if brief else open_split(root, version, None, cfg.image_size, args.cache),
            out, args.run, state, sum(p.numel() for p in net.parameters()), protocol, args.labels, cfg.eval_frames, cfg.rayiou,
            cfg.pictures, args.save_pred)  # fmt: skip
 
@@ -1129,7 +1129,7 @@ def ablate(cfg: Config, args) -> None:
         arm_cfg = replace(cfg, **overrides)
         shared = pool / short_hash(asdict(arm_cfg)) / f"seed{seed}"
         if not (shared / "result.json").is_file():
-            train_set = open_split(root, args.version, None, arm_cfg, args.cache)
+            train_set = open_split(root, args.version, None, arm_cfg.image_size, args.cache)
             labels = pool / f"labels-{short_hash(label_settings(arm_cfg, 'world'))}"
             make_labels(train_set, "world", arm_cfg, labels)
             arm_args = SimpleNamespace(**vars(args) | {"seed": seed, "resume": False, "ckpt": shared, "save_pred": None, "labels": None})
@@ -1147,7 +1147,7 @@ def ablate(cfg: Config, args) -> None:
 def label_quality(cfg: Config, args) -> None:
     """Precision and recall of `world` labels against gts (surfaces that some sensor saw) and the exact solids."""
     root, out = args.data_root or world(cfg.world_size), args.out or Path("runs/ablate/easyocc/label-quality")
-    dataset = open_split(root, args.version, args.split, cfg, args.cache)
+    dataset = open_split(root, args.version, args.split, cfg.image_size, args.cache)
     variants = {f"{n} past, correlation {c}": {"past_frames": n, "correlation": c} for c in (0.8, 0.0) for n in (0, 3, 13)}
     variants |= {"13 past, movers kept": {"remove_dynamic": False}, "13 past, no border clamp": {"clamp_oob": False}}
     rows, indices = {}, spread(len(dataset), cfg.eval_frames)
@@ -1195,23 +1195,6 @@ VERBS = {
 }
 
 
-def world(size: str, out: Path | None = None, seed: int = 0) -> Path:
-    """The synthetic driving world of that size, written if it is not there."""
-    from data.driving import make_world  # here, because only a run without real data needs the renderer
-
-    out = out or Path("data/worlds") / f"driving-{size}"
-    make_world(out, seed=seed, size=size)
-    return out
-
-
-def open_split(root: Path, version: str | None, split: str | None, cfg: Config, cache: Path | None, train: bool = True):
-    """The split named, else the version's own train or validation split."""
-    if split is None and not train:
-        version = find_version(find_root(root), version)
-        split = "mini_val" if "mini" in version else "val"
-    return NuScenesOccupancy(root, version, split, image_size=cfg.image_size, cache=cache, parts=("images",))
-
-
 def describe_network(cfg: Config) -> None:
     """Shapes, parameters, FLOPs and memory of the configuration, on the meta device."""
     H, W = cfg.image_size
@@ -1231,14 +1214,14 @@ def main() -> None:
         world(cfg.world_size, args.out, args.seed)
     elif args.verb == "labels":
         root = args.data_root or world(cfg.world_size)
-        make_labels(open_split(root, args.version, args.split, cfg, args.cache), args.labeler, cfg, args.out, args.shard)
+        make_labels(open_split(root, args.version, args.split, cfg.image_size, args.cache), args.labeler, cfg, args.out, args.shard)
     elif args.verb == "train":
         run = setup(args.device)
         out = args.out or Path("runs/easyocc")
         if run.is_main and not args.data_root:
             world(cfg.world_size)
         barrier(run)
-        dataset = open_split(args.data_root or Path("data/worlds") / f"driving-{cfg.world_size}", args.version, args.split, cfg, args.cache)
+        dataset = open_split(args.data_root or Path("data/worlds") / f"driving-{cfg.world_size}", args.version, args.split, cfg.image_size, args.cache)
         labels = args.labels or out / "labels"
         if run.is_main and not args.labels:
             if not is_world(dataset.root):

@@ -107,13 +107,13 @@ from tqdm import tqdm
 from common import cli, viz
 from common.ablation import Claim, run_claim, write_quality
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, describe
-from common.evaluate import OCC3D_LOOK, SSC_LOOK, describe_dataset, is_world, pictured, report, spread
+from common.evaluate import OCC3D_LOOK, SSC_LOOK, describe_dataset, is_world, pictured, report, spread, world
 from common.files import InputError, exit_on_input_error, read_json, read_npz, short_hash, write_bytes, write_json, write_npz
 from common.geometry import OCC3D, VoxelGrid, fold, invert, pixel_centers, project, range_gates, traversed, unfold, unproject
 from common.kernels.voxel_vote import voxel_vote
 from common.losses import lovasz_softmax
 from common.metrics import OccupancyMeter, occupancy_confusion, openset_scores
-from common.nuscenes import FREE, OCC3D_CLASSES, NuScenesOccupancy, find_root, find_version, rigid_inverse
+from common.nuscenes import FREE, OCC3D_CLASSES, NuScenesOccupancy, open_split, rigid_inverse
 from common.poisson import estimate_normals, open3d_surface, reconstruct, trim
 from common.train import (DataOrder, Log, Run, autocast, barrier, begin, load_checkpoint, make_optimizer, peak_gb, prefetch,
                           save_checkpoint, schedule, seed_everything, set_lr, settings, setup, teardown, wrap)  # fmt: skip
@@ -1823,7 +1823,7 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
     words = read_vocabulary(cfg)
     root = args.data_root or Path(source["root"])
     version = args.version or (None if args.data_root else source["version"])
-    dataset = open_split(root, version, args.split, cfg, args.cache, train=False)
+    dataset = open_split(root, version, args.split, cfg.image_size, args.cache, train=False)
     tongue, _ = open_tongue(cfg, words, source, run.device, root)
     net = Loc(cfg, len(words.known), pretrained=False).to(run.device).eval()
     state = load_checkpoint(out, net)
@@ -1832,9 +1832,9 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
                 "labels": f"{'Occ3D ground truth where observed, else ' if cfg.gt else ''}{source['note']}",
                 "held_out": f"{novel_names} ({Path(cfg.holdout).name}); in training {cfg.holdout_mode}; their voxels are in no known score",
                 "language": "none" if not cfg.wrapped else cfg.clip or f"tiny CLIP, {cfg.language}"}  # fmt: skip
-    seen, full = open_split(root, version, args.split, cfg, args.cache, train=False), dataset
+    seen, full = open_split(root, version, args.split, cfg.image_size, args.cache, train=False), dataset
     known_truth(seen, words)
-    train_set = None if brief else open_split(root, version, None, cfg, args.cache)
+    train_set = None if brief else open_split(root, version, None, cfg.image_size, args.cache)
     if train_set is not None:
         known_truth(train_set, words)
     report(lambda frame: predict(net, seen, seen.index(frame.token), frame.images, tongue, cfg), seen, train_set, out, args.run, state,
@@ -1931,7 +1931,7 @@ def query(cfg: Config, args) -> None:
         if len(strange) == len(text.split()):
             raise InputError(f"--text '{text}': {clip.name} knows none of these words; describe it by kind, colour, size or shape")
         print(f"note: {clip.name} does not know {', '.join(strange)}", file=sys.stderr)
-    dataset = open_split(root, args.version or (None if args.data_root else source["version"]), args.split, cfg, args.cache, train=False)
+    dataset = open_split(root, args.version or (None if args.data_root else source["version"]), args.split, cfg.image_size, args.cache, train=False)
     net = Loc(cfg, len(words.known), pretrained=False).to(run.device).eval()
     load_checkpoint(out, net)
     asked = tinyclip.ensemble(clip, [text])[None]
@@ -2026,7 +2026,7 @@ def ablate(cfg: Config, args) -> None:
         labeler = "lidar" if arm_cfg.mode == "supervised" else "world"
         learned = replace(arm_cfg, **{k: getattr(cfg, k) for k in AT_EVAL})  # arms that differ in what eval reads share a training
         shared = pool / f"{short_hash(asdict(learned))}-{seed}"
-        dataset = open_split(root, args.version, None, arm_cfg, args.cache)
+        dataset = open_split(root, args.version, None, arm_cfg.image_size, args.cache)
         labels = pool / f"labels-{short_hash(label_settings(arm_cfg, labeler))}"
         make_labels(dataset, labeler, arm_cfg, labels, only=learned_from(dataset, arm_cfg))
         own = {"seed": seed, "resume": False, "ckpt": shared, "save_pred": None, "labels": None, "data_root": root, "split": None}
@@ -2138,30 +2138,13 @@ VERBS = {
 FLAGS = {"text": cli.Flag("what to look for, in words", str)}
 
 
-def world(size: str, out: Path | None = None, seed: int = 0) -> Path:
-    """The synthetic driving world of that size, written if it is not there."""
-    from data.driving import make_world  # here, because only a run without real data needs the renderer
-
-    out = out or Path("data/worlds") / f"driving-{size}"
-    make_world(out, seed=seed, size=size)
-    return out
-
-
-def open_split(root: Path, version: str | None, split: str | None, cfg: Config, cache: Path | None, train: bool = True) -> NuScenesOccupancy:
-    """The split named, else the version's own train or validation split."""
-    if split is None and not train:
-        version = find_version(find_root(root), version)
-        split = "mini_val" if "mini" in version else "val"
-    return NuScenesOccupancy(root, version, split, image_size=cfg.image_size, cache=cache, parts=("images",))
-
-
 def open_scans(root: Path, version: str | None, split: str | None, cfg: Config, cache: Path | None, train: bool = True):
     """What `labels` reads: nuScenes, or SemanticKITTI (a root with sequences/), of which every scan counts."""
     if any((Path(root) / name).is_dir() for name in ("sequences", "dataset/sequences")):
         from common.semantickitti import SemanticKITTI
 
         return SemanticKITTI(root, split, cache=cache, parts=(), keyframes="scans")
-    return open_split(root, version, split, cfg, cache, train)
+    return open_split(root, version, split, cfg.image_size, cache, train)
 
 
 def draw_labels(dataset, labels: Path, count: int) -> list[Path]:
@@ -2215,7 +2198,7 @@ def main() -> None:
         if run.is_main and not args.data_root:
             world(cfg.world_size)
         barrier(run)
-        dataset = open_split(args.data_root or Path("data/worlds") / f"driving-{cfg.world_size}", args.version, args.split, cfg, args.cache)
+        dataset = open_split(args.data_root or Path("data/worlds") / f"driving-{cfg.world_size}", args.version, args.split, cfg.image_size, args.cache)
         labels = args.labels or out / "labels"
         if run.is_main and not args.labels:
             if cfg.mode == "selfsup" and not is_world(dataset.root):

@@ -127,7 +127,7 @@ from common.kernels.selective_scan import selective_scan
 from common.kernels.voxel_vote import voxel_vote
 from common.losses import cross_entropy, geo_scal, lovasz_softmax, sem_scal
 from common.metrics import OccupancyMeter
-from common.nuscenes import FREE, OCC3D_CLASSES, Frame, NuScenesOccupancy, find_root, find_version
+from common.nuscenes import FREE, OCC3D_CLASSES, Frame, open_split
 from common.semantickitti import CLASSES as KITTI_CLASSES
 from common.semantickitti import FUTURE_SCANS, SemanticKITTI, read_scan, read_voxel_labels, stream_shift
 from common.train import (DataOrder, Log, Run, autocast, barrier, begin, load_checkpoint, make_optimizer, peak_gb, prefetch,
@@ -2228,10 +2228,7 @@ def open_data(root: Path, version: str | None, split: str | None, cfg: Config, c
         keyframes = "scans" if cfg.truth == "aggregate" else "voxels"
         split = split or ("train" if train else "val")
         return SemanticKITTI(root, split, cfg.image_size, cache, parts=("images",), keyframes=keyframes)
-    if split is None and not train:
-        version = find_version(find_root(root), version)
-        split = "mini_val" if "mini" in version else "val"
-    return NuScenesOccupancy(root, version, split, image_size=cfg.image_size, cache=cache, parts=("images",))
+    return open_split(root, version, split, cfg.image_size, cache, train)
 
 
 def describe_network(cfg: Config) -> dict[str, float]:

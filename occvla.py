@@ -111,12 +111,12 @@ from common.ablation import Claim, run_claim
 from common.audit import planning_truth
 from common.backbones import describe as describe_network
 from common.cli import Flag
-from common.evaluate import bind, constant_scores, ground_truth, is_world, pictured, print_controls, spread
+from common.evaluate import bind, constant_scores, ground_truth, is_world, pictured, print_controls, spread, world as driving_world
 from common.files import InputError, exit_on_input_error, read_image, read_json, short_hash, write_bytes, write_npz
 from common.geometry import OCC3D, VoxelGrid, invert, project
 from common.losses import lovasz_softmax
 from common.metrics import OccupancyMeter, PlanningMeter, box_corners, protocol_line, qa_scores
-from common.nuscenes import CAMERAS, FREE, Boxes, Future, NuScenesOccupancy, find_root, find_version
+from common.nuscenes import CAMERAS, FREE, Boxes, Future, NuScenesOccupancy, find_root, find_version, open_split
 from common.train import (DataOrder, Log, Muon, Run, autocast, barrier, begin, load_checkpoint, param_groups, peak_gb, prefetch,
                           reset_peak, save_checkpoint, schedule, seed_everything, set_apart, set_lr, settings, setup, teardown, wrap,
                           write_result)  # fmt: skip
@@ -233,6 +233,11 @@ class Config:
     @property
     def grid(self) -> VoxelGrid:
         return OCC3D.coarsen(self.grid_stride)
+
+    @property
+    def square(self) -> tuple[int, int]:
+        """Rows and columns of an image."""
+        return self.image_size, self.image_size
 
     @property
     def side(self) -> int:
@@ -2039,7 +2044,7 @@ def evaluate(cfg: Config, args: Any, brief: bool = False, host: Path | None = No
     stage, device = STAGES.index(out.name), run.device
     root = args.data_root or Path(source["root"])
     version = args.version or (None if args.data_root else source["version"])
-    dataset = open_split(root, version, args.split, cfg, args.cache, train=False)
+    dataset = open_split(root, version, args.split, cfg.square, args.cache, train=False)
     indices, truth = spread(len(dataset), cfg.eval_frames), ground_truth(dataset, args.labels)
     if stage == 0:
         tokenizer = OccupancyTokenizer(cfg).to(device).eval()
@@ -2054,7 +2059,7 @@ def evaluate(cfg: Config, args: Any, brief: bool = False, host: Path | None = No
     net.to(device).eval()
     net.stage = stage
     home = Path(source["root"]) if Path(source["root"]).is_dir() else root  # baselines are fitted to the run's own training split
-    train_set = open_split(home, source["version"], source["split"], cfg, args.cache)
+    train_set = open_split(home, source["version"], source["split"], cfg.square, args.cache)
     counted = check_questions(dataset, cfg)
     if not brief:
         print(counted)
@@ -2453,7 +2458,7 @@ def ablate(cfg: Config, args: Any) -> None:
     def train_and_eval(arm: str, overrides: dict, seed: int, folder: Path) -> None:
         fields = {k: v for k, v in overrides.items() if k != "labels"}
         arm_cfg = replace(cfg, **fields)
-        train_set = open_split(root, args.version, None, arm_cfg, args.cache)
+        train_set = open_split(root, args.version, None, arm_cfg.square, args.cache)
         labels = args.labels if "labels" not in overrides or args.labels else pseudo_labels(root, args.version, args.cache, pool / "labels-easyocc")
         # what a stage does not use is reset, so that arms which differ only there share it
         language = replace(arm_cfg, **{k: getattr(cfg, k) for k in PLAN_FIELDS})
@@ -2499,20 +2504,11 @@ FLAGS = {
 def world(size: str, out: Path | None = None, seed: int = 0) -> Path:
     """The synthetic driving world of that size, written if it is not there. "drives": 45 training and 10 validation scenes
     of 12 keyframes: the shortest with 2 s of past and 3 s of future in one scene."""
+    if size != "drives":
+        return driving_world(size, out, seed)
     from data.driving import make_world  # here, because only a run without real data needs the renderer
 
-    out = out or Path("data/worlds") / f"driving-{size}"
-    if size == "drives":
-        return make_world(out, seed=seed, size="demo", scenes=55, keyframes=12, sweeps=0)
-    return make_world(out, seed=seed, size=size)
-
-
-def open_split(root: Path, version: str | None, split: str | None, cfg: Config, cache: Path | None, train: bool = True) -> NuScenesOccupancy:
-    """The split named, else the version's own train or validation split."""
-    if split is None and not train:
-        version = find_version(find_root(root), version)
-        split = "mini_val" if "mini" in version else "val"
-    return NuScenesOccupancy(root, version, split, image_size=(cfg.image_size, cfg.image_size), cache=cache, parts=("images",))
+    return make_world(out or Path("data/worlds") / "driving-drives", seed=seed, size="demo", scenes=55, keyframes=12, sweeps=0)
 
 
 class Asked(NamedTuple):
@@ -2749,7 +2745,7 @@ def main() -> None:
         if run.is_main and not args.data_root:
             world(cfg.world_size)
         barrier(run)
-        dataset = open_split(args.data_root or Path("data/worlds") / f"driving-{cfg.world_size}", args.version, args.split, cfg, args.cache)
+        dataset = open_split(args.data_root or Path("data/worlds") / f"driving-{cfg.world_size}", args.version, args.split, cfg.square, args.cache)
         train(cfg, dataset, args.labels, out, run, args)
         teardown(run)
     elif args.verb == "eval":

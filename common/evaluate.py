@@ -160,6 +160,13 @@ def bind(out: Path, sheets: list[Path], frames: list[viz.ViewerFrame], curves: s
     return [*sheets, out / "pictures" / "curves.png"]
 
 
+def world(size: str, out: Path | None = None, seed: int = 0) -> Path:
+    """The synthetic driving world of that size, written if it is not there. Raises InputError as its maker does."""
+    from data.driving import make_world  # here, because only a run without real data needs the renderer
+
+    return make_world(out or Path("data/worlds") / f"driving-{size}", seed=seed, size=size)
+
+
 def is_world(root: Path) -> bool:
     """Whether a data root is one of our synthetic driving worlds."""
     return (Path(root) / "exact" / "world.json").is_file()

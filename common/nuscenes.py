@@ -922,6 +922,15 @@ class NuScenesOccupancy:
         return origin
 
 
+def open_split(root: Path, version: str | None, split: str | None, image_size: tuple[int, int] | None, cache: Path | None,
+               train: bool = True) -> NuScenesOccupancy:  # fmt: skip
+    """The keyframes and images of the split named, else of the version's own train or validation split. Raises InputError."""
+    if split is None and not train:
+        version = find_version(find_root(root), version)
+        split = "mini_val" if "mini" in version else "val"
+    return NuScenesOccupancy(root, version, split, image_size=image_size, cache=cache, parts=("images",))
+
+
 def read_resized(path: Path, native: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """-> (h, w, 3) uint8 RGB of `size` (h, w). A JPEG is decoded at a reduced scale where that is large enough.
 

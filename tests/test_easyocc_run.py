@@ -128,7 +128,7 @@ def test_every_model_learns_its_own_terms(model, data, tmp_path):
 def test_one_keyframe_is_overfitted(tiny_world, data, tmp_path):
     flags, labels = data
     cfg = E.replace(E.TINY, grid_stride=(4, 4, 2), cell_split=(1, 1, 1), cnn_channels=(16, 32), channels=16, image_size=(56, 100), lr_dec=5e-3)
-    dataset = E.open_split(tiny_world, None, None, cfg, flags[3])
+    dataset = E.open_split(tiny_world, None, None, cfg.image_size, flags[3])
     torch.manual_seed(0)
     net, item = E.build(cfg), E.Keyframes(dataset, labels, E.replace(cfg, jitter=0.0))(0, np.random.default_rng(0))
     batch, optimizer = E.stack_items([item], torch.device("cpu")), torch.optim.AdamW(net.parameters(), 5e-3)

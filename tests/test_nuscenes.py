@@ -17,7 +17,7 @@ from pyquaternion import Quaternion
 
 from common import nuscenes
 from common.files import InputError
-from common.nuscenes import CAMERAS, CHANNELS, LIDAR, NuScenesOccupancy, rigid_inverse, stack
+from common.nuscenes import CAMERAS, CHANNELS, LIDAR, NuScenesOccupancy, open_split, rigid_inverse, stack
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -210,6 +210,13 @@ def test_order_and_splits(tree, cache, devkit):
     assert train[-1].token == train.tokens[-1]
     with pytest.raises(IndexError):
         train[KEYFRAMES]
+
+
+def test_a_method_opens_the_split_it_names_or_the_versions_own(tree, cache):
+    opened = [open_split(tree, None, None, (18, 32), cache, train).split for train in (True, False)]
+    assert opened == ["mini_train", "mini_val"]
+    named = open_split(tree, "v1.0-mini", "mini_train", (18, 32), cache, train=False)
+    assert named.split == "mini_train" and named[0].images.shape[-2:] == (18, 32) and named[0].points is None
 
 
 def test_custom_split_of_the_devkit(copy, tmp_path):

@@ -544,7 +544,7 @@ def test_soft_decoding_has_a_gradient_where_an_argmax_has_none():
 def test_the_empty_code_is_balanced(drives):
     root, flags = drives
     net = network()
-    dataset = O.open_split(root, None, None, net.cfg, flags[3])
+    dataset = O.open_split(root, None, None, net.cfg.square, flags[3])
     O.balance(net, dataset, dataset.labels, CPU)
     truth = O.read_truth(dataset.labels, 0, net.cfg)
     count = torch.zeros(32)
@@ -808,7 +808,7 @@ def test_planner_starts_from_the_simple_guess(drives):
     _, flags = drives
     net = O.build(TINY)
     net.add_planner()
-    dataset = O.open_split(flags[1], None, None, TINY, flags[3])
+    dataset = O.open_split(flags[1], None, None, TINY.square, flags[3])
     O.prepare_planner(net, dataset)
     futures = [dataset.future(i) for i in range(len(dataset))]
     known = np.stack([f.mask for f in futures])[..., None]
@@ -964,7 +964,7 @@ def test_one_keyframe_is_overfitted(drives):
     torch.manual_seed(0)
     cfg = replace(TINY, tiny_width=32, occ_dim=32, questions=4, warmup=5, vq_stem=8, occ_target="code", lr_vlm=2e-2, lr_new=2e-2)
     net = O.build(cfg)
-    dataset = O.open_split(flags[1], None, None, cfg, flags[3])
+    dataset = O.open_split(flags[1], None, None, cfg.square, flags[3])
     net.stage = 2
     O.trainable(net, 2, cfg)
     item = O.Keyframes(dataset, None, cfg, net.text, net.tokens, 2)(0, np.random.default_rng(0))
@@ -1004,7 +1004,7 @@ def test_train_counts_scenes_too_short_for_three_seconds(drives, tmp_path, capsy
     text = capsys.readouterr().out
     assert "mini_train: 8 keyframes," in text
     assert "2 with a full 3 s of future (they teach the chain of thought), 5 with a part of it (their missing waypoints are masked), 1 without any" in text
-    dataset = O.open_split(drives[1][1], None, None, TINY, drives[1][3])
+    dataset = O.open_split(drives[1][1], None, None, TINY.square, drives[1][3])
     assert O.DataOrder(len(dataset), 8).n == 8  # nothing left out
     keyframe = O.Keyframes(dataset, None, TINY, network().text, 24, 3)
     batch = O.stack_items([keyframe(i, np.random.default_rng(0)) for i in range(8)], CPU, 0)
@@ -1052,7 +1052,7 @@ def same_weights(one: Path, two: Path) -> bool:
 def test_labels_of_another_source_supervise(drives, tmp_path):
     """--labels L: the tokenizer and the stream learn from L's occupancy, not from the tree's ground truth."""
     root, flags = drives
-    dataset = O.open_split(root, None, None, TINY, flags[3])
+    dataset = O.open_split(root, None, None, TINY.square, flags[3])
     for i, token in enumerate(dataset.tokens):
         folder = tmp_path / "l" / dataset.scene_names[i] / token
         folder.mkdir(parents=True)
@@ -1080,7 +1080,7 @@ def test_stage_zero_may_be_given(drives, trained, tmp_path):
 def test_two_frames_double_the_image_tokens(drives):
     _, flags = drives
     cfg = replace(TINY, n_frames=2)
-    dataset = O.open_split(flags[1], None, None, cfg, flags[3])
+    dataset = O.open_split(flags[1], None, None, cfg.square, flags[3])
     both = O.read_images(dataset, 3, cfg)
     assert both.shape == (12, 3, 32, 32) and torch.equal(both[:6], torch.from_numpy(dataset.images(3)))
     assert torch.equal(both[6:], torch.from_numpy(dataset.images(2)))
