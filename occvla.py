@@ -61,6 +61,8 @@ ASSUMPTIONS    All unpublished; the flag that changes each stands beside it.
     * meta-action by thresholds on the 3 s future; the chain of thought is written by rule from the boxes  --meta-stop ... --cot
     * the planner reads the VLM's last hidden states and the generated meta-action; ego motion and the driving command
       go to the planner alone, never into the text, one head for each protocol row  --plan-inputs --plan-meta
+    * stage 3 has L_plan alone: what the other terms of (10) teach is frozen there    --stage3-train
+    * a planner corrects a simple guess: the mean training trajectory, or, given speed or history, driving on as before
     * nuScenes' command and a scene's first "history" come from the future: the command is a row of its own, and history
       counts only where there is a past keyframe
 DEVIATIONS
@@ -280,6 +282,15 @@ def check_config(cfg: Config) -> None:
     for name in ("stage_epochs", "stage_steps", "stage_batch"):
         if len(getattr(cfg, name)) != 4:
             raise InputError(f"--{name.replace('_', '-')}: four values, one a stage, got {len(getattr(cfg, name))}")
+    for name, given, no in (("stage1_train", cfg.stage1_train, "planner"), ("stage2_train", cfg.stage2_train, "planner"),
+                            ("stage3_train", cfg.stage3_train, "occupancy")):  # fmt: skip
+        if no in given:
+            raise InputError(f"--{name.replace('_', '-')} {' '.join(given)}: the {no} has no loss in that stage")
+    if cfg.grid.shape[0] % (cfg.vq_stem * 2 ** (len(cfg.vq_mult) - 1)):
+        raise InputError(f"--vq-stem {cfg.vq_stem}, --vq-mult of {len(cfg.vq_mult)} levels: {cfg.grid.shape[0]} cells do not divide into such columns")
+    for heads, width in (("occ_heads", "occ_dim"), ("plan_heads", "plan_dim")):
+        if getattr(cfg, width) % getattr(cfg, heads):
+            raise InputError(f"--{heads.replace('_', '-')} {getattr(cfg, heads)}: must divide --{width.replace('_', '-')} {getattr(cfg, width)}")
     if cfg.side % cfg.queries:
         raise InputError(f"--queries {cfg.queries}: must divide the latent's {cfg.side} cells per side")
     if cfg.attention == "two-way" and cfg.checkpointing:
@@ -595,8 +606,6 @@ def pretrained_tiny(cfg: Config) -> Path:
     """The tiny host after lessons on pictures of other worlds, which stand for PaliGemma's pre-training; made once."""
     sizes = (cfg.image_size, cfg.tiny_patch, cfg.tiny_width, cfg.tiny_vision_layers, cfg.tiny_layers, cfg.tiny_pretrain)
     out = Path("data/worlds") / f"tinyvlm-{'-'.join(map(str, sizes))}"
-    if (out / "tinyvlm.json").is_file():
-        return out
     with torch.random.fork_rng(devices=[]):  # a run that finds it made and one that makes it are the same to the last bit
         torch.manual_seed(0)
         net = OccVLA(cfg, tiny_host(cfg))
@@ -666,7 +675,8 @@ def check_host(host: Host, cfg: Config) -> Host:
     tokens = image_tokens(host) * len(CAMERAS) * cfg.n_frames
     window = config.text_config.sliding_window or math.inf
     if tokens + 256 > window:
-        raise InputError(f"--n-frames {cfg.n_frames}: {tokens} image tokens and the text pass the window of {window}; use one frame")
+        raise InputError(f"--image-size {cfg.image_size} --n-frames {cfg.n_frames}: {tokens} image tokens and the text pass the window of {window}; "
+                         "use a 224 px model and one frame")  # fmt: skip
     return host
 
 
@@ -853,7 +863,7 @@ class OccupancyBlock(nn.Module):
         self.told = nn.Linear(inner, d)
         self.ffn = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
 
-    def forward(self, q: Tensor, visual: Tensor, place: Tensor, bias: Tensor | None, kv: tuple[Tensor, Tensor] | None,
+    def forward(self, q: Tensor, visual: Tensor, place: Tensor | None, bias: Tensor | None, kv: tuple[Tensor, Tensor] | None,
                 level: Tensor | None) -> Tensor:  # fmt: skip
         """q (B, Q, d), visual (B, n, C), place (n, 2 d) added to keys and values, bias (heads, Q, n) or None,
         kv (B, kv heads, n, c) twice when shared, level (B, n, C_v) or None -> (B, Q, d)."""
@@ -886,12 +896,14 @@ class OccupancyTransformer(nn.Module):
         super().__init__()
         d, self.tokens, self.grad = cfg.occ_dim, tokens, cfg.occ_grad
         self.reads = tuple(range(cfg.occ_every - 1, depth, cfg.occ_every))  # layers whose input is read
+        if not self.reads:
+            raise InputError(f"--occ-every {cfg.occ_every}: the language model has {depth} layers")
         self.out = cfg.z_dim if "latent" in cfg.target else cfg.codebook
         self.start = nn.Parameter(torch.zeros(cfg.queries**2, d))
         nn.init.normal_(self.start, std=0.02)
         with torch.no_grad():
             self.start += bev_waves(cfg.queries, d)
-        self.place = nn.Parameter(0.02 * torch.randn(tokens, 2 * d))
+        self.place = None if shared else nn.Parameter(0.02 * torch.randn(tokens, 2 * d))  # shared: the VLM's own positions
         self.blocks = nn.ModuleList(OccupancyBlock(width, cfg, shared, levels) for _ in self.reads)
         self.bias = nn.Parameter(torch.zeros(self.blocks[0].heads, cfg.queries**2, tokens)) if cfg.rig_bias else None
         self.cells, self.queries = cfg.side // cfg.queries, cfg.queries
@@ -1128,7 +1140,7 @@ class Scene(NamedTuple):
 class OccVLA(nn.Module):
     """Host VLM, frozen occupancy tokenizer, occupancy stream, planner heads.
 
-    forward(batch) -> the loss terms of `stage`; (10) their sum is L_lm + lambda_occ L_occ (+ L_plan in stage 3). The
+    forward(batch) -> the loss terms of `stage`; (10) their sum is L_lm + lambda_occ L_occ, in stage 3 L_plan. The
     network protocol of this repository: grid, channels, voxels(batch), head(features).
     """
 
@@ -1210,12 +1222,12 @@ class OccVLA(nn.Module):
         out = self.read(embeds, attends(packs, n), position, cache, want, mask)
         return States(out.last_hidden_state, 0, out.hidden_states, mask, cache, list(self.two_way.memory) if self.two_way else [])
 
-    def once(self, scene: Scene) -> Scene:
-        """prefix "image": reads the images once, for every prompt that follows. Else nothing."""
+    def once(self, scene: Scene, want: bool = True) -> Scene:
+        """prefix "image": reads the images once, for every prompt that follows (want: and for `occupy`). Else nothing."""
         if self.cfg.prefix != "image" or scene.prefix is not None:
             return scene
         start = self.occupancy_pack.to(scene.images.device).expand(len(scene.images), -1, -1)
-        return scene._replace(prefix=self.run(scene, start, torch.arange(len(start), device=start.device), want=True, keep=True))
+        return scene._replace(prefix=self.run(scene, start, torch.arange(len(start), device=start.device), want=want, keep=True))
 
     def follow(self, scene: Scene, packs: Tensor, rows: Tensor, keep: bool = False) -> States:
         """As `run`, but behind the prefix where there is one: only the text's own rows come back."""
@@ -1375,12 +1387,14 @@ def language_loss(net: OccVLA, hidden: Tensor, packs: Tensor, rows: Tensor, B: i
     for name, kind in (("qa", QA), ("cot", THOUGHT)):
         r, l = (packs[:, KIND] == kind).nonzero(as_tuple=True)
         if not len(r):
+            if name == "qa" or net.stage == 2:  # the same terms in every process, and every parameter takes part
+                terms[name] = hidden.sum() * 0
             continue
         logits = net.vocabulary(hidden[r, packs[r, PREVIOUS, l]]).float()
         value = F.cross_entropy(logits, packs[r, IDS, l], reduction="none")
         total, count = (value.new_zeros(B).index_add(0, rows[r], x) for x in (value, torch.ones_like(value)))
         terms[name] = (total / count.clamp_min(1)).mean()
-    return terms or {"qa": hidden.sum() * 0}  # no question and no future: every parameter still takes part
+    return terms
 
 
 def occupancy_loss(net: OccVLA, predicted: Tensor, ids: Tensor, seen: Tensor) -> dict[str, Tensor]:
@@ -1473,7 +1487,7 @@ class Keyframes:
     def questions(self, i: int, rng: np.random.Generator) -> list[Block]:
         rows = self.dataset.questions(i) or []
         picked = rng.permutation(len(rows))[: self.cfg.questions]
-        return [Block(self.text.prompt(rows[k]["question"]), self.text.answer(rows[k]["answer"])) for k in picked]
+        return [Block(self.text.prompt(rows[k]["question"]), self.text.answer(str(rows[k]["answer"]))) for k in picked]
 
 
 def read_images(dataset: NuScenesOccupancy, i: int, cfg: Config) -> Tensor:
@@ -1513,7 +1527,7 @@ def stack_items(items: list[dict], device: torch.device, pad: int) -> dict[str, 
     return batch
 
 
-def check_questions(dataset: NuScenesOccupancy, cfg: Config) -> str:
+def check_questions(dataset: NuScenesOccupancy) -> str:
     """-> a line that counts the keyframes' questions and futures. InputError: an answer outside NuScenes-QA's thirty."""
     asked = whole = some = 0
     for i, token in enumerate(dataset.tokens):
@@ -1583,7 +1597,7 @@ class Whole:
     def gather(self, value: Any) -> Any:
         if isinstance(value, dict):
             return {k: self.gather(v) for k, v in value.items()}
-        return value.full_tensor() if hasattr(value, "full_tensor") else value
+        return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value  # on the GPU they would not fit beside the shards
 
     def state_dict(self) -> dict[str, Any]:
         return self.value
@@ -1741,7 +1755,7 @@ def train_stage(stage: int, cfg: Config, dataset: NuScenesOccupancy, labels: Pat
         trainable(net, stage, cfg)
         net.tokenizer.eval()
     net.to(run.device)
-    if stage and cfg.checkpointing:
+    if 0 < stage < 3 and cfg.checkpointing:  # stage 3 writes its chain of thought with a cache, which recomputing has no use for
         net.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     sharded = cfg.parallel == "fsdp" and run.world > 1 and stage > 0
     if sharded and start:
@@ -1786,7 +1800,7 @@ def train_stage(stage: int, cfg: Config, dataset: NuScenesOccupancy, labels: Pat
 
 def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path | None, out: Path, run: Run, args: Any) -> None:
     """All stages; one that is finished is not run again, so the same command goes on where it was stopped."""
-    line = check_questions(dataset, cfg)
+    line = check_questions(dataset)
     if run.is_main:
         print(line)
     first = 0
@@ -1905,11 +1919,10 @@ def drive(net: OccVLA, images: Tensor, questions: Sequence[str], future: Future 
     text = net.text
     net.skip(not stream)
     with autocast(device, amp):
-        scene = net.once(net.look(images[None].to(device)))
+        scene = net.once(net.look(images[None].to(device)), want=stream)
         occupancy = np.full((200, 200, 16), FREE, np.uint8)
         if stream:
             occupancy = net.ids(net.occupy(scene))[0].cpu().numpy()
-            scene = net.once(scene)
         answers, free = [], []
         if questions:
             rows = torch.zeros(len(questions), dtype=torch.int64, device=device)
@@ -1938,8 +1951,8 @@ def no_future() -> Future:
 class Scores:
     """What one arm (own, shuffled or black images) scored."""
 
-    def __init__(self, rows: Sequence[str]):
-        self.occupancy = OccupancyMeter()
+    def __init__(self, rows: Sequence[str], standing: float = 0.5):
+        self.occupancy, self.standing = OccupancyMeter(), standing  # standing: meta_stop [m/s]
         self.plans = {name: PlanningMeter() for name in rows}
         self.hard = {name: PlanningMeter() for name in rows}  # turning and braking scenes alone
         self.questions: list[dict] = []
@@ -1947,7 +1960,8 @@ class Scores:
 
     def add_plans(self, paths: dict[str, np.ndarray], truth: tuple, action: tuple[str, str] | None, scene: str) -> None:
         """truth: `audit.planning_truth`'s trajectory, mask, rasters."""
-        hard = action is not None and (action[0] in ("decelerate", "stop") or action[1] in ("left", "right"))
+        moving = np.linalg.norm(truth[0][0]) / 0.5 > self.standing  # who stands and goes on standing does not brake
+        hard = action is not None and (action[0] == "decelerate" or action[0] == "stop" and moving or action[1] in ("left", "right"))
         for name, path in paths.items():
             for meters in (self.plans, self.hard) if hard else (self.plans,):
                 meters[name].add(path, truth[0].astype(np.float64), truth[1], truth[2], group=scene)
@@ -1966,7 +1980,7 @@ def run_arm(net: OccVLA, dataset: NuScenesOccupancy, indices: list[int], truth: 
             device: torch.device, rayiou: bool = False, save: Path | None = None) -> Scores:  # fmt: skip
     """Drives the keyframes `indices` and scores them: with their own images, another scene's ("shuffled"), black ones, or
     their own and the occupancy stream dropped ("skipped")."""
-    scores = Scores(list(net.planner))
+    scores = Scores(list(net.planner), cfg.meta_stop)
     for k, i in enumerate(tqdm(indices, f"eval, {images} images", unit="keyframe", leave=False)):
         j = indices[(k + len(indices) // 2) % len(indices)] if images == "shuffled" else i
         pixels = read_images(dataset, j, cfg)
@@ -2060,7 +2074,7 @@ def evaluate(cfg: Config, args: Any, brief: bool = False, host: Path | None = No
     net.stage = stage
     home = Path(source["root"]) if Path(source["root"]).is_dir() else root  # baselines are fitted to the run's own training split
     train_set = open_split(home, source["version"], source["split"], cfg.square, args.cache)
-    counted = check_questions(dataset, cfg)
+    counted = check_questions(dataset)
     if not brief:
         print(counted)
 
@@ -2081,7 +2095,7 @@ def evaluate(cfg: Config, args: Any, brief: bool = False, host: Path | None = No
                     or k.split("_")[0] in cfg.plan_inputs}  # fmt: skip
     metrics |= {"l2_avg": metrics.get("l2_avg_vad", math.nan), "col_avg": metrics.get("obj_box_col_avg_vad", math.nan)}
     futures = [train_set.future(i) for i in range(len(train_set))]
-    others = Scores(list(Baselines.NAMES))
+    others = Scores(list(Baselines.NAMES), cfg.meta_stop)
     if plans:
         baselines = Baselines(futures)
         for i in plans:
@@ -2115,10 +2129,11 @@ def evaluate(cfg: Config, args: Any, brief: bool = False, host: Path | None = No
         "classes": "17 without free; miou15 also without others and other_flat",
         "absent": "a class absent from the truth counts 0 if it is predicted anywhere, else it is skipped",
         "mask_train": cfg.occ_mask, "labels": str(Path(source["labels"]).name),
-        "planning": f"{whole} keyframes with a full 3 s, {len(plans) - whole} with a part (UniAD's masked steps count 0), "
+        "planning": "not scored: no planner in this stage" if stage < 3 else f"{whole} keyframes with a full 3 s, {len(plans) - whole} with a part (UniAD's masked steps count 0), "
                     f"{len(indices) - len(plans)} without; obstacles: all boxes then",
-        "planner_given": ", ".join(cfg.plan_inputs), "command": "derived from the future, as nuScenes' is; rows with 'command' are given it",
-        "meta_action": "generated", "questions": f"{len(own.questions)}, exact match, best of the thirty; free_: greedy text",
+        "planner_given": ", ".join(net.planner) or "no planner", "command": "derived from the future, as nuScenes' is; rows with 'command' are given it",
+        "meta_action": {"generated": "generated", "true": "generated; true in training", "none": "not given to the planner"}[cfg.plan_meta],
+        "questions": f"{len(own.questions)}, exact match, best of the thirty; free_: greedy text",
     }  # fmt: skip
     cost = {"params": sum(p.numel() for p in net.parameters()), "steps": 0, "train_s": 0.0, "peak_gb": 0.0}
     for folder in folders or [out.parent / name for name in STAGES[: stage + 1]]:
@@ -2264,10 +2279,10 @@ def skipping(net: OccVLA, images: Tensor, device: torch.device, amp: str, rounds
 
     def ours(stream: bool) -> tuple[Tensor, Any]:
         net.skip(not stream)
-        scene = net.look(images)
-        states = net.run(scene, packs, row, want=stream, keep=True)
+        scene = net.once(net.look(images), want=stream)  # as `drive` reads
+        states = net.follow(scene, packs, row, keep=True)
         if stream:
-            net.ids(net.occupy(scene, states))
+            net.ids(net.occupy(scene))
         return net.vocabulary(states.last[:, -1]), states.cache
 
     def next_token(name: str, cache: Any, logits: Tensor) -> None:
@@ -2459,11 +2474,13 @@ def ablate(cfg: Config, args: Any) -> None:
         fields = {k: v for k, v in overrides.items() if k != "labels"}
         arm_cfg = replace(cfg, **fields)
         train_set = open_split(root, args.version, None, arm_cfg.square, args.cache)
-        labels = args.labels if "labels" not in overrides or args.labels else pseudo_labels(root, args.version, args.cache, pool / "labels-easyocc")
+        labels = None if name == "labels" else args.labels  # claim (f) alone compares them with ground truth
+        if "labels" in overrides:
+            labels = args.labels or pseudo_labels(root, args.version, args.cache, pool / "labels-easyocc")
         # what a stage does not use is reset, so that arms which differ only there share it
         language = replace(arm_cfg, **{k: getattr(cfg, k) for k in PLAN_FIELDS})
         tokenizer = replace(cfg, **{k: getattr(arm_cfg, k) for k in TOKENIZER_FIELDS})
-        where = [pool / f"{kind}-{short_hash([asdict(c), str(labels)])}" / f"seed{seed}"
+        where = [pool / f"{kind}-{short_hash([asdict(c), str(labels), str(root), args.version])}" / f"seed{seed}"
                  for kind, c in (("tokenizer", tokenizer), ("language", language), ("planning", arm_cfg))]  # fmt: skip
         stages = [where[0] / STAGES[0], where[1] / STAGES[1], where[1] / STAGES[2], where[2] / STAGES[3]]
         host = where[1] / "0_host"
@@ -2579,7 +2596,7 @@ def print_baselines(cfg: Config, args: Any) -> None:
         train_set = NuScenesOccupancy(root, version, None, cache=args.cache, parts=())
     except InputError:  # a tree of validation scenes alone
         train_set, note = dataset, "fitted to the scored scenes themselves: no training scene here"
-    baselines, others = Baselines([train_set.future(i) for i in range(len(train_set))]), Scores(list(Baselines.NAMES))
+    baselines, others = Baselines([train_set.future(i) for i in range(len(train_set))]), Scores(list(Baselines.NAMES), cfg.meta_stop)
     print(f"{'scene':12}{'time [s]':>9}{'speed':>8}{'at 3 s':>8} [m/s]  {'right at 3 s':>13} [m]  meta-action; command")
     for i in range(len(dataset)):
         future = dataset.future(i)
@@ -2710,7 +2727,10 @@ def measure(cfg: Config, args: Any) -> list[dict[str, float]]:
                 net.vlm.gradient_checkpointing_enable({"use_reentrant": False})
             net.tokenizer.eval()
             batch = synthetic_batch(net, cfg, stage, run.device)
-            tokens = len(batch["packs"]) * net.tokens + int((batch["packs"][:, SEGMENT] >= 0).sum())
+            if stage < 3:  # stage 3 writes a chain of thought: how long it is depends on the weights
+                tokens = len(batch["packs"]) * net.tokens + int((batch["packs"][:, SEGMENT] >= 0).sum())
+                if cfg.prefix == "image+prompt" and cfg.lambda_occ > 0:
+                    tokens += cfg.stage_batch[stage] * (net.tokens + net.occupancy_pack.shape[-1])
             step = lambda: net(batch)  # noqa: B023, E731
         optimizer = make_optimizer(net, stage, cfg)
         for _ in range(2):
@@ -2744,6 +2764,8 @@ def main() -> None:
         out = args.out or Path("runs/occvla")
         if run.is_main and not args.data_root:
             world(cfg.world_size)
+        if run.is_main and cfg.vlm == "tiny" and cfg.tiny_pretrain:
+            pretrained_tiny(cfg)
         barrier(run)
         dataset = open_split(args.data_root or Path("data/worlds") / f"driving-{cfg.world_size}", args.version, args.split, cfg.square, args.cache)
         train(cfg, dataset, args.labels, out, run, args)

@@ -189,7 +189,11 @@ def make_tinyvlm(out: Path | str, vlm: nn.Module, processor: Any, names: dict[in
         vlm.save_pretrained(whole)
         processor.save_pretrained(whole)
         write_json(whole / "tinyvlm.json", wanted | known)
-        whole.rename(out)
+        try:
+            whole.rename(out)
+        except OSError:  # another process made the same at the same time
+            if not (out / "tinyvlm.json").is_file():
+                raise
     print(f"tiny VLM {out}: {pictures} photographs of other worlds, {steps} steps; {100 * known['cells_right']:.0f} % of the cells of "
           f"fresh ones have the right class ({100 * known['commonest']:.0f} % the commonest), {100 * known['answers_right']:.0f} % of answers are right")  # fmt: skip
     return out

@@ -143,7 +143,7 @@ def test_eq2_logits_are_tied_with_the_class_embedding():
     feature = tokenizer.classes.weight[5] * 3
     logits = tokenizer.logits(feature[None])
     assert torch.allclose(logits[0], tokenizer.classes.weight @ feature)
-    assert sum(p.numel() for n, p in tokenizer.decoder.named_parameters()) and not hasattr(tokenizer, "head")
+    assert not hasattr(tokenizer, "head")
 
 
 @pytest.mark.parametrize("shape", [dict(), dict(vq_stem=2, vq_mult=(1, 2), vq_attention=50), dict(grid_stride=(2, 2, 2), vq_stem=4)])
@@ -457,8 +457,8 @@ def test_shared_keys_and_values_are_the_vlms_own():
     assert len(seen) == 3
     for layer, (keys, values) in zip(scene.prefix.cache.layers, seen):
         assert torch.equal(keys, layer.keys[:, :, : net.tokens]) and torch.equal(values, layer.values[:, :, : net.tokens])
-    names = {n for n, _ in net.occupancy.blocks.named_parameters()}
-    assert not any(".read." in f".{n}" for n in names)  # no projections of its own
+    names = {n for n, _ in net.occupancy.named_parameters()}
+    assert not any(".read." in f".{n}" or n == "place" for n in names)  # no projections or places of its own, which would never learn
 
 
 def test_queries_unfold_to_the_latents_cells():
@@ -855,6 +855,24 @@ def test_baselines_leave_out_unknown_waypoints():
         O.Baselines([future_of(np.zeros((6, 2)), mask=0)])
 
 
+def test_standing_on_is_neither_turning_nor_braking():
+    stand, brake = np.zeros((6, 2)), np.array([[0, 2], [0, 3], [0, 3.5], [0, 3.6], [0, 3.7], [0, 3.7]])
+    for path, action, counted in ((stand, ("stop", "straight"), 0), (brake, ("stop", "straight"), 1), (brake, ("keep", "straight"), 0),
+                                  (brake, ("decelerate", "straight"), 1), (brake, ("keep", "left"), 1)):  # fmt: skip
+        scores = O.Scores(["none"])
+        scores.add_plans({"none": path}, (path, np.ones(6, bool), {"vad": (np.zeros((6, 200, 200), bool),) * 2}), action, "s")
+        assert scores.plans["none"].samples == 1 and scores.hard["none"].samples == counted
+
+
+def test_official_files_may_count_in_numbers(drives):
+    """NuScenes-QA's loader turns every answer into text; so do we."""
+    net = network()
+    dataset = O.open_split(drives[0], None, None, net.cfg.square, drives[1][3])
+    dataset.questions = lambda i: [{"question": "How many cars are there?", "answer": 3}]
+    block = O.Keyframes(dataset, None, net.cfg, net.text, net.tokens, 2).questions(0, np.random.default_rng(0))[0]
+    assert net.text.read(block.answer) == "3" and "1 questions" not in O.check_questions(dataset)
+
+
 def test_best_constant_of_each_type():
     rows = [{"template_type": t, "answer": a} for t, a in (("exist", "no"), ("exist", "yes"), ("exist", "yes"), ("count", 3), ("count", "0"))]
     assert O.best_constants(rows) == {"exist": "yes", "count": "0"}
@@ -980,7 +998,7 @@ def test_one_keyframe_is_overfitted(drives):
     assert all(rows[-1][k] < 0.35 * rows[0][k] for k in rows[0]), (rows[0], rows[-1])
     said = O.drive(net.eval(), item["images"], (), None, CPU, "off")
     future = dataset.future(0)
-    assert said.thought == O.thought(dataset.boxes(0), O.meta_action(future.trajectory, future.mask, cfg), cfg)[: len(said.thought)]
+    assert said.thought and said.thought == O.thought(dataset.boxes(0), O.meta_action(future.trajectory, future.mask, cfg), cfg)[: len(said.thought)]
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -994,7 +1012,7 @@ def test_train_runs_its_four_stages(trained):
         last = lines_of(trained / stage)[-1]
         assert names <= set(last) and last["step"] == 3 and math.isfinite(last["loss"])
         assert list((trained / stage).glob("**/*.safetensors")) and not list((trained / stage).glob("**/*.pt"))
-    assert sorted(p.name for p in (trained / "0_host").iterdir())[0] and (trained / "0_host" / "config.json").is_file()
+    assert (trained / "0_host" / "config.json").is_file()
     assert not list((trained / "0_host").glob("*.safetensors"))  # the weights are the checkpoints'
 
 
@@ -1240,7 +1258,7 @@ def torchrun(out: Path, *words) -> None:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_equal_one_with_the_doubled_batch(parallel, drives, trained, tmp_path):
-    words = [*drives[1], *SMALL, "--steps", "2", "--tokenizer", trained, "--optimizer", "adamw", "--lr-vlm", "1e-3", "--lr-new", "1e-3"]
+    words = [*drives[1], *SMALL, "--steps", "4", "--tokenizer", trained, "--optimizer", "adamw", "--lr-vlm", "1e-3", "--lr-new", "1e-3"]
     torchrun(tmp_path / "two", *words, "--stage-batch", "1", "1", "1", "2", "--parallel", parallel)
     run("train", *words, "--out", tmp_path / "one", "--stage-batch", "2", "2", "2", "4")
     for stage in O.STAGES[1:]:
@@ -1263,7 +1281,7 @@ def saved_vlm(tmp_path_factory) -> Path:
 
 def test_a_saved_paligemma_goes_through_the_whole_path(saved_vlm, drives, tmp_path, capsys):
     """--vlm PATH: from_pretrained with its processor, a step of each stage, safetensors, resume, eval's generate, ask."""
-    words = [*SMALL, "--vlm", saved_vlm, "--prefix", "image+prompt", "--amp", "bf16"]
+    words = [*SMALL, "--vlm", saved_vlm, "--prefix", "image+prompt", "--amp", "bf16", "--checkpointing", "--no-plan-cache"]  # as the paper's preset
     net = O.build(replace(TINY, vlm=str(saved_vlm)))
     torch.manual_seed(5)
     assert all(torch.equal(a, b) for a, b in zip(net.vlm.state_dict().values(), O.tiny_host(TINY).vlm.state_dict().values(), strict=True))
@@ -1350,7 +1368,7 @@ def test_a_missing_view(drives, trained, tmp_path, capsys):
     for path in (root / "samples" / "CAM_BACK").glob("*.jpg"):
         path.unlink()
     line = fails(capsys, "train", *flags, "--out", tmp_path / "x", "--tokenizer", trained, "--steps", "1", *SMALL)
-    assert "CAM_BACK" in line and "not found" in line or "no such file" in line.lower()
+    assert "CAM_BACK" in line and ("not found" in line or "no such file" in line.lower())
     files = image_files(drives[0])
     assert "5 files, expected 6 (CAM_FRONT" in fails(capsys, "ask", "--ckpt", trained, "--images", *files[:5], "--question", "What?")
     assert "needs --images" in fails(capsys, "ask", "--ckpt", trained, "--question", "What?")
@@ -1373,6 +1391,8 @@ def test_a_tokenizer_checkpoint_of_another_grid(drives, trained, tmp_path, capsy
     (["--queries", "7"], "must divide the latent's 25 cells"), (["--stage-batch", "1", "1"], "four values, one a stage, got 2"),
     (["--attention", "two-way", "--checkpointing"], "--no-checkpointing"), (["--kv-mode", "shared", "--checkpointing"], "cache"),
     (["--parallel", "fsdp"], "--optimizer adamw or --parallel ddp"), (["--stage3-train", "planner", "language"], "--no-plan-cache"),
+    (["--stage1-train", "planner"], "the planner has no loss in that stage"), (["--stage3-train", "occupancy"], "the occupancy has no loss"),
+    (["--occ-every", "9"], "the language model has"), (["--vq-mult", "1", "1", "1", "1"], "do not divide"), (["--occ-heads", "3"], "must divide --occ-dim"),
 ])  # fmt: skip
 def test_contradicting_flags(words, message, drives, tmp_path, capsys):
     assert message in fails(capsys, "train", *drives[1], "--out", tmp_path / "x", *SMALL, *words)
