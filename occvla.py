@@ -120,7 +120,7 @@ from common.losses import lovasz_softmax
 from common.metrics import OccupancyMeter, PlanningMeter, box_corners, protocol_line, qa_scores
 from common.nuscenes import CAMERAS, FREE, Boxes, Future, NuScenesOccupancy, find_root, find_version, open_split
 from common.train import (DataOrder, Log, Muon, Run, autocast, barrier, begin, load_checkpoint, param_groups, peak_gb, prefetch,
-                          reset_peak, save_checkpoint, schedule, seed_everything, set_apart, set_lr, settings, setup, teardown, wrap,
+                          reset_peak, save_checkpoint, schedule, seed_everything, set_apart, set_lr, settings, setup, stage_state, teardown, wrap,
                           write_result)  # fmt: skip
 from data.questions import ANSWERS, DIRECTIONS, PHRASES, STATUS, TYPES, WORDINGS, words
 from data.tinyvlm import NAMES, make_tinyvlm
@@ -2158,15 +2158,6 @@ def evaluate(cfg: Config, args: Any, brief: bool = False, host: Path | None = No
     print(f"training {cost['train_s']:.0f} s for {cost['steps']} steps in all stages; evaluation and pictures {time.time() - begun:.0f} s")
     for path in [out / "result.json", *paths]:
         print(f"  {path}")
-
-
-def stage_state(folder: Path) -> dict[str, Any]:
-    """step, train_s and peak_gb of a stage's checkpoint; nothing where the stage was not run here."""
-    if not (folder / "latest.json").is_file():
-        return {}
-    latest = read_json(folder / "latest.json")
-    saved = read_json(folder / latest["folder"] / "train_state.json")
-    return saved["state"] | {"step": saved["step"]}
 
 
 @torch.no_grad()

@@ -81,7 +81,8 @@ DEVIATIONS
     * tiny puts the 3D tokens before the prefix (--tokens-at): behind it they move the actions 16 or 46 places away from
       all they have learned to look at. Flow-matching loss of the frozen base with 16 random tokens, 64 observations: 0.21
       without, 0.23 before, 0.44 behind.
-    * pi05: transformers' PI0 keeps a slot before the actions (pi0's state token); ours puts a learned token there.
+    * pi05: transformers' PI0 keeps a slot before the actions (pi0's state token); ours puts a learned token there. A
+      branch is gated by 1 + gate (openpi: gate), so that loaded pi0 weights begin as a plain residual block.
     * xvla: LIBERO's 7 numbers instead of ee6d's 20, one embodiment's soft prompts, a plain ViT instead of Florence-2.
     * tiny learns by Muon (common.train), as the other methods' tiny presets do; base and paper by AdamW (--optimizer).
     * pseudo ground truth: the simulator's masks without identities, or GroundingDINO + SAM (--pseudo foundation); the
@@ -130,10 +131,10 @@ from common.geometry import farthest_point_sample, invert, pixel_centers, rope_3
 from common.kernels.ms_deform_attn import ms_deform_attn
 from common.losses import (cxcywh_to_xyxy, dice_loss, focal_cost, generalized_box_iou, mask_cross_entropy,
                            sigmoid_focal_loss)  # fmt: skip
-from common.robot import (ENVIRONMENTS, REPLAN, Environment, Observation, check_observation, make_environment, pi0_flow,
+from common.robot import (REPLAN, Environment, Observation, check_observation, make_environment, pi0_flow,
                           pi0_time_embedding, pi0_time_quantile)  # fmt: skip
 from common.train import (DataOrder, Log, Muon, Run, autocast, barrier, begin, load_checkpoint, param_groups, peak_gb,
-                          prefetch, reset_peak, save_checkpoint, schedule, seed_everything, set_lr, settings, setup,
+                          prefetch, reset_peak, save_checkpoint, schedule, seed_everything, set_lr, settings, setup, stage_state,
                           teardown, wrap, write_result)  # fmt: skip
 
 # --- 1  Configuration ------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ class Config:
     expert_mlp: int = 4096  # Gemma 300M
     heads: int = 8  # Gemma
     head_dim: int = 256  # Gemma
-    vocabulary: int = 257152  # PaliGemma's; tiny hashes words
+    vocabulary: int = 257152  # PaliGemma's; tiny hashes words (at 1226 no two of the world's collide)
     text_tokens: int = 48  # openpi pi0
     state_dim: int = 32  # padded; openpi
     action_dim: int = 32  # padded; openpi
@@ -253,22 +254,26 @@ class Config:
     eval_batch: int = 22  # episodes at once (tabletop)
     depth_noise: float = 0.0  # relative standard deviation of depth at evaluation
     extrinsics: Literal["true", "nominal"] = "true"  # camera poses at evaluation: perturbed, or training's
-    workers: int = 1  # loader threads
     pictures: int = 4  # episodes drawn as GIFs
 
     @property
     def real_actions(self) -> int:
-        """Channels that mean something: LIBERO's seven, RoboTwin's fourteen."""
-        return 14 if self.env == "robotwin" else 7
+        """Channels that mean something: LIBERO's."""
+        return 7
 
     @property
     def comp_tokens(self) -> int:
         return self.occluded * self.comp_queries
 
+    @property
+    def mask_cells(self) -> int:
+        """Cells per side of the mask map: patches of 14 px count as 16."""
+        return self.image_size // self.patch * 16 // self.mask_stride
+
 
 TINY = Config(  # two CPU cores
     image_size=128, patch=16, stem="conv", vision_width=128, vision_layers=2, vision_heads=4, vision_mlp=256,
-    lm_width=128, lm_layers=3, lm_mlp=256, expert_width=128, expert_mlp=256, heads=4, head_dim=32, vocabulary=1024,
+    lm_width=128, lm_layers=3, lm_mlp=256, expert_width=128, expert_mlp=256, heads=4, head_dim=32, vocabulary=1226,
     text_tokens=20, state_dim=8, action_dim=7, chunk=10, min_period=0.25, flow_draws=4, soft_prompts=8,
     width=96, width_heads=4, tokens_at="front", fusion_layers=2, rope_scale=20.0, probes=40, decoder_layers=2,
     mask_width=48, sample_heads=4, completion="mirror", comp_points=128, predictor_layers=2, context_layers=1,
@@ -330,7 +335,7 @@ def observe(observations: list[Observation], cfg: Config, device: torch.device |
         if (H, W) != (size, size):
             images = np.stack([cv2.resize(i, (size, size), interpolation=cv2.INTER_AREA if H > size
                                           else cv2.INTER_LINEAR) for i in images])
-            depth = np.stack([cv2.resize(d, (size, size), interpolation=cv2.INTER_NEAREST) for d in depth])
+            depth = np.stack([cv2.resize(d, (size, size), interpolation=cv2.INTER_NEAREST_EXACT) for d in depth])
         fields["images"].append(torch.from_numpy(np.ascontiguousarray(images)))
         fields["depth"].append(torch.from_numpy(np.ascontiguousarray(depth)))
         fields["K"].append(scale_intrinsics(torch.from_numpy(o.K).float(), size / W, size / H))
@@ -344,19 +349,19 @@ def observe(observations: list[Observation], cfg: Config, device: torch.device |
 def tokenize(texts: list[str], cfg: Config, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sentences -> ids (B, L) and mask (B, L). Without a real tokenizer: the hash of each word; 0 is padding.
 
-    state (B, S) normalised (pi0.5): each number in one of 256 bins over [-2, 2], as the vocabulary's last 256 words.
+    state (B, S) normalised (pi0.5): each number in one of 256 bins over [-2, 2], as the vocabulary's last 256 words,
+    behind at most text_tokens of the sentence (L is S more then).
     """
-    rows = []
+    rows, room = [], cfg.text_tokens + (state.shape[1] if state is not None and not cfg.vlm else 0)
     for b, text in enumerate(texts):
         if cfg.vlm:
             words = _tokenizer(cfg.vlm)(_prompt(text, None if state is None else state[b]))["input_ids"]
         else:
             words = [2 + zlib.crc32(w.encode()) % (cfg.vocabulary - 258) for w in text.lower().split()]
             if state is not None:
-                words = words[: cfg.text_tokens - state.shape[1]]
-                words += (cfg.vocabulary - 256 + _bins(state[b])).tolist()
-        rows.append(words[: cfg.text_tokens])
-    ids, mask = torch.zeros(2, len(rows), cfg.text_tokens, dtype=torch.long)
+                words = words[: cfg.text_tokens] + (cfg.vocabulary - 256 + _bins(state[b])).tolist()
+        rows.append(words[:room])
+    ids, mask = torch.zeros(2, len(rows), room, dtype=torch.long)
     for b, words in enumerate(rows):
         ids[b, : len(words)], mask[b, : len(words)] = torch.tensor(words), 1
     return ids, mask
@@ -379,7 +384,11 @@ def _tokenizer(name: str) -> Callable:
     if name not in _TOKENIZERS:
         from transformers import AutoTokenizer
 
-        _TOKENIZERS[name] = AutoTokenizer.from_pretrained(name)
+        try:
+            _TOKENIZERS[name] = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+            raise InputError(f"--vlm {name}: no tokenizer there ({reason}); save PaliGemma's into the same folder") from error
     return _TOKENIZERS[name]
 
 
@@ -387,7 +396,7 @@ def _tokenizer(name: str) -> Callable:
 
 
 class Prefix(NamedTuple):
-    """What a policy's action expert attends to: its own tokens, then whatever `plug` appends."""
+    """What a policy's action expert attends to: its own tokens, and whatever `plug` adds behind or before them."""
 
     tokens: Tensor  # (B, L, C)
     mask: Tensor  # (B, L) long, 0 = padding
@@ -471,6 +480,11 @@ class Pi0(nn.Module):
         self.cfg = cfg
         if cfg.vlm and not torch.empty(0).is_meta:
             self.net = _pretrained(PI0ForConditionalGeneration, cfg.vlm)
+            sizes, vision = self.net.config, self.net.config.vlm_config.vision_config
+            theirs = {"chunk": sizes.chunk_size, "image_size": vision.image_size, "patch": vision.patch_size}
+            if differ := {k: v for k, v in theirs.items() if getattr(cfg, k) != v}:
+                flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in differ.items())
+                raise InputError(f"--vlm {cfg.vlm}: its weights are made for other sizes; add {flags}")
         else:
             self.net = PI0ForConditionalGeneration(PI0Config(**pi0_settings(cfg)))
         c = self.net.config
@@ -505,7 +519,8 @@ class Pi0(nn.Module):
         mask = torch.cat([known.new_ones(B, slots), known], 1)
         tokens = self.net.model.embed_prefix(ids, batch.images * 2 - 1, mask.new_ones(B, V, dtype=torch.bool))
         maps = tokens[:, :slots].unflatten(1, (V, self.grid, self.grid)).permute(0, 1, 4, 2, 3)  # (B, V, C, h, w)
-        return with_found(Prefix(tokens, mask, maps), self.finder, batch.images, words, known)
+        said = slice(self.cfg.text_tokens)  # pi0.5's state, which is not said in words, follows
+        return with_found(Prefix(tokens, mask, maps), self.finder, batch.images, words[:, said], known[:, said])
 
     def loss(self, prefix: Prefix, state: Tensor, actions: Tensor, draws: Draws) -> Tensor:
         """Flow matching, error (B k, A, D): the expert says noise - actions at x_t, for k draws an observation.
@@ -575,6 +590,8 @@ class TimeNorm(nn.Module):
         super().__init__()
         self.eps, self.time, self.modulate = norm.eps, time, nn.Linear(width, 3 * width)
         nn.init.zeros_(self.modulate.weight), nn.init.zeros_(self.modulate.bias)
+        with torch.no_grad():  # Gemma's norms scale by 1 + weight
+            self.modulate.bias[:width].copy_(norm.weight)
         self.gate: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -618,6 +635,7 @@ def use_adarms(net: nn.Module, width: int) -> None:
         layer.post_attention_layernorm = TimeNorm(layer.post_attention_layernorm, width, time)
         layer.self_attn.o_proj = Gated(layer.self_attn.o_proj, layer.input_layernorm)
         layer.mlp = Gated(layer.mlp, layer.post_attention_layernorm)
+    net.model.dit.norm = TimeNorm(net.model.dit.norm, width, time)
 
 
 class XVLA(nn.Module):
@@ -1160,8 +1178,7 @@ def pseudo_targets(masks: list[list[np.ndarray]], depth: np.ndarray, K: np.ndarr
                               torch.from_numpy(T_base_cam[v]).double())
             share = box / [W, H, W, H]
             cxcywh = np.concatenate([(share[:2] + share[2:]) / 2, share[2:] - share[:2]])
-            small = cv2.resize(mask.astype(np.float32), (W // cfg.mask_stride, H // cfg.mask_stride),
-                               interpolation=cv2.INTER_AREA)
+            small = cv2.resize(mask.astype(np.float32), (cfg.mask_cells, cfg.mask_cells), interpolation=cv2.INTER_AREA)
             found.append((point.numpy(), cxcywh, small))
         if objects and found:
             centers = np.stack([np.mean([x[0] for x in o.values()], axis=0) for o in objects])
@@ -1174,7 +1191,7 @@ def pseudo_targets(masks: list[list[np.ndarray]], depth: np.ndarray, K: np.ndarr
         for r, c in joined.items():
             objects[c][v] = found[r]
     objects = sorted(objects, key=lambda o: -max(x[2].sum() for x in o.values()))[: cfg.max_targets]
-    n, h, w = len(objects), H // cfg.mask_stride, W // cfg.mask_stride
+    n, h, w = len(objects), cfg.mask_cells, cfg.mask_cells
     f32 = np.float32
     empty = np.zeros((n, 3), f32), np.full((n, V, 4), 0.5, f32), np.zeros((n, V, h, w), f32), np.zeros((n, V), bool)
     out = Pseudo(*empty)
@@ -1592,7 +1609,7 @@ class ThreeD(nn.Module):
         masks = (view_masks(embed, seen.mask_map) > 0).cpu().numpy()  # (B, V, T, h4, w4)
         order = probes.logit.gather(1, seen.index).argsort(1).cpu().numpy()  # least certain first
         h, w = masks.shape[-2:]
-        depth = F.interpolate(batch.depth, (h, w), mode="nearest")
+        depth = F.interpolate(batch.depth, (h, w), mode="nearest-exact")
         H, W = batch.depth.shape[-2:]
         points = cell_points(depth, batch.K, batch.T_base_cam, (H, W))
         points = torch.where(depth[..., None] > 0, points, torch.nan).cpu().numpy()
@@ -1720,7 +1737,7 @@ class Agent(nn.Module):
         return (state - self.state_mean) / self.state_std
 
     def prefix(self, batch: Batch, learn: bool = False) -> tuple[Prefix, Insight | None]:
-        """The policy's prefix, the plug-in's tokens behind it. learn: in stage 1 gradients reach the 3D modules."""
+        """The policy's prefix with the plug-in's tokens where --tokens-at says. learn: in stage 1 gradients reach the 3D modules."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 0):
             prefix = self.policy.encode(batch, self.pad_state(batch.state))
         if self.stage == 0:
@@ -1743,7 +1760,7 @@ class Agent(nn.Module):
         state, actions, valid = (x.repeat_interleave(k, 0) for x in (self.pad_state(batch.state), actions, batch.valid))
         error = self.policy.loss(prefix, state, actions, draws)[..., :real].mean(-1)  # (B k, A)
         terms = {"action": (error * valid).sum() / valid.sum()}
-        if self.stage == 0 and batch.ground is not None:
+        if self.stage == 0 and prefix.heat is not None and batch.ground is not None:
             weight = batch.ground.new_tensor(10.0)  # a thing covers few cells
             said = F.binary_cross_entropy_with_logits(prefix.heat, batch.ground, pos_weight=weight)
             terms["ground"] = self.cfg.w_ground * said
@@ -1813,7 +1830,7 @@ class Demos:
             masks = instance_masks(o.instances) if self.masks is None else self.masks(o.images, o.instruction)
             size = self.cfg.image_size
             if o.images.shape[1] != size:
-                masks = [[cv2.resize(m.astype(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST) > 0
+                masks = [[cv2.resize(m.astype(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST_EXACT) > 0
                           for m in view] for view in masks]
             b = observe([o], self.cfg)
             self.pseudo[i] = pseudo_targets(masks, b.depth[0].numpy(), b.K[0].numpy(), b.T_base_cam[0].numpy(),
@@ -1933,7 +1950,8 @@ def train_stage(stage: int, cfg: Config, data: Demos, out: Path, run: Run, args,
         inherit(agent, start_from)
     agent.to(run.device)
     agent.set_stage(stage)
-    complete_network(agent, data, cfg, out.parent, run, args.seed) if stage == 2 else None
+    if stage == 2:
+        complete_network(agent, data, cfg, out.parent, run, args.seed)
     model = wrap(agent, run, find_unused=True)
     peak = cfg.base_lr if stage == 0 else cfg.lr
     muon = cfg.optimizer == "muon"
@@ -2014,23 +2032,30 @@ def complete_network(agent: Agent, data: Demos, cfg: Config, folder: Path, run: 
                      steps: int = 400) -> None:
     """Trains the point completion network on the demonstrations' own clouds (labels: the simulator's masks, poses,
     shapes); kept beside the stages. Prints its error next to mirroring's. Nothing to do for mirror completion."""
-    from safetensors.torch import load_file, save_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save
 
     data.comp.clear()  # another agent's probes gave other masks
     if agent.three is None or not agent.three.predicts or agent.three.completer is None:
         return
     net, path = agent.three.completer, folder / "completion.safetensors"
     if path.is_file():
-        net.load_state_dict(load_file(path))
+        try:
+            net.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise InputError(f"{path}: not this completion network's weights ({str(error).splitlines()[0][:120]}); remove it") from error
         return
-    rng = np.random.default_rng([seed, 4])
+    rng, demo = np.random.default_rng([seed, 4]), np.array([e for e, _ in data.place])
+    learned, kept = (np.flatnonzero(demo % 10 != 0), np.flatnonzero(demo % 10 == 0))  # every tenth demonstration only measures
+    if not len(learned):
+        learned = kept
     net.requires_grad_(True)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
     held_out: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for step in tqdm(range(steps), "point completion", leave=False, disable=None):
         pairs = []
         while len(pairs) < 16:
-            pair = object_cloud(data, int(rng.integers(len(data))), rng, net.points)
+            pair = object_cloud(data, int(rng.choice(learned if step < steps - 2 else kept)), rng, net.points)
             if pair is not None:
                 pairs.append(pair)
         if step >= steps - 2:
@@ -2051,8 +2076,7 @@ def complete_network(agent: Agent, data: Demos, cfg: Config, folder: Path, run: 
     told = ", ".join(f"{name} {np.mean(values):.3f}" for name, values in errors.items())
     print(f"point completion, chamfer on held-out clouds [object radii]: {told}")
     if run.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(net.state_dict(), path)
+        write_bytes(path, save(net.state_dict()))
 
 
 def object_cloud(data: Demos, i: int, rng: np.random.Generator,
@@ -2078,18 +2102,15 @@ def object_cloud(data: Demos, i: int, rng: np.random.Generator,
     return (cloud - center) / scale, (full - center) / scale, (o.T_base_cam[v, :3, 3] - center) / scale
 
 
-def train(cfg: Config, data: Demos, out: Path, run: Run, args, base: Path | None = None,
-          first: Path | None = None) -> None:
-    """Stage 0 in <out>/stage0 (or `base`), then stage 1 (or `first`, another run's), then stage 2. A base policy alone
-    gets the same number of further expert updates, so that no arm has seen more."""
+def train(cfg: Config, data: Demos, out: Path, run: Run, args, base: Path | None = None) -> None:
+    """Stage 0 in <out>/stage0 (or `base`), then stages 1 and 2. A base policy alone gets the same number of further expert
+    updates, so that no arm has seen more."""
     bare = replace(cfg, variant="base")
     if base is None:
         base = out / "stage0"
         train_stage(0, bare, data, base, run, args, None)
-    if first is None:
-        first = out / "stage1"
-        train_stage(1, replace(cfg, variant="A") if cfg.variant in "ABC" else cfg, data, first, run, args, base)
-    train_stage(2, cfg, data, out / "stage2", run, args, first)
+    train_stage(1, replace(cfg, variant="A") if cfg.variant in "ABC" else cfg, data, out / "stage1", run, args, base)
+    train_stage(2, cfg, data, out / "stage2", run, args, out / "stage1")
 
 
 def base_folder(path: Path) -> Path:
@@ -2237,8 +2258,9 @@ def summarise(episodes: list[Episode]) -> dict[str, float]:
         from common.metrics import libero_plus_average  # here: it comes with the nuScenes metrics
 
         out["success_weighted"] = libero_plus_average({kind: 100 * out[f"success_{kind}"] for kind in kinds}) / 100
-    out |= {f"success_{name}": rate([e for e in episodes if low <= e.share < high]) for name,
-            (low, high) in SHARES.items()}
+    for name, (low, high) in SHARES.items():
+        seen = [e for e in episodes if low <= e.share < high]
+        out |= {f"success_{name}": rate(seen), f"episodes_{name}": float(len(seen))}
     return out | {"aborted": float(np.mean([bool(e.aborted) for e in episodes]))}
 
 
@@ -2246,9 +2268,11 @@ def save_episodes(path: Path, episodes: list[Episode]) -> None:
     """by_scene.npz for common.ablation: one row an episode of the pooled success."""
     pooled = [e for e in episodes if e.category not in ("", "hard")] or episodes
     pooled = sorted(pooled, key=lambda e: (e.task, e.seed))
+    cells = {f"ratio_success_{kind}": np.array([[[e.success, 1] if e.category == kind else [0, 0]] for e in pooled], np.float64)
+             for kind in sorted({e.category for e in pooled} - {"", "hard"})}  # (S, 1, 2), as common.ablation reads ratios
     write_npz(path, groups=np.array([f"{e.task}#{e.seed}".encode() for e in pooled]),
               success=np.array([int(e.success) for e in pooled], np.int64),
-              trials=np.ones(len(pooled), np.int64))  # fmt: skip
+              trials=np.ones(len(pooled), np.int64), **cells)  # fmt: skip
 
 
 def unseen_frames(cfg: Config, count: int) -> list[Observation]:
@@ -2318,11 +2342,14 @@ def token_shift(agent: Agent, frames: list[Observation], cfg: Config, device: to
 
 def evaluate(cfg: Config, args, brief: bool = False) -> None:
     """The verb eval: episodes, controls, result.json, by_scene.npz, GIFs. brief: an arm of a claim, episodes only."""
-    run, out = setup(args.device), cli.last_stage(args.ckpt)
+    run, out = setup(args.device), cli.last_stage(args.ckpt).resolve()  # an environment may change the folder
     env = make_environment(cfg.env, args.data_root if cfg.env != "tabletop" else None,
                            cfg.image_size if cfg.env == "tabletop" else None)
+    if (env.action_dim, len(env.cameras)) != (cfg.real_actions, cfg.views):
+        raise InputError(f"--env {cfg.env}: {len(env.cameras)} cameras and {env.action_dim} numbers an action; this policy has {cfg.views} and "
+                         f"{cfg.real_actions}. Its adapter is for policies of your own: common.robot.make_environment")
     agent = Agent(cfg)
-    state = load_checkpoint(out, agent)
+    load_checkpoint(out, agent)
     agent.to(run.device).eval()
     agent.stage = 2
     many = cfg.eval_batch if cfg.env == "tabletop" else 1
@@ -2350,8 +2377,11 @@ def evaluate(cfg: Config, args, brief: bool = False) -> None:
                 "perturbations": "none in training or checkpoint choice; language: held-out paraphrases",
                 "depth": f"simulator, noise {cfg.depth_noise:g}",
                 "extrinsics": cfg.extrinsics, "variant": f"{cfg.policy} {cfg.variant}"}  # fmt: skip
-    cost = {"params": sum(p.numel() for p in agent.parameters()), "steps": sum(stage_steps(cfg, k) for k in (1, 2)),
-            "train_s": state["train_s"], "peak_gb": state["peak_gb"]}
+    source = args.run["data"]  # the base policy's own training, which arms share, is not counted
+    stages = [stage_state(out)] + ([stage_state(Path(source["from"]))] if source["stage"] == 2 else [])
+    stages = [part for part in stages if part]  # a run whose first stage was moved away counts its last alone
+    cost = {"params": sum(p.numel() for p in agent.parameters()), "steps": sum(part["step"] for part in stages),
+            "train_s": sum(part["train_s"] for part in stages), "peak_gb": max(part["peak_gb"] for part in stages)}
     rows = {f"{e.task}#{e.seed}": {"success": e.success, "aborted": e.aborted,
                                    "share": None if math.isnan(e.share) else round(e.share, 3)}
                                    for e in episodes}  # fmt: skip
@@ -2470,12 +2500,14 @@ def gifs(plan: Policy, env: Environment, listed: list[tuple[str, int]], cfg: Con
 # --- 8  Claims -------------------------------------------------------------------------------------------------------
 
 ABLATION = dict(stage1_steps=200, stage2_steps=200, clean=0, pictures=0)
+PERTURBED = ("background", "camera", "language", "layout", "light", "noise", "robot")
 LADDER = {name: {"variant": name} for name in ("base", "control", "A", "B", "C")}
 CLAIMS = {
     "main": Claim(
         "main", "objects, completion and routing each add to a pi0-like policy under perturbations never trained on: "
                 "base < A < B < C, C > generic tokens",
-        LADDER, (("A", "base"), ("B", "A"), ("C", "B"), ("C", "base"), ("C", "control")), metric="success",
+        LADDER, (("A", "base"), ("B", "A"), ("C", "B"), ("C", "base"), ("C", "control"),
+                 *(("C", "base", f"success_{kind}") for kind in PERTURBED)), metric="success",
         note="Every arm and seed starts from one base policy and has the same number of expert updates, data order, "
              "noise and episodes; the control has as many tokens and the same depth.",
     ),
@@ -2515,6 +2547,8 @@ LATER = ("mask_ratio", "teacher", "ema", "target_ln", "var_target", "keep_comp",
          "predictor_layers", "context_layers", "completion", "w_ssl", "w_recon", "w_cos",
          "w_var")  # fmt: skip  what stage 1 does not see
 
+JUDGED = ("episodes", "clean", "eval_seed", "eval_batch", "depth_noise", "extrinsics", "env", "pictures", "replan")  # evaluation's alone
+
 
 def ablate(cfg: Config, args) -> None:
     """Re-tests one claim. The base policy (one for all seeds) and stage 1 are shared by the arms that have them in
@@ -2533,16 +2567,17 @@ def ablate(cfg: Config, args) -> None:
         own = replace(cfg, **overrides)
         run = setup(args.device)
         if "demos" not in data:
-            data["demos"] = Demos(root, own)
+            data["demos"] = Demos(root, own, FoundationMasks(own, run.device) if own.pseudo == "foundation" else None)
         data["demos"].cfg = own
         quiet = SimpleNamespace(**vars(args) | {"seed": seed, "resume": False, "preset": args.preset})
-        bare = replace(cfg, policy=own.policy, variant="base")
+        preset = PRESETS[args.preset]  # a stage's settings are the preset's but for what it depends on: arms and flags share it
+        bare = replace(preset, **{k: getattr(cfg, k) for k in BASE_FIELDS} | {"policy": own.policy, "variant": "base"})
         base = pool / f"base-{own.policy}-{short_hash({k: getattr(bare, k) for k in BASE_FIELDS})}"
         train_stage(0, bare, data["demos"], base, run, SimpleNamespace(**vars(quiet) | {"seed": 0}), None)
         stage1 = replace(own, variant="A") if own.variant in "ABC" else own
-        kept = {k: v for k, v in asdict(stage1).items() if k not in LATER or (k == "variant" and v not in "ABC")}
+        kept = {k: v for k, v in asdict(stage1).items() if k not in (*LATER, *JUDGED) or (k == "variant" and v not in "ABC")}
         first = pool / f"stage1-{own.policy}-{short_hash(kept)}" / f"seed{seed}"
-        shared = replace(stage1, **{k: getattr(cfg, k) for k in LATER if k != "variant"})
+        shared = replace(preset, **{k: getattr(stage1, k) for k in asdict(stage1) if k not in (*LATER, *JUDGED)}, variant=stage1.variant)
         train_stage(1, shared, data["demos"], first, run, quiet, base)
         last = pool / f"{own.policy}-{own.variant}-{short_hash(asdict(own))}" / f"seed{seed}" / "stage2"
         train_stage(2, own, data["demos"], last, run, quiet, first)
@@ -2559,7 +2594,7 @@ def ablate(cfg: Config, args) -> None:
 
 
 BASE_FIELDS = (  # what a base policy depends on
-    "policy", "vlm", "image_size", "views", "patch", "stem", "vision_width", "vision_layers", "vision_heads",
+    "policy", "vlm", "instance_tokens", "occluded", "comp_queries", "image_size", "views", "patch", "stem", "vision_width", "vision_layers", "vision_heads",
     "vision_mlp", "lm_width", "lm_layers", "lm_mlp", "expert_width", "expert_mlp", "heads", "head_dim", "vocabulary",
     "text_tokens", "state_dim", "action_dim", "chunk", "soft_prompts", "batch", "optimizer", "base_steps", "base_lr",
     "w_ground", "flow_draws", "min_period", "warmup", "lr_floor", "weight_decay", "grad_clip", "amp", "demos",
@@ -2608,6 +2643,12 @@ def describe_agent(cfg: Config) -> dict[str, float]:
         with FlopCounterMode(display=False) as counter:
             agent.act(batch, noise)
         params = sum(p.numel() for p in agent.parameters())
+        idle = {n: sum(p.numel() for p in (getattr(agent.three, n, None) or nn.Identity()).parameters()) for n in ("teacher", "completer")}
+        flops, used = counter.get_total_flops(), params - idle["teacher"]  # the teacher is training's
+        if idle["completer"]:
+            with torch.device("meta"), FlopCounterMode(display=False) as counter:
+                agent.three.completer(torch.empty(cfg.occluded, cfg.comp_points, 3))
+            flops += counter.get_total_flops()
         print(f"{cfg.policy} {variant}: {cfg.views} x {cfg.image_size} px -> {cfg.views * agent.policy.grid**2} image "
               f"tokens, {cfg.text_tokens} text tokens"
               + (f", {cfg.instance_tokens} object + {cfg.comp_tokens} completion tokens" if variant == "C" else ""))
@@ -2616,8 +2657,7 @@ def describe_agent(cfg: Config) -> dict[str, float]:
             parts += [(name, part), *((f"  {n}", p) for n, p in part.named_children() if part is agent.three)]
         for name, module in parts:
             print(f"  {name:28}{sum(p.numel() for p in module.parameters()) / 1e6:12.3f} M")
-        out |= {f"params_{variant}": params, f"gflop_{variant}": counter.get_total_flops() / 1e9,
-                f"gb_{variant}": 2 * params / 1e9}  # fmt: skip
+        out |= {f"params_{variant}": params, f"gflop_{variant}": flops / 1e9, f"gb_{variant}": 2 * used / 1e9}
         print(f"  {'all':28}{params / 1e6:12.3f} M; one plan {out[f'gflop_{variant}']:.1f} GFLOP, weights "
               f"{out[f'gb_{variant}']:.3f} GB in bf16")
         if params < 1e8:
@@ -2626,9 +2666,11 @@ def describe_agent(cfg: Config) -> dict[str, float]:
             print(f"  {'one plan on this CPU':28}{out[f'ms_{variant}']:12.1f} ms, peak memory "
                   f"{peak_gb(torch.device('cpu')):.2f} GB")  # fmt: skip
         if agent.three is not None:
-            idle = sum(p.numel() for n in ("teacher", "completer")
-                       for p in (getattr(agent.three, n, None) or nn.Identity()).parameters())
-            out["added"] = float(sum(p.numel() for p in agent.three.parameters()) - idle)
+            out["added"] = float(sum(p.numel() for p in agent.three.parameters()) - sum(idle.values()))
+            if agent.three.predicts:
+                out["completion_ms"] = completion_latency(cfg)
+                print(f"  {'clustering and completion':28}{out['completion_ms']:12.1f} ms of it on this CPU, {cfg.occluded} objects, "
+                      f"{cfg.mask_cells} x {cfg.mask_cells} masks, {cfg.completion}")
     if "added" in out:
         print("overhead of one plan: " + ", ".join(
             f"{out[f'{unit}_{cfg.variant}'] - out[f'{unit}_base']:+.3f} {word} "
@@ -2645,13 +2687,40 @@ def plan_latency(cfg: Config, repeats: int = 5) -> float:
     env = make_environment("tabletop", size=cfg.image_size)
     agent = Agent(replace(cfg, token_threshold=0.0)).eval()
     agent.stage = 2
-    if agent.three is not None:  # random masks would be noise: every probe's mask is a disc where it looks
-        agent.three.instances.heads.mask[-1].bias.data.fill_(0.02)
+    if agent.three is not None and agent.three.predicts:
+        agent.three.complete = lambda seen, batch: disc_completion(cfg, batch)  # random probes have no masks
     batch, noise = observe([env.reset(env.tasks[0], 0)], cfg), torch.zeros(1, cfg.chunk, cfg.action_dim)
     times = []
     for _ in range(repeats):
         begun = time.perf_counter()
         agent.act(batch, noise)
+        times.append(1000 * (time.perf_counter() - begun))
+    return float(np.median(times))
+
+
+def disc_completion(cfg: Config, batch: Batch, complete: Callable = mirror_completion) -> tuple[Tensor, Tensor]:
+    """Completion coordinates of the first observation, as a trained network's masks would ask for them: every object token
+    has a disc of a tenth of the picture in each view."""
+    c, V = cfg.mask_cells, cfg.views
+    row, column = np.mgrid[:c, :c]
+    place = np.random.default_rng(0).uniform(0.2 * c, 0.8 * c, (V, cfg.instance_tokens, 2))
+    masks = np.hypot(row - place[..., 0, None, None], column - place[..., 1, None, None]) < 0.05 * c  # (V, T, c, c)
+    depth = F.interpolate(batch.depth[:1], (c, c), mode="nearest-exact")
+    points = cell_points(depth, batch.K[:1], batch.T_base_cam[:1], batch.depth.shape[-2:])[0].numpy()
+    known, order = np.ones(cfg.instance_tokens, bool), np.arange(cfg.instance_tokens)
+    comp, there = completion_points(masks, known, order, points, batch.T_base_cam[0, :, :3, 3].numpy(), cfg, complete)
+    return torch.from_numpy(comp)[None].to(batch.depth), torch.from_numpy(there)[None]
+
+
+def completion_latency(cfg: Config, repeats: int = 3) -> float:
+    """Median milliseconds of clustering and completing the objects of one tabletop observation at the preset's sizes."""
+    env = make_environment("tabletop", size=cfg.image_size)
+    batch = observe([env.reset(env.tasks[0], 0)], cfg)
+    complete = PointCompletion(cfg.comp_points).eval().complete if cfg.completion == "pointattn" else mirror_completion
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        disc_completion(cfg, batch, complete)
         times.append(1000 * (time.perf_counter() - begun))
     return float(np.median(times))
 
@@ -2667,6 +2736,8 @@ def main() -> None:
         world(cfg, args.out, args.seed)
     elif args.verb == "train":
         run = setup(args.device)
+        if cfg.env == "robotwin":
+            raise InputError("--env robotwin: an environment to evaluate policies of your own in; the demonstrations here are the tabletop's")
         if args.steps:
             cfg = replace(cfg, base_steps=args.steps, stage1_steps=args.steps, stage2_steps=args.steps)
         if run.is_main and not args.data_root:

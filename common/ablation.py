@@ -389,7 +389,7 @@ REAL = ("nuScenes", "Occ3D-nuScenes", "SemanticKITTI", "NuScenes-QA", "LIBERO", 
 # Columns in this order where any run of the table has them; everything else stays in result.json.
 COLUMNS = (
     "miou_camera", "constant_miou_camera", "shuffled_miou_camera", "miou_lidar", "miou_both", "miou_none", "iou_camera",
-    "rayiou", "miou", "iou", "l2_avg", "col_avg", "qa_accuracy", "success", "blind_success", "auroc", "aupr", "fpr95",
+    "rayiou", "miou", "iou", "l2_avg", "col_avg", "qa_accuracy", "success", "random_success", "expert_success", "blind_success", "auroc", "aupr", "fpr95",
 )  # fmt: skip
 
 

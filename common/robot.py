@@ -764,7 +764,7 @@ class RoboTwin:
     cameras = ("head_camera", "left_camera", "right_camera")
 
     def __init__(self, data_root: Path | str | None = None):
-        self.root = Path(data_root) if data_root is not None else Path("RoboTwin")
+        self.root = Path(data_root if data_root is not None else "RoboTwin").resolve()  # reset changes the folder
         if not (self.root / "envs" / "_base_task.py").is_file():
             raise InputError(f"{self.root}: no RoboTwin 2.0 there (envs/_base_task.py): clone "
                              f"github.com/RoboTwin-Platform/RoboTwin, "

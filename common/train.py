@@ -161,6 +161,15 @@ def autocast(device: torch.device | str, amp: str) -> AbstractContextManager:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp == "bf16")
 
 
+def stage_state(folder: Path) -> dict[str, Any]:
+    """step, train_s and peak_gb of a stage's checkpoint; nothing where the stage was not run here."""
+    if not (folder / "latest.json").is_file():
+        return {}
+    latest = read_json(folder / "latest.json")
+    saved = read_json(folder / latest["folder"] / "train_state.json")
+    return saved["state"] | {"step": saved["step"]}
+
+
 def peak_gb(device: torch.device) -> float:
     """Peak memory since `reset_peak` [GB, 1e9 bytes]: the allocator's on CUDA, the process's resident set on a CPU."""
     if device.type == "cuda":

@@ -607,7 +607,7 @@ class Tabletop:
         if self.held is not None:
             self._move_held(site)
             return
-        for pad, before in zip(self.pads(site), self.pads()):
+        for pad in self.pads(site):
             for thing in self.things:
                 if thing.what in ("drawer", "cabinet") or thing.kind.inner is not None:
                     continue
@@ -922,7 +922,10 @@ class Tabletop:
         return np.array([*(self.site + [0, 0, self.height]), *axis_angle(self.hand), self.opening, -self.opening])
 
     def visible_share(self) -> float:
-        """Share of the target that the agent view sees now: 1 if nothing else stands before it."""
+        """Share of the target that the agent view sees now: 1 if nothing else stands before it. NaN for a drawer, which its
+        own cabinet hides."""
+        if self.target == "white drawer":
+            return float("nan")
         share = self.render(cameras=("agentview",))["share"][0]
         return float(share[[t.name for t in self.things].index(self.target)])
 
@@ -1283,12 +1286,17 @@ def _write_job(job: tuple[Path, str, int, int]) -> None:
     write_demo(*job)
 
 
+RESERVED = range(50_000, 60_000)  # episode seeds that no demonstration has: threedvla.py's --eval-seed
+
+
 def make_world(out: Path, seed: int = 0, demos: int = 30, tasks: tuple[str, ...] | None = None, size: int = 128,
                workers: int | None = None) -> None:
     """Writes what is missing of a set of demonstrations. Raises InputError if `out` holds another one."""
     tasks = tuple(tasks or TASKS)
     if unknown := [t for t in tasks if t not in TASKS]:
         raise InputError(f"--tasks {' '.join(unknown)}: one of {', '.join(TASKS)}")
+    if RESERVED.start <= 1000 * seed + demos and 1000 * seed < RESERVED.stop:
+        raise InputError(f"--seed {seed}: its episodes would be evaluation's ({RESERVED.start} to {RESERVED.stop - 1}); choose a smaller one")
     if demos < 1 or size < 32:
         raise InputError(f"--demos {demos}, --image {size}: at least 1 demonstration and 32 px")
     settings = {"name": "synthetic tabletop world", "version": 1, "seed": seed, "demos": demos, "tasks": list(tasks),

@@ -365,6 +365,8 @@ def test_make_world_writes_resumes_and_refuses(tmp_path):
         make_world(out, seed=4, demos=1, tasks=("lift_cube", "open_drawer"), size=64)
     with pytest.raises(InputError, match="not empty"):
         make_world(tmp_path, seed=0, demos=1)
+    with pytest.raises(InputError, match="--seed 50: its episodes would be evaluation's"):
+        make_world(tmp_path / "y", seed=50, demos=1)
     with pytest.raises(InputError, match="--tasks juggle"):
         make_world(tmp_path / "v", tasks=("juggle",))
 
