@@ -263,7 +263,7 @@ class Config:
 TINY = Config(  # two CPU cores
     vlm="tiny", tiny_layers=3, tiny_pretrain=1000, image_size=128, prefix="image", vq_stem=4, vq_ch=64, vq_mult=(1,), vq_blocks=1, vq_attention=0, z_dim=64,
     vq_revive=5, l_lov_tok=0.0, tok_weights="sqrt", occ_dim=128, occ_heads=4, queries=25, rig_bias=True, l_lov=0.0,
-    voxel_crop=25, questions=12, plan_dim=64, plan_layers=2, plan_heads=4, plan_cache=True, stage_steps=(200, 340, 300, 100),
+    voxel_crop=25, questions=12, plan_dim=64, plan_layers=2, plan_heads=4, plan_cache=True, stage_steps=(200, 310, 260, 100),
     stage_batch=(1, 1, 1, 16), optimizer="muon", lr_tok=1.5e-2, lr_vlm=3e-3, lr_vision=1e-3, lr_new=1e-2, lr_plan=2e-3, warmup=20, grad_clip=5.0,
     amp="off", eval_frames=60, eval_questions=10,
 )  # fmt: skip
