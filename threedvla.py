@@ -2649,9 +2649,9 @@ def describe_agent(cfg: Config) -> dict[str, float]:
         params = sum(p.numel() for p in agent.parameters())
         idle = {n: sum(p.numel() for p in (getattr(agent.three, n, None) or nn.Identity()).parameters()) for n in ("teacher", "completer")}
         flops, used = counter.get_total_flops(), params - idle["teacher"]  # the teacher is training's
-        if idle["completer"]:
-            with torch.device("meta"), FlopCounterMode(display=False) as counter:
-                agent.three.completer(torch.empty(cfg.occluded, cfg.comp_points, 3))
+        if idle["completer"]:  # really run: choosing farthest points needs values
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                PointCompletion(cfg.comp_points)(torch.rand(cfg.occluded, cfg.comp_points, 3))
             flops += counter.get_total_flops()
         print(f"{cfg.policy} {variant}: {cfg.views} x {cfg.image_size} px -> {cfg.views * agent.policy.grid**2} image "
               f"tokens, {cfg.text_tokens} text tokens"

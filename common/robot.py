@@ -272,6 +272,7 @@ class Environment(Protocol):
     tasks: tuple[str, ...]
     max_steps: int                  # control steps a policy has in the episode that was reset last
     action_dim: int
+    cameras: tuple[str, ...]        # V names
 
     def reset(self, task: str, seed: int) -> Observation:
         """Starts an episode; equal (task, seed) start equally. Raises InputError on an unknown task."""
@@ -360,9 +361,9 @@ class TabletopEnvironment:
     name, action_dim = "synthetic tabletop world", 7
 
     def __init__(self, size: int = 128):
-        from data.tabletop import GOAL_STEPS, TASKS, Tabletop
+        from data.tabletop import CAMERAS, GOAL_STEPS, TASKS, Tabletop
 
-        self.world, self.tasks, self.max_steps = Tabletop(size), tuple(TASKS), GOAL_STEPS
+        self.world, self.tasks, self.max_steps, self.cameras = Tabletop(size), tuple(TASKS), GOAL_STEPS, CAMERAS
 
     def reset(self, task: str, seed: int) -> Observation:
         """See Environment."""
