@@ -579,6 +579,8 @@ def pi0_settings(cfg: Config) -> dict:
 
 
 def _pretrained(kind: type, name: str) -> nn.Module:
+    with torch.device("cpu"):  # torch lists its constructors at the first such use, and transformers swaps one while it loads:
+        torch.empty(0)  # listed then, torch.linspace would ignore every `with torch.device` that follows
     try:
         return kind.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError) as error:
