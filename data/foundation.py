@@ -1,4 +1,5 @@
-"""Pre-trains the miniature image encoder that stands for ImageNet, CLIP and metric depth models on the worlds.
+"""Pre-trains the miniature image encoder that stands for ImageNet, CLIP and metric depth models on the
+worlds.
 
     python -m data.foundation --out data/worlds/foundation                      # pictures, both encoders: minutes
     python -m data.foundation --out data/worlds/foundation --ship common/weights  # and puts them into the repository
@@ -7,9 +8,9 @@ WHAT IT SEES    Single photographs by a car's six cameras in streets of *other* 
     world that is trained or evaluated on, and no scene, object or calibration carries over.
 WHAT IT LEARNS  One convolutional encoder at a quarter of the resolution, several 1x1 heads over it: the class of
     each cell; centre and extent of each object in the picture; the words for what a cell shows. The variant
-    `street` knows this alone (semantics and words: what ImageNet, CLIP and PaliGemma know), `street-depth` learns
-    the metric depth of each cell too, as a distribution over 32 bins (what a metric depth model knows). Nothing
-    is learned of a second camera, of time, or of what is hidden.
+    `street` knows this alone (semantics and words: what ImageNet, CLIP and PaliGemma know), `street-depth`
+    learns the metric depth of each cell too, as a distribution over 32 bins (what a metric depth model
+    knows). Nothing is learned of a second camera, of time, or of what is hidden.
 WHAT IS KEPT    The encoder and its heads in half precision, and a card: command, seed, commit, time, scores on
     fresh pictures.
 """
@@ -86,7 +87,9 @@ def load_pictures(folder: Path, rigs: int, seed: int) -> Pictures:
 
 
 def object_targets(pictures: Pictures, rows: np.ndarray, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """-> centre heat map (n, 10, h, w) in [0, 1], extent (n, 2, h, w) as log of cells, and where it is known."""
+    """-> centre heat map (n, 10, h, w) in [0, 1], extent (n, 2, h, w) as log of cells, and where it is
+    known.
+    """
     n, (h, w) = len(rows), shape
     heat, extent, known = torch.zeros(n, 10, h, w), torch.zeros(n, 2, h, w), torch.zeros(n, 1, h, w)
     y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
@@ -105,7 +108,9 @@ def object_targets(pictures: Pictures, rows: np.ndarray, shape: tuple[int, int])
 
 
 def centre_loss(logits: Tensor, heat: Tensor) -> Tensor:
-    """CenterNet's focal loss: (1 - p)^2 log p at centres, (1 - y)^4 p^2 log(1 - p) elsewhere, over their number."""
+    """CenterNet's focal loss: (1 - p)^2 log p at centres, (1 - y)^4 p^2 log(1 - p) elsewhere, over their
+    number.
+    """
     p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)
     there = heat == 1
     loss = torch.where(there, (1 - p) ** 2 * p.log(), (1 - heat) ** 4 * p**2 * (1 - p).log())
@@ -153,8 +158,8 @@ def train(pictures: Pictures, depth: bool, steps: int, seed: int, batch: int = 1
 
 @torch.no_grad()
 def score(net: StreetEncoder, pictures: Pictures, first: int) -> dict[str, float]:
-    """Scores on pictures `first` and later: mIoU of the classes there, share of cells whose depth bin is within one,
-    share of objects whose centre is the strongest of its kind within a cell."""
+    """Scores on pictures `first` and later: mIoU of the classes there, share of cells whose depth bin is
+    within one, share of objects whose centre is the strongest of its kind within a cell."""
     confusion, near, counted, found, objects = torch.zeros(18, 18), 0, 0, 0, 0
     for k in range(first, len(pictures.images)):
         x = torch.from_numpy(pictures.images[k]).permute(2, 0, 1)[None].float() / 255
