@@ -1,6 +1,6 @@
 # minocc: every recipe is the real command; run it yourself to change a flag.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-libero demo test test-gpu world smoke bench table
+.PHONY: help setup setup-libero demo test test-gpu world smoke bench fuzz table
 
 # An active virtual environment (or PYTHON=...) is used as it is; otherwise .venv is made from requirements.lock.
 ifdef VIRTUAL_ENV
@@ -55,6 +55,9 @@ smoke: $(READY)  ## 20 steps of each method on a world of three scenes
 
 bench: $(READY)  ## kernels and CPU paths against references and peers, as ratios
 	$(PYTHON) -m tests.bench --out runs/bench.json
+
+fuzz: $(READY)  ## 100,000 broken files through every reader of common/ (minutes; tests/test_fuzz.py is the short form)
+	$(PYTHON) -m tests.bench.fuzz --inputs 100000 --seed 0
 
 table: $(READY)  ## RESULTS.md, its forest plot and a page a method, from experiments/results/*.json
 	$(PYTHON) -m experiments.runner table

@@ -13,7 +13,6 @@ RUN
     python occle.py train --format semantickitti --out runs/k           # the same city as SemanticKITTI
     python occle.py labels --labeler foundation --data-root D --out L   # segmenter + GroundingDINO + SAM2
     python occle.py train --data-root D --labels L --label-list tenth.json --out runs/y   # the 10 % is a file
-    python occle.py train --data-root K --labels L --truth aggregate --label-ratio 1      # scans with labels
     python occle.py predict --ckpt runs/x --data-root D --out P         # any frames, no ground truth needed
     python occle.py ablate --claim fusion           # re-tests a claim of the paper: experiments/occle.py
     python occle.py describe --preset paper         # shapes, parameters, memory: no data, no GPU, no network
@@ -32,7 +31,7 @@ GLOSSARY
     theta'     Teacher      -                   running mean of the geometric branch                   (11)
     Y          logits       (B, X, Y, Z, S + 1) logits of a cell: S classes, then empty                (14)
     Shat       shown        (N, S, h, w)        what the prediction shows on each image                (16)
-    Inside, classes are 0..S-1 and S is empty, whatever the dataset's ids. X' Y' Z' are coarser than X Y Z.
+    Inside, classes are 0..S-1 and S is empty, whatever the dataset's ids; X' Y' Z' is coarser than X Y Z.
 
 EQUATION MAP   Numbers are the reconstruction's.
     (1)  aligned pseudo label, Boolean rule       -> merge, RULES
@@ -56,10 +55,9 @@ EQUATION MAP   Numbers are the reconstruction's.
     10 % of the labels                            -> choose_labelled, Samples
 
 ASSUMPTIONS    All unpublished; the flag or the line that changes it stands beside.
-    * classes that the 2D segmenter lacks, their parents and prompts                    RULES
+    * classes that the 2D segmenter lacks, their parents and prompts                    RULES, merge
     * the 10 % are every tenth frame, whole frames, counted on from scene to scene      --label-by
-    * one image a camera, ten sweeps                                                    --n-sweeps
-    * (5) lifts features and scores; each is the mean over cameras of bilinear samples  SemanticBranch
+    * one image a camera, ten sweeps; (5) lifts features and scores                     --n-sweeps
     * (7)-(9); a 360 degree rig has two yz-planes, before and behind the ego            LabelSet.sides
     * teacher with warm-up, ramped consistency, thresholds .9 / .1, weak and strong
       augmentation; LiDAR hits are occupied, rays free before their first hit           Teacher, augment
@@ -74,9 +72,7 @@ DEVIATIONS
     * (16) projects classes given occupied: the joint probability would also raise the occupancy in front.
     * tiny, for compute: coarser cells (--grid-stride), token means (--mamba-stride), Muon (--optimizer).
 
-CLAIMS         the paper's 10 %: SemanticKITTI val 16.59 mIoU, Occ3D val 27.53 (mask unknown)
-    a labels   b share   c fusion      d projection   e planes    f aligned   ours are in RESULTS.md; the arms
-    g ratios   h decoupled   i semi    j distill      k inputs                in experiments/occle.py
+CLAIMS         in experiments/occle.py; the paper's 10 %: SemanticKITTI val 16.59 mIoU, Occ3D val 27.53
 """
 
 from __future__ import annotations
@@ -96,7 +92,6 @@ from torch import Tensor, nn
 
 from common import verbs
 from common.backbones import ImageEncoder, UNet3D, conv_norm_relu
-from common.cli import Flag
 from common.datasets import (IGNORE, LABEL_SETS, LabelSet, format_of, open_dataset, read_frame_list,
                              voxel_truth)
 from common.engine import Session
@@ -162,28 +157,10 @@ PRESETS = {
         image_size=(112, 200), n_sweeps=2, backbone="conv", channels=24, geo_channels=16,
         unet_channels=(16, 32, 64), grid_channels=24, head_channels=16, grid_stride=(2, 2, 1),
         mamba_stride=(2, 2, 2), d_state=4, expand=1, class_weights="sqrt", ema=0.98, scatter_stride=8,
-        branch_share=0.4, optimizer="muon", steps=200, lr=1e-2, warmup=20, grad_clip=5.0, amp="off"),
-    "base": Config(  # one 24 GB GPU
-        cell_split=(4, 4, 2), channels=96, grid_channels=64),
+        branch_share=0.4, optimizer="muon", steps=180, lr=1e-2, warmup=20, grad_clip=5.0, amp="off"),
+    "base": Config(cell_split=(4, 4, 2), channels=96, grid_channels=64),  # one 24 GB GPU
     "paper": Config(),
 }
-KITTI = {  # what a preset changes for SemanticKITTI: one camera that looks ahead, 0.2 m voxels
-    "tiny": {"image_size": (128, 416), "grid_stride": (4, 4, 2)},
-    "base": {"image_size": (376, 1241), "grid_stride": (2, 2, 2), "cell_split": (2, 2, 2)},
-    "paper": {"image_size": (370, 1220)},
-}
-
-
-def grids(cfg: Config) -> tuple[VoxelGrid, VoxelGrid]:
-    """-> the grids of the predicted cells (X, Y, Z) and of the lifted cells (X', Y', Z')."""
-    labels = LABEL_SETS[cfg.format]
-    grid, stride, both = labels.moved(cfg.label_shift), cfg.grid_stride, ()
-    for n, a, b in zip(grid.shape, stride, cfg.cell_split, strict=True):
-        if n % (a * b) or (not both and n // (a * b) % labels.sides):
-            given = f"--grid-stride {stride} --cell-split {cfg.cell_split}"
-            raise InputError(f"{given}: does not divide {n} voxels")
-        both = (*both, a * b)
-    return grid.coarsen(stride), grid.coarsen(both)
 
 
 # --- The paper in one step ----------------------------------------------------------------------------------
@@ -193,8 +170,7 @@ def one_step(model: nn.Module, teacher: Teacher, batch: dict, t: int, steps: int
              cfg: Config, autocast: Callable, mode: str = "depth") -> dict[str, Tensor]:
     """Forward and losses of a batch whose first batch["labelled"] frames have labels; -> the loss's terms.
 
-    model: both branches (first stage) or the whole network (second). t: step from 0 over both stages. mode:
-    of the projection.
+    model: both branches in the first stage, the whole network in the second. t: step over both stages.
     """
     n = batch["labelled"]
     with autocast():
@@ -288,6 +264,18 @@ LABELS = LabelMaker(aligned_labels, ("format",), flags=TWO_SOURCES, labeler=two_
 VOXEL_CHANNELS = 16  # of V(P); assumption: OccMamba's sparse encoder starts at 16
 POINTS_PER_VOXEL = 10  # sampled by V; assumption: OccMamba's HardSimpleVFE
 PRIOR = 2.0  # ours: first logit of "empty"
+
+
+def grids(cfg: Config) -> tuple[VoxelGrid, VoxelGrid]:
+    """-> the grids of the predicted cells (X, Y, Z) and of the lifted cells (X', Y', Z')."""
+    labels = LABEL_SETS[cfg.format]
+    grid, stride, both = labels.moved(cfg.label_shift), cfg.grid_stride, ()
+    for n, a, b in zip(grid.shape, stride, cfg.cell_split, strict=True):
+        if n % (a * b) or (not both and n // (a * b) % labels.sides):
+            given = f"--grid-stride {stride} --cell-split {cfg.cell_split}"
+            raise InputError(f"{given}: does not divide {n} voxels")
+        both = (*both, a * b)
+    return grid.coarsen(stride), grid.coarsen(both)
 
 
 def conv3d(layers: nn.Module, x: Tensor) -> Tensor:
@@ -950,6 +938,13 @@ def open_frames(cfg: Config, *split, **train):
     return dataset
 
 
+KITTI = {  # what a preset changes for SemanticKITTI: one camera that looks ahead, 0.2 m voxels
+    "tiny": {"image_size": (128, 416), "grid_stride": (4, 4, 2)},
+    "base": {"image_size": (376, 1241), "grid_stride": (2, 2, 2), "cell_split": (2, 2, 2)},
+    "paper": {"image_size": (370, 1220)},
+}
+
+
 def for_format(cfg: Config, args) -> Config:
     """The preset's values for the data's format, which the tree decides; a checkpoint's config has them."""
     if args.run is not None:
@@ -986,7 +981,7 @@ def main() -> None:
             saved_modules, predict, cfg, args, partial(verbs.open_eval, open_data=frames(cfg))),
         "describe": describe},
         verbs={"train": (learn[0], f"{learn[1]} label-list"), "labels": (what, verbs.TWO_SOURCES)},
-        flags={"label-list": Flag("JSON {'labelled': [token, ...]}; default: by --label-by", Path | None)},
+        flags={"label-list": verbs.cli.Flag("JSON {'labelled': [token, ..]}, not --label-by", Path | None)},
         settle=for_format)
 
 

@@ -444,7 +444,7 @@ class OccVLA(nn.Module):
         return self.occupancy(states.hidden, states.mask)
 
     def latent(self, predicted: Tensor) -> Tensor:
-        """z_hat (B, D, x, y): softmax(code logits) times codebook, as an argmax has no gradient; or the latent."""
+        """z_hat (B, D, x, y): the latent, or softmax(code logits) codebook, as argmax has no gradient."""
         return predicted.float() if self.cfg.occ_target == "latent" else self.tokenizer.soft(predicted)
 
     def voxels(self, batch: dict) -> Tensor:

@@ -105,6 +105,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from common import cli, verbs, worlds
 from common.backbones import describe as table
@@ -310,8 +311,8 @@ class ProbeHeads(nn.Module):
     def __init__(self, width: int, mask_width: int, octaves: int = 6):
         super().__init__()
         self.octaves, self.view = octaves, nn.Linear(2 + 4 * octaves, width)  # PE(u)
-        self.object, self.box, self.mask = nn.Linear(width, 1), mlp(width, width, 4), mlp(width, width,
-                                                                                          mask_width)
+        self.object, self.box = nn.Linear(width, 1), mlp(width, width, 4)
+        self.mask = mlp(width, width, mask_width)
         nn.init.constant_(self.object.bias, -math.log(9))  # a tenth of the probes at first
         nn.init.zeros_(self.box[-1].weight)
         self.box[-1].bias = nn.Parameter(torch.tensor([0.0, 0.0, -2.0, -2.0]))
@@ -445,7 +446,7 @@ def instance_loss(layers: list[Probes], mask_map: Tensor, targets: Targets,
 
 def pseudo_targets(masks: list[list[np.ndarray]], depth: np.ndarray, K: np.ndarray, T_base_cam: np.ndarray,
                    cells: int, most: int = 16, radius: float = 0.05) -> Targets:  # ours
-    """Masks of V views, (H, W) bool without identities, depth (V, H, W) [m] -> `most` objects, padded; no B.
+    """Masks of V views, (H, W) bool without identities, depth (V, H, W) [m] -> `most` objects or fewer; no B.
 
     Masks of two views are one object if their points are nearest and closer than `radius` [m]. An object's
     point is the mean over views. cells: side of the mask map.
@@ -462,8 +463,9 @@ def pseudo_targets(masks: list[list[np.ndarray]], depth: np.ndarray, K: np.ndarr
         for r, c in joined.items():
             objects[c][v] = found[r]
     objects = sorted(objects, key=lambda o: -max(x[2].sum() for x in o.values()))[:most]
-    points, boxes = torch.zeros(most, 3), torch.full((most, V, 4), 0.5)
-    shares, valid = torch.zeros(most, V, cells, cells), torch.zeros(most, V, dtype=torch.bool)
+    n = len(objects)
+    points, boxes = torch.zeros(n, 3), torch.full((n, V, 4), 0.5)
+    shares, valid = torch.zeros(n, V, cells, cells), torch.zeros(n, V, dtype=torch.bool)
     for t, o in enumerate(objects):
         points[t] = torch.stack([x[0] for x in o.values()]).mean(0)
         for v, (_, boxes[t, v], shares[t, v]) in o.items():
@@ -517,8 +519,8 @@ def completion_points(masks: np.ndarray, valid: np.ndarray, order: np.ndarray, p
         if valid[n] and slot < OCCLUDED and len(cloud) >= 8:
             cloud = largest_cluster(cloud[:: max(1, len(cloud) // most)].astype(np.float64))
             span = slice(slot * QUERIES, (slot + 1) * QUERIES)
-            # assumption
-            out[span] = farthest_from(complete(cloud, eyes[v].astype(np.float64)), cloud, 0.4, QUERIES)
+            dense = complete(cloud, eyes[v].astype(np.float64))
+            out[span] = farthest_from(dense, cloud, 0.4, QUERIES)  # share: assumption
             keep[span], slot = True, slot + 1
     return out, keep
 
@@ -639,8 +641,8 @@ class LocalContext(nn.Module):
 
     def forward(self, content: Tensor, point: Tensor, completion: Tensor, comp: Tensor,
                 valid: Tensor) -> Tensor:
-        """c (B, T, d) at point; f (B, n, d) at comp (B, n, 3), valid (B, n) -> (B, T, d), 0 without
-        neighbours.
+        """c (B, T, d) at point (B, T, 3); f (B, n, d) at comp, valid (B, n) -> h (B, T, d), 0 if none is
+        near.
         """
         apart = torch.cdist(point, comp)  # (B, T, n) [m]
         apart = torch.where(valid[:, None] & (apart < self.radius), apart, torch.inf)
@@ -919,9 +921,7 @@ class Frames:
         return self.pseudo[i]
 
     def batch(self, index: list[int], agent: Agent) -> Batch:
-        """Frames -> Batch with actions; in stage 0 with ground, in stage 1 with targets, in stage 2 with
-        comp.
-        """
+        """Frames -> Batch with actions; stage 0: with ground, stage 1: with targets, stage 2: with comp."""
         device, three = agent.action_mean.device, agent.three
         batch = observe([self.demos.observation(i) for i in index], self.cfg, device)
         actions, valid = zip(*(self.demos.chunk(i, self.sizes.chunk) for i in index))
@@ -930,8 +930,8 @@ class Frames:
             cells = self.sizes.image_size // Finder.STRIDE
             return batch._replace(ground=torch.stack([self.demos.ground(i, cells) for i in index]).to(device))
         if agent.stage == 1 and three is not None:
-            fields = zip(*(self.targets(i) for i in index))
-            return batch._replace(targets=Targets(*(torch.stack(x).to(device) for x in fields)))
+            fields = zip(*(self.targets(i) for i in index))  # of 0 to 16 objects each
+            return batch._replace(targets=Targets(*(pad_sequence(x, True).to(device) for x in fields)))
         if agent.stage == 2 and three is not None and three.predicts:
             self.complete([i for i in index if i not in self.comp], agent)
             comp, there = zip(*(self.comp[i] for i in index))
@@ -963,11 +963,9 @@ def draw_step(cfg: Config, B: int, seed: int, step: int, rank: int = 0, world: i
 
 def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before: Path | None = None,
                 three: Callable = ThreeD) -> None:
-    """Stage 0 (base policy), 1 (fusion, instances) or 2 (predictor, aggregation), on the weights of
-    `before`.
-    """
+    """Stage 0 (base policy), 1 (fusion, instances) or 2 (predictor, aggregation), from the stage `before`."""
     steps = args.steps or (cfg.base_steps, cfg.stage1_steps, cfg.stage2_steps)[stage]
-    source = {"root": frames.demos.root, "stage": stage, "from": before}
+    source = {"root": frames.demos.root, "stage": stage, "from": before, "pseudo": args.pseudo}
     run = Session(args, cfg, out, samples=len(frames.demos), steps=steps, source=source, amp=cfg.amp,
                   batch=max(1, cfg.batch // setup(args.device).world), seed=args.seed + 1000 * stage)
     if run.finished:
@@ -1002,7 +1000,7 @@ def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before
 def inherit(agent: Agent, folder: Path, stage: int) -> None:
     """Take the weights of `stage`, finished in `folder`, else InputError; new tokens get the words' size."""
     run, names = read_json(folder / "config.json"), ("policy", "sizes", "vlm", "w_ground")
-    if run["data"]["stage"] != stage:
+    if run["data"].get("stage") != stage:
         raise InputError(f"{folder}: not a stage {stage}; train one with --out first")
     if differ := [f"{k} {run['config'][k]}" for k in names if run["config"][k] != getattr(agent.cfg, k)]:
         raise InputError(f"{folder}: another base policy ({', '.join(differ)} there); use its own settings")
@@ -1015,9 +1013,7 @@ def inherit(agent: Agent, folder: Path, stage: int) -> None:
 
 
 def train(cfg: Config, args) -> None:
-    """The verb train: stage 0 in <out>/stage0 (or --base), then 1 and 2; variant base trains its expert
-    there.
-    """
+    """The verb train: stage 0 (or --base), then 1 and 2, in which variant base trains its expert alone."""
     check(cfg)
     if args.steps and args.resume:
         raise InputError("--steps with --resume: a run of stages is not extended; take another --out")
@@ -1078,7 +1074,7 @@ def load_agent(cfg: Config, args, three: Callable = ThreeD) -> tuple[Agent, Path
     """--ckpt -> the agent, its folder, what stages 1 and 2 cost (variants share stage 0)."""
     out, agent = cli.last_stage(args.ckpt).resolve(), Agent(cfg, three)  # RoboTwin changes the folder
     load_checkpoint(out, agent)
-    source = args.run["data"]  # stage 0 is shared by others and not counted
+    source = read_json(out / "config.json")["data"]
     folders = [out] + ([Path(source["from"])] if source["stage"] == 2 else [])
     return agent.to(setup(args.device).device).eval(), out, stages_cost(agent, folders)
 
@@ -1103,9 +1099,8 @@ def describe(cfg: Config, args) -> None:
     sizes, n, V, flops = SIZES[cfg.sizes], OCCLUDED * QUERIES, cfg.views, []
     for variant in dict.fromkeys(("base", cfg.variant)):
         with torch.device("meta"):
-            agent, image = Agent(replace(cfg, variant=variant, vlm=None)), torch.zeros(1, V,
-                                                                                       *[sizes.image_size]
-                                                                                       * 2)
+            agent = Agent(replace(cfg, variant=variant, vlm=None)).requires_grad_(False)
+            image = torch.zeros(1, V, sizes.image_size, sizes.image_size)
             batch = Batch(image[:, :, None].expand(-1, -1, 3, -1, -1), image, torch.ones(1, V, 3, 3),
                           torch.ones(1, V, 4, 4), torch.zeros(1, 8), ["lift the red cube"],
                           comp=(torch.zeros(1, n, 3), torch.zeros(1, n, dtype=torch.bool)))

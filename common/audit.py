@@ -1,26 +1,29 @@
-"""The auditor: one folder of predictions, anybody's, under every protocol, with the name of who reports with which.
+"""The auditor: one folder of predictions, anybody's, under every protocol, with the name of who reports with
+which.
 
     python -m common.metrics audit --pred P --data-root D [--version v] [--split s] [--task occupancy] [--json F]
     python -m common.metrics audit --pred P --data-root D --task planning
     python -m common.metrics audit --pred P --data-root D --task ssc          # D: a SemanticKITTI tree
 
-Occupancy predictions: <P>/<sample_token>.npz with key `pred` (uint8 200x200x16, ids 0..17: what --save-pred and
-SparseOcc write), or a label folder <P>/<scene>/<sample_token>/labels.npz with key `semantics`. Planning predictions:
-<P>/<sample_token>.npz with key `trajectory` (6, 2) [m], x right, y forward, 0.5 s apart, in the LIDAR_TOP frame. Scene
-completion: SemanticKITTI's submission form, <P>/sequences/<seq>/predictions/<frame>.label (uint16 raw ids of 256x256x32
-voxels), or <P>/<seq>/<frame>.npz with key `pred` (uint8, train ids 0..19: what --save-pred writes). Each file of the
-split must be there and right, or nothing is scored.
+Occupancy predictions are uint8 200x200x16, ids 0..17; planning's (6, 2) float [m], x right, y forward, 0.5 s
+apart, in the LIDAR_TOP frame; scene completion's uint8 256x256x32 train ids 0..19. A file lies at one of
+FORMS below, such as <P>/<sample_token>.npz (what --save-pred and SparseOcc write),
+<P>/<scene>/<sample_token>/labels.npz (a label folder) or <P>/<sample_token>.npy; in an npz under one of KEYS,
+such as `pred`, or `arr_0` as the CVPR 2023 challenge has it. Scene completion also takes SemanticKITTI's
+submission form, <P>/sequences/<seq>/predictions/<frame>.label (uint16 raw ids). The form found is printed.
+Each file of the split must be there and right, or nothing is scored.
 """
 
 import argparse
-import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from common.files import InputError, exit_on_input_error, read_npz, write_json
+from common.files import InputError, exit_on_input_error, npz_keys, read_npy, read_npz, write_json
 from common.metrics import (
     FREE,
     PLANNING_PROTOCOLS,
@@ -31,6 +34,7 @@ from common.metrics import (
     box_corners,
     protocol_line,
     rasterize,
+    shown,
     ssc_confusion,
     ssc_scores_of,
 )
@@ -49,35 +53,81 @@ _SSC_USERS = {
 _PLANNING_USERS = {"uniad": "UniAD and its followers", "stp3": "ST-P3", "vad": "VAD, OccWorld, OccVLA (assumed)"}
 
 
-# --- reading what others wrote ---------------------------------------------------------------------------------------
+# --- reading what others wrote ------------------------------------------------------------------------------
 
 
-def occupancy_file(folder: Path, scene: str, token: str, nested: bool) -> np.ndarray:
+PLACES = ("{token}", "{scene}/{token}/labels", "{scene}/{token}/pred", "{scene}/{token}", "{token}/pred")
+FORMS = tuple(f"{place}.{suffix}" for suffix in ("npz", "npy") for place in PLACES)
+KEYS = {  # of an npz, by task
+    "occupancy": ("pred", "semantics", "arr_0"),
+    "planning": ("trajectory", "arr_0"),
+    "ssc": ("pred", "arr_0"),
+}
+
+
+class Form(NamedTuple):
+    """How a folder of predictions is laid out."""
+
+    folder: Path
+    place: str  # of FORMS
+    key: str  # in an npz
+
+    def path(self, dataset, i: int) -> Path:
+        return self.folder / self.place.format(scene=dataset.scene_names[i], token=dataset.tokens[i])
+
+    def read(self, dataset, i: int, shape: tuple[int, ...], dtype: str | None) -> tuple[np.ndarray, Path]:
+        """Frame i's array and its file. InputError on a missing, unreadable or wrong file."""
+        path = self.path(dataset, i)
+        if path.suffix == ".npy":
+            return read_npy(path, shape, dtype), path
+        return read_npz(path, {self.key: (shape, dtype)})[self.key], path
+
+    def __str__(self) -> str:
+        key = "" if self.place.endswith(".npy") else f", key '{self.key}'"
+        return self.place.replace("{", "<").replace("}", ">") + key
+
+
+def find_form(folder: Path, dataset, keys: tuple[str, ...]) -> Form:
+    """The first of FORMS that any frame has, and the first of `keys` that its first file holds."""
+    for place in FORMS:
+        form = Form(folder, place, keys[0])
+        for i in range(len(dataset)):
+            if (path := form.path(dataset, i)).is_file():
+                try:
+                    held = npz_keys(path) if path.suffix == ".npz" else []
+                except InputError:  # `check_all` tells
+                    held = []
+                return form._replace(key=next((key for key in keys if key in held), keys[0]))
+    return Form(folder, FORMS[0], keys[0])
+
+
+def read_occupancy(form: Form, dataset: NuScenesOccupancy, i: int) -> np.ndarray:
     """-> (200, 200, 16) uint8; InputError on a missing, unreadable or wrong file."""
-    path, key = (folder / scene / token / "labels.npz", "semantics") if nested else (folder / f"{token}.npz", "pred")
-    ids = read_npz(path, {key: ((200, 200, 16), "uint8")})[key]
+    ids, path = form.read(dataset, i, (200, 200, 16), "uint8")
     if ids.max() > FREE:
-        raise InputError(f"{path}: '{key}' holds id {ids.max()}, expected 0..{FREE}")
+        raise InputError(f"{path}: '{form.key}' holds id {ids.max()}, expected 0..{FREE}")
     return ids
 
 
-def trajectory_file(folder: Path, token: str) -> np.ndarray:
+def read_trajectory(form: Form, dataset: NuScenesOccupancy, i: int) -> np.ndarray:
     """-> (6, 2) float64; InputError on a missing, unreadable or wrong file."""
-    path = folder / f"{token}.npz"
-    trajectory = read_npz(path, {"trajectory": ((6, 2), None)})["trajectory"]
+    trajectory, path = form.read(dataset, i, (6, 2), None)
     if trajectory.dtype.kind != "f":
-        raise InputError(f"{path}: 'trajectory' has dtype {trajectory.dtype}, expected a float")
+        raise InputError(f"{path}: '{form.key}' has dtype {trajectory.dtype}, expected a float")
     if not np.isfinite(trajectory).all():
-        raise InputError(f"{path}: 'trajectory' holds nan or inf")
+        raise InputError(f"{path}: '{form.key}' holds nan or inf")
     return trajectory.astype(np.float64)
 
 
-def check_all(read: Callable[[int], object], count: int) -> None:
-    """Reads each file once before anything is scored; one line names the first bad one and how many there are."""
+def check_all(read: Callable, count: int, truth: Callable[[int], tuple] = lambda i: ()) -> None:
+    """Reads each prediction once before anything is scored; one line names the first bad one and how many
+    there are.
+    """
     problems = []
     for i in tqdm(range(count), "checking files", leave=False):
+        known = truth(i)  # a fault of the dataset's is not the predictions': it ends the audit as it is
         try:
-            read(i)
+            read(i, *known)
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -85,26 +135,17 @@ def check_all(read: Callable[[int], object], count: int) -> None:
         raise InputError(f"{problems[0]} ({bad})")
 
 
-def is_nested(folder: Path, dataset: NuScenesOccupancy) -> bool:
-    """Whether the folder is laid out as labels; a folder with neither form counts as flat (and then misses files)."""
-    frames = list(zip(dataset.scene_names, dataset.tokens))
-    if any((folder / f"{token}.npz").is_file() for _, token in frames):
-        return False
-    return any((folder / scene / token / "labels.npz").is_file() for scene, token in frames)
-
-
-# --- occupancy -------------------------------------------------------------------------------------------------------
+# --- occupancy ----------------------------------------------------------------------------------------------
 
 
 def audit_occupancy(dataset: NuScenesOccupancy, folder: Path, rays: bool = True) -> dict:
-    """-> {"rows": the table, "warnings", "metrics", "per_class"}; scores in rows are percent, in metrics fractions."""
+    """-> {"rows": the table, "warnings", "metrics", "per_class"}; scores in rows are percent, in metrics
+    fractions.
+    """
     if dataset.gts is None:
         raise InputError(f"{dataset.root}: no gts/ (Occ3D labels) to score against")
-    nested = is_nested(folder, dataset)
-
-    def read(i: int) -> np.ndarray:
-        return occupancy_file(folder, dataset.scene_names[i], dataset.tokens[i], nested)
-
+    form = find_form(folder, dataset, KEYS["occupancy"])
+    read = partial(read_occupancy, form, dataset)
     check_all(read, len(dataset))
     meter = OccupancyMeter()
     for i in tqdm(range(len(dataset)), "scoring", unit="frame"):
@@ -131,7 +172,8 @@ def audit_occupancy(dataset: NuScenesOccupancy, folder: Path, rays: bool = True)
     for key in ("rayiou", *(f"rayiou@{t}" for t in RAY_THRESHOLDS)) if rays else ():
         rows.append(_line(key.replace("rayiou", "RayIoU"), "rayiou", "rays", "17", "skipped", metrics.get(key),
                           "SparseOcc, EasyOcc v4"))  # fmt: skip
-    return {"rows": rows, "warnings": warnings, "metrics": metrics, "per_class": meter.per_class()}
+    result = {"rows": rows, "warnings": warnings, "metrics": metrics, "per_class": meter.per_class()}
+    return {"form": str(form), **result}
 
 
 def _line(score: str, protocol: str, mask: str, classes: str, absent: str, value: float | None, users: str) -> dict:
@@ -161,14 +203,10 @@ def occupancy_table(rows: list[dict]) -> list[str]:
     """Rows of an occupancy audit -> the lines of its table."""
     head = ("score", "protocol", "mask", "classes", "absent class", "%", "reported by")
     body = [
-        (r["score"], r["protocol"], r["mask"], r["classes"], r["absent"], _shown(r["percent"], 2), r["reported_by"])
+        (r["score"], r["protocol"], r["mask"], r["classes"], r["absent"], shown(r["percent"], 2), r["reported_by"])
         for r in rows
     ]
     return _aligned([head, *body], right=(5,))
-
-
-def _shown(value: float | None, digits: int) -> str:
-    return "undefined" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def _aligned(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
@@ -180,15 +218,17 @@ def _aligned(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-# --- planning --------------------------------------------------------------------------------------------------------
+# --- planning -----------------------------------------------------------------------------------------------
 
 
 def planning_truth(dataset: NuScenesOccupancy, i: int) -> tuple[np.ndarray, np.ndarray, dict[str, tuple]]:
-    """Keyframe i -> trajectory (6, 2) [m], mask (6,), {protocol: (vehicles, pedestrians)}, each (6, 200, 200) bool.
+    """Keyframe i -> trajectory (6, 2) [m], mask (6,), {protocol: (vehicles, pedestrians)}, each (6, 200, 200)
+    bool.
 
-    All in the LIDAR_TOP frame of i (x right, y forward). Obstacles are all boxes of the future keyframe itself, painted
-    as ST-P3 and VAD paint them; so they also hold those that appear later (VAD follows only the boxes of keyframe i)
-    and those without LiDAR points. Vehicles: categories vehicle.*, bicycles among them; pedestrians: human.*.
+    All in the LIDAR_TOP frame of i (x right, y forward). Obstacles are all boxes of the future keyframe
+    itself, painted as ST-P3 and VAD paint them; so they also hold those that appear later (VAD follows only
+    the boxes of keyframe i) and those without LiDAR points. Vehicles: categories vehicle.*, bicycles among
+    them; pedestrians: human.*.
     """
     future = dataset.future(i)
     T_lidar_global = rigid_inverse(dataset.calibration(i)[2] @ dataset.T_ego_lidar(i))
@@ -211,10 +251,9 @@ def planning_truth(dataset: NuScenesOccupancy, i: int) -> tuple[np.ndarray, np.n
 
 def audit_planning(dataset: NuScenesOccupancy, folder: Path) -> dict:
     """-> {"rows", "warnings", "metrics"}: l2 in [m], collisions in percent (rows) and fractions (metrics)."""
-
-    def read(i: int) -> np.ndarray:
-        return trajectory_file(folder, dataset.tokens[i])
-
+    dataset.check_steps()
+    form = find_form(folder, dataset, KEYS["planning"])
+    read = partial(read_trajectory, form, dataset)
     check_all(read, len(dataset))
     meter = PlanningMeter()
     for i in tqdm(range(len(dataset)), "scoring", unit="frame"):
@@ -228,7 +267,7 @@ def audit_planning(dataset: NuScenesOccupancy, folder: Path) -> dict:
                 value = metrics.get(f"{name}_{horizon}_{protocol}")
                 row[f"{name}_{horizon}"] = None if value is None else scale * value
         rows.append(row | {"reported_by": _PLANNING_USERS[protocol]})
-    return {"rows": rows, "warnings": _planning_spread(rows), "metrics": metrics}
+    return {"form": str(form), "rows": rows, "warnings": _planning_spread(rows), "metrics": metrics}
 
 
 def _planning_spread(rows: list[dict]) -> list[str]:
@@ -248,27 +287,30 @@ def planning_table(rows: list[dict]) -> list[str]:
     columns = [f"L2 {h} [m]" for h in horizons] + [f"box col {h} %" for h in horizons]
     head = ("protocol", "samples", *columns, "reported by")
     body = [
-        (r["protocol"], str(r["samples"]), *(_shown(r[f"l2_{h}"], 3) for h in horizons),
-         *(_shown(r[f"obj_box_col_{h}"], 2) for h in horizons), r["reported_by"])
+        (r["protocol"], str(r["samples"]), *(shown(r[f"l2_{h}"], 3) for h in horizons),
+         *(shown(r[f"obj_box_col_{h}"], 2) for h in horizons), r["reported_by"])
         for r in rows
     ]  # fmt: skip
     rules = [f"{r['protocol']}: {r['rule']}" for r in rows]
     return _aligned([head, *body], right=tuple(range(1, 10))) + rules
 
 
-# --- scene completion -------------------------------------------------------------------------------------------------
+# --- scene completion ---------------------------------------------------------------------------------------
 
 
-def ssc_file(folder: Path, token: str, flat: bool, scored: np.ndarray) -> np.ndarray:
+SUBMISSION = "sequences/<seq>/predictions/<frame>.label"
+
+
+def read_ssc(form: Form | None, dataset: SemanticKITTI, folder: Path, i: int, scored: np.ndarray) -> np.ndarray:
     """-> (256, 256, 32) uint8 train ids; InputError on a missing, unreadable or wrong file.
 
-    scored (256, 256, 32) bool: an id that means "ignored" (raw 1, 52, 99) is an error only where it would be scored.
+    form None: a submission. scored (256, 256, 32) bool: an id that means "ignored" (raw 1, 52, 99) is an
+    error only where it would be scored.
     """
-    if flat:
-        path = folder / f"{token}.npz"
-        ids = read_npz(path, {"pred": (scored.shape, "uint8")})["pred"]
+    if form is not None:
+        ids, path = form.read(dataset, i, scored.shape, "uint8")
     else:
-        sequence, frame = token.split("/")
+        sequence, frame = dataset.tokens[i].split("/")
         path = folder / "sequences" / sequence / "predictions" / f"{frame}.label"
         ids = to_train(read_voxel_labels(path), str(path))
     wrong = scored & (ids >= len(SSC_CLASSES))
@@ -282,19 +324,23 @@ def audit_ssc(dataset: SemanticKITTI, folder: Path) -> dict:
     """-> {"rows", "warnings", "metrics", "per_class"}; scores in rows are percent, elsewhere fractions."""
     if dataset.gts is None:
         raise InputError(f"{dataset.root}: no voxels/*.label in split '{dataset.split}' to score against")
-    flat = any((folder / f"{token}.npz").is_file() for token in dataset.tokens)
+    form = find_form(folder, dataset, KEYS["ssc"])
+    form = form if any(form.path(dataset, i).is_file() for i in range(len(dataset))) else None
 
-    def pair(i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        truth = dataset.labels(i)
-        if truth is None:
+    def truth(i: int) -> tuple[np.ndarray, np.ndarray]:
+        found = dataset.labels(i)
+        if found is None:
             raise InputError(f"{dataset.root}/sequences/{dataset.tokens[i]}: no voxel labels of this frame")
-        semantics, valid, _ = truth
-        return ssc_file(folder, dataset.tokens[i], flat, valid & (semantics != IGNORED)), semantics, ~valid
+        return found[:2]
 
-    check_all(pair, len(dataset))
+    def read(i: int, semantics: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        return read_ssc(form, dataset, folder, i, valid & (semantics != IGNORED))
+
+    check_all(read, len(dataset), truth)
     confusion = 0
     for i in tqdm(range(len(dataset)), "scoring", unit="frame"):
-        confusion = confusion + ssc_confusion(*pair(i))
+        semantics, valid = truth(i)
+        confusion = confusion + ssc_confusion(read(i, semantics, valid), semantics, ~valid)
     scores = {protocol: ssc_scores_of(confusion, protocol) for protocol in _SSC_USERS}
     rows, metrics = [], {}
     for protocol, users in _SSC_USERS.items():
@@ -307,7 +353,8 @@ def audit_ssc(dataset: SemanticKITTI, folder: Path) -> dict:
     absent = [name for k, name in enumerate(SSC_CLASSES) if k and not confusion[:, k].sum()]
     warnings = [f"{len(absent)} of 19 classes are not in this truth and count as 0 ({', '.join(absent)}): a perfect "
                 f"prediction has mIoU {100 * (19 - len(absent)) / 19:.2f}"] if absent else []  # fmt: skip
-    return {"rows": rows, "warnings": warnings, "metrics": metrics, "per_class": per_class}
+    result = {"rows": rows, "warnings": warnings, "metrics": metrics, "per_class": per_class}
+    return {"form": str(form or SUBMISSION), **result}
 
 
 def ssc_class_lines(per_class: dict[str, float]) -> list[str]:
@@ -315,7 +362,7 @@ def ssc_class_lines(per_class: dict[str, float]) -> list[str]:
     return [f"===> {name} - IoU = {100 * iou:.2f}" for name, iou in per_class.items() if name != SSC_CLASSES[0]]
 
 
-# --- python -m common.metrics audit ----------------------------------------------------------------------------------
+# --- python -m common.metrics audit -------------------------------------------------------------------------
 
 
 def audit(
@@ -358,7 +405,7 @@ def audit(
     else:
         line = f"protocol: {name} {version} {split}, {frames} frames, 6 steps of 0.5 s; obstacles: all boxes then"
         table = planning_table(result["rows"])
-    print("\n".join([f"predictions: {folder}", line, "", *table]))
+    print("\n".join([f"predictions: {folder} ({result['form']})", line, "", *table]))
     for warning in result["warnings"]:
         print(f"warning: {warning}")
     result = {"task": task, "predictions": str(folder),

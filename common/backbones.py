@@ -11,8 +11,6 @@ Nothing is downloaded unless --backbone names a hub id that is not in the local 
 Weights are read as safetensors only.
 """
 
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.files import InputError
+from common.pretrained import load_pretrained, loading
 
+REMEDY = ", or --backbone conv"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -143,7 +143,7 @@ class ImageEncoder(nn.Module):
 def load_backbone(name: str, pretrained: bool = True) -> tuple[nn.Module, tuple[int, int]]:
     """-> (a transformers backbone that gives two feature maps, their channels): 1/8 and 1/16 of a convolutional network
     (later stages are cut off), the middle and last block of a ViT. Raises InputError, which says how to get it."""
-    from transformers import AutoBackbone, AutoConfig  # late: half a second that "conv" does not need
+    from transformers import AutoConfig  # late: half a second that "conv" does not need
 
     short = name.split("/")[-1]
     if not pretrained and not Path(name).is_dir():
@@ -152,7 +152,15 @@ def load_backbone(name: str, pretrained: bool = True) -> tuple[nn.Module, tuple[
             known = ", ".join([*RESNETS, *DINOV2])
             raise InputError(f"--backbone {name}: not a local folder, nor written in common/backbones.py ({known})")
     else:
-        config = _fetch(name, partial(AutoConfig.from_pretrained, name))
+        (config,) = load_pretrained("--backbone", name, AutoConfig, remedy=REMEDY)
+    with loading("--backbone", name):
+        return _cut(name, config, pretrained)
+
+
+def _cut(name: str, config: Any, pretrained: bool) -> tuple[nn.Module, tuple[int, int]]:
+    """The backbone of a transformers config, as `load_backbone` says."""
+    from transformers import AutoBackbone
+
     if config.model_type == "dinov2":
         config.out_indices = [config.num_hidden_layers // 2, config.num_hidden_layers]
     elif hasattr(config, "depths") and len(config.depths) >= 3:
@@ -162,7 +170,7 @@ def load_backbone(name: str, pretrained: bool = True) -> tuple[nn.Module, tuple[
     if pretrained:  # by the class itself: AutoBackbone.from_pretrained (5.23) asks the hub even for a local folder
         with torch.device("meta"):
             architecture = type(AutoBackbone.from_config(config))
-        net = _fetch(name, partial(architecture.from_pretrained, name, config=config, use_safetensors=True))
+        (net,) = load_pretrained("--backbone", name, architecture, remedy=REMEDY, config=config)
     else:
         net = AutoBackbone.from_config(config)
     if config.model_type in ("resnet", "convnext"):
@@ -187,35 +195,6 @@ def _written_config(short: str) -> Any:
             hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, image_size=518, patch_size=14
         )
     return None
-
-
-def _fetch(name: str, load: Callable[..., Any]) -> Any:
-    """load(local_files_only=...) from a folder or the local cache, else from the hub; every complaint in one line."""
-    local = Path(name).is_dir()
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise InputError(f"--backbone {name}: no such folder; give a folder saved by transformers, a hub id, or conv")
-    try:
-        return load(local_files_only=True)
-    except (OSError, ValueError) as error:
-        if local:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
-            raise InputError(f"--backbone {name}: {reason}; it needs config.json and model.safetensors") from error
-    from huggingface_hub import constants
-
-    remedy = f"run `hf download {name}` once with a network, or give a local folder, or --backbone conv"
-    if constants.HF_HUB_OFFLINE:
-        raise InputError(f"--backbone {name}: not in the local cache, and HF_HUB_OFFLINE is set; {remedy}")
-    try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()  # fails fast; the downloader retries for long
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError as error:
-        raise InputError(f"--backbone {name}: not in the local cache, the hub cannot be reached; {remedy}") from error
-    try:
-        return load(local_files_only=False)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
-        raise InputError(f"--backbone {name}: not downloadable ({reason}); {remedy}") from error
 
 
 # --- 3D --------------------------------------------------------------------------------------------------------------

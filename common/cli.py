@@ -34,7 +34,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
-from common.files import InputError, read_json
+from common.files import InputError, misfit, read_json
 
 
 class Flag(NamedTuple):
@@ -145,24 +145,51 @@ def pick_device(name: str | None) -> str:
 # --- a config on disk ---------------------------------------------------------------------------------------
 
 
+RUN = {"method": str, "preset": str, "seed": int, "steps": int, "config": dict, "data": dict}  # a config.json
+
+
 def to_dict(cfg: Any) -> dict[str, Any]:
     """A config as plain JSON values."""
     return json.loads(json.dumps(asdict(cfg), default=str))
 
 
 def from_dict(config: type, stored: dict[str, Any], where: Path | str) -> Any:
-    """A config from its JSON form (`to_dict`). Unknown or missing fields: InputError that names them."""
+    """A config from its JSON form (`to_dict`). Unknown, missing or misshapen fields: InputError that names
+    them.
+    """
     hints = _hints(config)
     for word, names in (("unknown", stored.keys() - hints), ("missing", hints.keys() - stored)):
         if names:
             which = f"{word}: {' '.join(sorted(names))}"
             raise InputError(f"{where}: written by another version of this method ({which}); train again")
 
-    def restored(value: Any, hint: Any) -> Any:
-        kind = typing.get_origin(hint) or hint
-        return kind(value) if kind in (tuple, Path) and value is not None else value
+    fields = {}
+    for name, value in stored.items():
+        try:
+            fields[name] = _restore(value, hints[name])
+        except ValueError:
+            raise InputError(f"{where}: '{name}' is {json.dumps(value)[:60]}; train again") from None
+    return config(**fields)
 
-    return config(**{name: restored(value, _strip_none(hints[name])) for name, value in stored.items()})
+
+def _restore(value: Any, hint: Any) -> Any:
+    """A field's value from its JSON form. Raises ValueError if it does not fit the annotation."""
+    kind = _strip_none(hint)
+    if value is None and kind != hint:
+        return None
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis and isinstance(value, list) else kinds
+        if not isinstance(value, list) or len(value) != len(kinds):
+            raise ValueError
+        return tuple(map(_restore, value, kinds))
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
+    shape = tuple({type(choice) for choice in choices}) if choices else {Path: str}.get(kind, kind)
+    if misfit(value, shape) or (choices and value not in choices):
+        raise ValueError
+    if kind is float and not -1e300 < value < 1e300:
+        raise ValueError
+    return Path(value) if kind is Path else value
 
 
 def last_stage(folder: Path | str) -> Path:
@@ -180,9 +207,7 @@ def last_stage(folder: Path | str) -> Path:
 
 def _from_run(ckpt: Path, method: str, config: type, preset: str | None) -> tuple[Any, dict[str, Any]]:
     path = last_stage(ckpt) / "config.json"
-    run = read_json(path)
-    if not isinstance(run, dict) or not {"method", "preset", "config"} <= run.keys():
-        raise InputError(f"{path}: not the config.json of a run (method, preset, config)")
+    run = read_json(path, RUN)
     if run["method"] != method:
         raise InputError(f"--ckpt {ckpt}: a checkpoint of {run['method']}.py, not of {method}.py")
     if preset is not None and preset != run["preset"]:

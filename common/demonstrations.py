@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import worlds
-from common.files import InputError, read_json, read_npz, write_bytes, write_npz
+from common.files import InputError, read_json, read_npz, reading, write_bytes, write_npz
 from common.geometry import unproject
 from common.observation import Observation
 
@@ -76,7 +76,7 @@ def read_episode(folder: Path, cameras: list[str]) -> dict:
     shapes = {k: (None, "float32") for k in ("actions", "states", "poses")}
     shapes |= {k: (None, "float64") for k in ("K", "T_base_cam")}
     e = read_npz(path, shapes | {k: (None, None) for k in ("instruction", "things", "task")})
-    T, V, n = len(e["actions"]), len(cameras), len(np.atleast_1d(e["things"]))
+    T, V, n = len(np.atleast_1d(e["actions"])), len(cameras), len(np.atleast_1d(e["things"]))
     wanted = {key: (T, *e[key].shape[1:2]) for key in ("actions", "states")}
     wanted |= {"poses": (T, n, 4, 4), "K": (T, V, 3, 3), "T_base_cam": (T, V, 4, 4)}
     wanted |= {"instruction": (1,), "task": (1,), "things": (n,)}
@@ -86,8 +86,9 @@ def read_episode(folder: Path, cameras: list[str]) -> dict:
         or not np.isfinite(e["actions"]).all()):
         raise InputError(f"{path}: names that are no bytes, or actions that are not finite; remove the "
                          "folder and make it again")
-    out = {k: e[k] for k in shapes} | {k: e[k].item().decode() for k in ("instruction", "task")}
-    out["things"] = [t.decode() for t in e["things"].tolist()]
+    with reading(path, "names that are no text", "remove the folder and make it again"):
+        out = {k: e[k] for k in shapes} | {k: e[k].item().decode() for k in ("instruction", "task")}
+        out["things"] = [t.decode() for t in np.atleast_1d(e["things"]).tolist()]
     for key, suffix, kind, axes in (("images", "rgb", "uint8", 3), ("depth", "depth", "uint16", 2),
                                     ("instances", "instance", "uint8", 2)):
         views: list[np.ndarray] = []
@@ -121,11 +122,10 @@ def mask_maker(name: str, grounding: str | None, sam: str | None, device: str) -
 
 def lift_mask(mask: np.ndarray, depth: np.ndarray, K: np.ndarray, T_base_cam: np.ndarray, cells: int,
               least: int = 12) -> tuple[Tensor, Tensor, Tensor] | None:
-    """A view's mask -> point (3,) [m], box (4,) cx cy w h in [0, 1], mask (cells, cells); None: below `least`
-    px.
+    """A view's mask -> point (3,) [m], box (4,) cx cy w h in [0, 1], mask (cells, cells); None if too small.
 
     The point is the centre of the mask's box at the mask's median depth. mask (H', W') bool of any size,
-    depth (H, W) [m] and K of the same picture, T_base_cam (4, 4).
+    depth (H, W) [m] and K of the same picture, T_base_cam (4, 4). At least `least` pixels have a depth.
     """
     H, W = depth.shape
     mask = cv2.resize(mask.astype(np.uint8), (W, H), interpolation=cv2.INTER_NEAREST_EXACT) > 0
@@ -134,15 +134,15 @@ def lift_mask(mask: np.ndarray, depth: np.ndarray, K: np.ndarray, T_base_cam: np
         return None
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     low, high = np.array([columns[0], rows[0]]), np.array([columns[-1] + 1, rows[-1] + 1])
-    uv, z, K, T = (torch.as_tensor(x).double() for x in ((low + high) / 2, np.median(z), K, T_base_cam))
+    center, z, K, T = (np.asarray(x, np.float64) for x in ((low + high) / 2, np.median(z), K, T_base_cam))
+    point = unproject(*(torch.from_numpy(x) for x in (center, z, K, T)))
     low, high = torch.from_numpy(low / [W, H]), torch.from_numpy(high / [W, H])
     small = cv2.resize(mask.astype(np.float32), (cells, cells), interpolation=cv2.INTER_AREA)
-    return unproject(uv, z, K, T), torch.cat([(low + high) / 2, high - low]), torch.from_numpy(small)
+    return point, torch.cat([(low + high) / 2, high - low]), torch.from_numpy(small)
 
 
 class Demonstrations:
-    """Demonstrations of a tabletop world, or LIBERO's (common.robot convert), in memory; each frame is a
-    sample.
+    """Demonstrations of a tabletop world, or LIBERO's (common.robot convert), in memory, a sample a frame.
 
     Raises InputError if they have another number of cameras, states wider than `state_dim` or other actions.
     """

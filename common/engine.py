@@ -7,14 +7,14 @@
     model = run.attach(net, optimizer)          # loads a checkpoint that is there; DDP under torchrun
     for step, batch in run.batches(make_item, args.workers):
         ...                                     # forward, loss, backward, step: the method's own lines
-        run.log(step, terms, lr)                # a line, a stop on NaN, a checkpoint four times a run
+        run.log(step, terms, lr)                # a line; a checkpoint four times a run, never of a nan
 
 A Session holds what no paper invents: the folder, ranks, seeds, data order, resume, log and checkpoints. Its
 parts are the functions of common/train.py. A method with several stages opens one Session a stage, each with
 its own folder.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from common import train as parts
+from common.files import hold, release
 
 
 class Session:
@@ -32,21 +33,26 @@ class Session:
     args: device, seed, resume, method and preset of the command line. cfg: the method's Config, kept in
     config.json. samples: training samples. batch: samples a process takes in a step. steps 0: as many as
     `epochs` need. source: JSON values about the data (root, version, split, labels). order(run, seed): a data
-    order other than `DataOrder`. Raises InputError if `out` holds another run.
+    order other than `DataOrder`. names: of the samples (their tokens), for messages. Raises InputError if
+    `out` holds another run, or if another process is writing it.
     """
 
     def __init__(self, args: Any, cfg: Any, out: Path, *, samples: int, batch: int, steps: int = 0,
                  epochs: float = 0, source: dict[str, Any] | None = None, amp: str = "off",
-                 seed: int | None = None, order: Callable | None = None):
+                 seed: int | None = None, order: Callable | None = None, names: Sequence[str] = ()):
         self.run, self.out, self.amp = parts.setup(args.device), Path(out), amp
         self.rank, self.world, self.device, self.is_main = self.run
-        self.seed = args.seed if seed is None else seed
+        self.seed, self.names = args.seed if seed is None else seed, names
         default = parts.DataOrder(samples, batch, self.world, self.rank, self.seed) if order is None else None
         self.order = default or order(self.run, self.seed)
         self.steps = steps or self.order.steps(epochs)
         self.settings = parts.settings(args, cfg, self.steps, source or {})
+        if self.is_main:
+            hold(self.out)
         self.start = parts.begin(self.out, self.run, self.settings, args.resume)
         self.finished = self.start is None
+        if self.finished:
+            release(self.out)
         self.save_every = max(1, min(500, self.steps // 4))
         self.state: dict[str, Any] = {}  # the method's own JSON values that a checkpoint keeps (a best score)
         self.sharded = False
@@ -105,10 +111,23 @@ class Session:
         """Note a finished step: a line when one is due, the loss being the terms' sum; likewise a
         checkpoint.
         """
-        self.lines(step, {"loss": sum(terms.values()), **terms}, lr)
-        if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
+        done = step + 1
+        due = done % self.save_every == 0 or done == self.steps
+        self.lines(step, {"loss": sum(terms.values()), **terms}, lr, look=due, samples=self._seen)
+        if due:
             self.state |= self.lines.state()
-            parts.save_checkpoint(self.out, self.run, *self.whole(), step + 1, self.state)
+            parts.save_checkpoint(self.out, self.run, *self.whole(), done, self.state)
+        if done == self.steps:
+            release(self.out)
+
+    def _seen(self, step: int) -> str:
+        """The samples that all processes saw at a step, by their names where the method gave any."""
+        if not isinstance(self.order, parts.DataOrder):
+            return ""
+        places = range(step * self.world * self.order.batch, (step + 1) * self.world * self.order.batch)
+        samples = [self.order.sample(place) for place in places]
+        words = [str(self.names[i]) if self.names else str(i) for i in samples]
+        return f"samples {' '.join(words[:16])}{' ...' if len(words) > 16 else ''}"
 
 
 def stack(items: list[dict[str, Tensor]], device: torch.device | str) -> dict[str, Tensor]:

@@ -182,28 +182,30 @@ def where_true(mask: Tensor) -> Tensor:
     return torch.arange(len(mask), device="meta") if mask.is_meta else mask.nonzero()[:, 0]
 
 
-def lift(features: Tensor, points: Tensor, K: Tensor, T_ref_cam: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def lift(features: Tensor, points: Tensor, K: Tensor, T_ref_cam: Tensor,
+         size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Image features at 3D points: the mean over the cameras that see a point of their bilinear samples.
 
-    features (N, C, h, w) of images of `size` (H, W) [px], points (V, 3) [m], K (N, 3, 3) of the images, T_ref_cam
-    (N, 4, 4) -> (V, C), zeros where no camera sees the point; (V,) bool: whether one does.
+    features (N, C, h, w) of images of `size` (H, W) [px], points (V, 3) [m], K (N, 3, 3) of the images,
+    T_ref_cam (N, 4, 4) -> (V, C), zeros where no camera sees the point; (V,) bool: whether one does.
     """
     volume, cameras = features.new_zeros(len(points), features.shape[1]), features.new_zeros(len(points))
     for one, k, T in zip(features, K, T_ref_cam, strict=True):
-        uv, depth = project(points, k, invert(T))                                             # (V, 2), (V,)
+        uv, depth = project(points, k, invert(T))  # (V, 2), (V,)
         at = 2 * uv / uv.new_tensor([size[1], size[0]]) - 1
-        inside = (depth > 1e-3) & (at >= -1).all(-1) & (at < 1).all(-1)
-        seen = where_true(inside)                                                             # (V_n,)
-        sampled = F.grid_sample(one[None].float(), at[None, None, seen], padding_mode="border", align_corners=False)
-        volume = volume.index_add(0, seen, sampled[0, :, 0].t().to(volume.dtype))
+        seen = where_true((depth > 1e-3) & (at >= -1).all(-1) & (at < 1).all(-1))  # (V_n,)
+        place = {"padding_mode": "border", "align_corners": False}
+        sampled = F.grid_sample(one[None].float(), at[None, None, seen], **place)[0, :, 0]  # (C, V_n)
+        volume = volume.index_add(0, seen, sampled.t().to(volume.dtype))
         cameras = cameras.index_add(0, seen, cameras.new_ones(len(seen)))
     return volume / cameras[:, None].clamp_min(1), cameras > 0
 
 
 def nearest_ids(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Ids (..., H, W) -> (..., h, w) at the centres of the new pixels, size (h, w)."""
-    rows, columns = (((torch.arange(n) + 0.5) * m / n).long() for n, m in zip(size, maps.shape[-2:], strict=True))
-    return maps[..., rows, :][..., columns]
+    (H, W), (h, w) = maps.shape[-2:], size
+    rows, columns = ((torch.arange(n) + 0.5) * m / n for n, m in ((h, H), (w, W)))
+    return maps[..., rows.long(), :][..., columns.long()]
 
 
 def quaternion_to_matrix(wxyz: Tensor) -> Tensor:
@@ -718,13 +720,6 @@ def fold(fine: Tensor, stride: tuple[int, int, int]) -> Tensor:
     for axis, f in zip((1, 3, 5), stride, strict=True):
         fine = fine.unflatten(axis, (-1, f))                                                 # (B, X, fx, Y, fy, Z, fz)
     return fine.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3)
-
-
-def unfold(folded: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """Inverse of `fold`."""
-    B, _, X, Y, Z = folded.shape
-    fx, fy, fz = stride
-    return folded.view(B, fx, fy, fz, X, Y, Z).permute(0, 4, 1, 5, 2, 6, 3).reshape(B, X * fx, Y * fy, Z * fz)
 
 
 def refine(coarse: Tensor, shape: tuple[int, int, int]) -> Tensor:

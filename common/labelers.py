@@ -36,8 +36,9 @@ import torch.nn.functional as F
 
 from common import worlds
 from common.backbones import IMAGENET_MEAN, IMAGENET_STD
-from common.files import InputError, read_image, read_json, write_bytes, write_json
+from common.files import InputError, grey16, open_image, read_image, read_json, write_bytes, write_json
 from common.nuscenes import FREE, NuScenesOccupancy
+from common.pretrained import load_pretrained
 
 
 class Maps(NamedTuple):
@@ -96,22 +97,15 @@ def map_paths(folder: Path | str, kind: str, camera_files: list[str]) -> list[Pa
 
 
 def read_map(path: Path, bits: int) -> np.ndarray:
-    """One PNG -> (h, w) uint8 or uint16. InputError if it is missing, broken, or has other channels or other
-    bits.
+    """One PNG -> (h, w) uint8 or uint16. InputError if it is missing, broken, or has other channels or
+    other bits.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    modes, dtype = (("L", "P"), np.uint8) if bits == 8 else (("I;16", "I;16B", "I"), np.uint16)
-    if not path.is_file():
-        raise InputError(f"{path}: map not found")
-    try:
-        with Image.open(path) as image:
-            if image.mode not in modes:
-                raise InputError(f"{path}: PIL mode '{image.mode}', expected {bits} bits and one channel")
-            return np.asarray(image).astype(dtype)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        reason = "the file is empty" if path.stat().st_size == 0 else str(error).split(":")[0]
-        raise InputError(f"{path}: not a readable PNG ({reason}); write it again") from error
+    with open_image(path, "map") as image:
+        if bits == 16:
+            return grey16(image)
+        if image.mode not in ("L", "P"):
+            raise InputError(f"{path}: PIL mode '{image.mode}', expected {bits} bits and one channel")
+        return np.asarray(image)
 
 
 def read_stack(paths: list[Path], bits: int, shape: tuple[int, int] | None = None) -> np.ndarray:
@@ -526,34 +520,13 @@ def _device(name: str | torch.device | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _from_pretrained(flag: str, name: str, local_only: bool, *classes, kinds: tuple[str, ...] = ()) -> list:
-    """Each class' from_pretrained(name), from this machine alone if `local_only`. kinds: model_types it may
-    be.
-    """
-    from transformers import AutoConfig
-
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise InputError(f"{flag} {name}: no such folder; give a model's local folder or a hub id")
-    try:
-        found = AutoConfig.from_pretrained(name, local_files_only=local_only).model_type
-        if kinds and found not in kinds:
-            raise InputError(f"{flag} {name}: a model of type '{found}', expected '{kinds[0]}'")
-        return [one.from_pretrained(name, local_files_only=local_only) for one in classes]
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if local_only:
-            remedy = f"{flag} takes a local folder, or this id to download it"
-            raise InputError(f"{name}: not on this machine; {remedy}") from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        remedy = "give a hub id (online) or a local folder"
-        raise InputError(f"{flag} {name}: cannot be loaded ({reason}); {remedy}") from error
-
-
 @functools.lru_cache(maxsize=1)  # one copy a process, however many labelers it makes
 def _load_grounding(name: str, local_only: bool, device):
     from transformers import AutoProcessor, GroundingDinoForObjectDetection
 
     classes = (GroundingDinoForObjectDetection, AutoProcessor)
-    model, processor = _from_pretrained("--grounding", name, local_only, *classes, kinds=("grounding-dino",))
+    words = {"model_type": "grounding-dino", "local_only": local_only}
+    model, processor = load_pretrained("--grounding", name, *classes, **words)
     return model.to(device).eval(), processor
 
 
@@ -561,7 +534,8 @@ def _load_grounding(name: str, local_only: bool, device):
 def _load_sam(name: str, local_only: bool, device):
     from transformers import SamModel, SamProcessor
 
-    model, processor = _from_pretrained("--sam", name, local_only, SamModel, SamProcessor, kinds=("sam",))
+    words = {"model_type": "sam", "local_only": local_only}
+    model, processor = load_pretrained("--sam", name, SamModel, SamProcessor, **words)
     return model.to(device).eval(), processor
 
 
@@ -574,7 +548,7 @@ def load_depth(name: str, local_only: bool, device):
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     classes = (AutoModelForDepthEstimation, AutoImageProcessor)
-    model, processor = _from_pretrained("--depth-model", name, local_only, *classes)
+    model, processor = load_pretrained("--depth-model", name, *classes, local_only=local_only)
     if getattr(model.config, "depth_estimation_type", "metric") != "metric":
         remedy = f"metres need a metric model, such as {METRIC_DEPTH}"
         raise InputError(f"--depth-model {name}: predicts relative depth; {remedy}")
@@ -689,10 +663,10 @@ def _load_segmenter(name: str, local_only: bool, device):
         AutoModelForUniversalSegmentation,
     )
 
-    (config,) = _from_pretrained("--segmenter", name, local_only, AutoConfig)
+    (config,) = load_pretrained("--segmenter", name, AutoConfig, local_only=local_only)
     universal = type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
     kind = AutoModelForUniversalSegmentation if universal else AutoModelForSemanticSegmentation
-    model, processor = _from_pretrained("--segmenter", name, local_only, kind, AutoImageProcessor)
+    model, processor = load_pretrained("--segmenter", name, kind, AutoImageProcessor, local_only=local_only)
     if not hasattr(processor, "post_process_semantic_segmentation"):
         raise InputError(
             f"--segmenter {name}: a {config.model_type} gives no semantic map; use a semantic segmenter"
@@ -771,7 +745,8 @@ def sam2_masks(model, image: np.ndarray, boxes: torch.Tensor):
 def _load_sam2(name: str, local_only: bool, device):
     from transformers import Sam2Model
 
-    (model,) = _from_pretrained("--sam", name, local_only, Sam2Model, kinds=("sam2", "sam2_video"))
+    words = {"model_type": ("sam2", "sam2_video"), "local_only": local_only}
+    (model,) = load_pretrained("--sam", name, Sam2Model, **words)
     return model.to(device).eval()
 
 

@@ -131,7 +131,7 @@ def make_labels(
         options = options | {"cache_maps": out / "maps"}  # the models' work outlives a killed run
     wanted = label_record(maker, dataset, labeler, options, cfg)
     if path.is_file():
-        old = read_json(path)
+        old = read_json(path, dict)
         if differ := [name for name in wanted if old.get(name) != wanted[name]]:
             raise InputError(
                 f"{path}: made with another {', '.join(differ)}; choose another folder or delete this one"
@@ -216,7 +216,8 @@ def read_label(
 def labels_note(folder: Path) -> str:
     """What labels.json says a protocol line must say about the labels; empty without that file."""
     path = Path(folder) / "labels.json"
-    return read_json(path).get("data", {}).get("note", "") if path.is_file() else ""
+    record = read_json(path, {"data?": {"note?": str}}) if path.is_file() else {}
+    return record.get("data", {}).get("note", "")
 
 
 def class_weights(targets: Iterable[Tensor | np.ndarray], classes: int = 18, rule: str = "sqrt") -> Tensor:

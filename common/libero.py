@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import worlds
 from common.demonstrations import write_episode
-from common.files import InputError, read_json, read_npz, write_bytes, write_json
+from common.files import InputError, misfit, read_json, read_npz, read_text, reading, write_bytes, write_json
 from common.observation import Observation, Outcome, check_action, mirror_intrinsics
 
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -65,14 +65,8 @@ class Bddl(NamedTuple):
 def read_bddl(path: Path | str) -> Bddl:
     """A .bddl file. Raises InputError if it is missing, cut short or without a part that LIBERO needs."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: file not found")
     stack: list[list] = [[]]
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not text; not a LIBERO task definition") from error
-    for word in re.findall(r"[()]|[^\s()]+", text):
+    for word in re.findall(r"[()]|[^\s()]+", read_text(path)):
         if word == "(":
             stack.append([])
         elif word != ")":
@@ -140,23 +134,14 @@ def read_init_states(path: Path | str) -> np.ndarray:
     if path.suffix == ".npz":
         states = read_npz(path, {"states": (None, "float64")})["states"]
     else:
-        if not path.is_file():
-            raise InputError(f"{path}: file not found")
         new = int(np.__version__.split(".")[0]) >= 2  # where numpy keeps the maker of arrays
         make = importlib.import_module("numpy._core.multiarray" if new
                                        else "numpy.core.multiarray")._reconstruct
         allowed = [np.ndarray, np.dtype, type(np.dtype("float64")), type(np.dtype("float32"))]
         allowed += [(make, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-        try:
-            with torch.serialization.safe_globals(allowed):
-                states = np.asarray(torch.load(path, map_location="cpu", weights_only=True), np.float64)
-        except (RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError,
-                torch.serialization.pickle.UnpicklingError) as error:
-            raise InputError(
-                f"{path}: not a torch file of one array ({type(error).__name__}): truncated, or a pickle "
-                f"of "
-                "something else, which is not loaded; copy it again"
-            ) from error
+        problem = "not a torch file of one array: cut short, or a pickle of something else, never loaded"
+        with reading(path, problem), torch.serialization.safe_globals(allowed):
+            states = np.asarray(torch.load(path, map_location="cpu", weights_only=True), np.float64)
     states = states[None] if states.ndim == 1 else states  # LIBERO-Plus's layouts have one each
     if states.ndim != 2 or not len(states):
         raise InputError(f"{path}: initial states of shape {states.shape}, expected (N, D)")
@@ -202,10 +187,9 @@ def read_plus_tasks(path: Path | str) -> dict[str, list[dict]]:
     categories as in common.metrics.LIBERO_PLUS_TASKS. Raises InputError if it is missing or of another
     form."""
     value = read_json(path)
-    if (not isinstance(value, dict) or not value.keys() <= set(LIBERO_SUITES)
-        or not all(isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str)
-                                                  for row in rows) for rows in value.values())):
-        raise InputError(f"{path}: not LIBERO-Plus's task_classification.json")
+    fault = misfit(value, {str: [{"name": str, "category": str}]})
+    if fault or not value.keys() <= set(LIBERO_SUITES):
+        raise InputError(f"{path}: not LIBERO-Plus's task_classification.json: {fault or 'other suites'}")
     words = {"Camera Viewpoints": "camera", "Robot Initial States": "robot",
              "Language Instructions": "language", "Light Conditions": "light",
              "Background Textures": "background", "Sensor Noise": "noise", "Objects Layout": "layout"}
@@ -606,15 +590,20 @@ def convert_libero(suite: str, demos: Path | str, out: Path | str, data_root: Pa
 
 
 def check_libero(root: Path) -> None:
-    """Every definition parses, and its states are there and readable; assets and the package are told."""
+    """Read every definition and its states, print what is there. Raises InputError, naming what is
+    missing.
+    """
     suites = sorted(p.name for p in (root / "bddl_files").glob("*") if p.is_dir())
     for suite in suites:
         tasks = sorted((root / "bddl_files" / suite).glob("*.bddl"))
         rows = []
         for path in tasks:
             read_bddl(path)
-            init = root / "init_files" / suite / f"{path.stem}.pruned_init"
-            rows.append(len(read_init_states(init)) if init.is_file() or Path(f"{init}.npz").is_file() else 0)
+            folder, base = root / "init_files" / suite, _PLUS.match(path.stem)
+            names = (path.stem, *([base["base"]] if base else []))  # a variant starts as its base
+            places = (folder / f"{name}.pruned_init" for name in names)
+            places = [init for init in places if init.is_file() or Path(f"{init}.npz").is_file()]
+            rows.append(len(read_init_states(places[0])) if places else 0)
         lacking = [t.stem for t, n in zip(tasks, rows) if n == 0]
         print(f"{suite:26}{len(tasks)} tasks, {sum(rows)} initial states")
         if lacking:
@@ -632,9 +621,7 @@ def check_libero(root: Path) -> None:
 
 
 def check_plus(path: Path) -> None:
-    """Print what LIBERO-Plus's task table holds. Raises InputError if a name is filed under another
-    category.
-    """
+    """Print what LIBERO-Plus's task table holds. Raises InputError if a name has another category."""
     rows = read_plus_tasks(path)
     for row in (row for suite in rows.values() for row in suite):
         if parse_plus_name(row["name"]).category != row["category"]:

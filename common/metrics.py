@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import read_npz, write_npz
+from common.files import InputError, read_npz, write_npz
 from common.geometry import OCC3D, VoxelGrid, cast_rays
 from common.nuscenes import FREE
 from common.nuscenes import OCC3D_CLASSES as CLASSES
@@ -416,6 +416,10 @@ class OccupancyMeter:
     @classmethod
     def load(cls, path: Path | str) -> "OccupancyMeter":
         data = read_npz(path, {key: (None, None) for key in ("groups", "counts", "rays", "frames", "masks")})
+        n = len(data["groups"]) if data["groups"].dtype.kind == "S" and data["groups"].ndim == 1 else -1
+        shapes = {"counts": (n, 4, len(CLASSES), len(CLASSES)), "rays": (n, 5, FREE), "frames": (n,), "masks": (4,)}
+        if wrong := [k for k, shape in shapes.items() if data[k].shape != shape or data[k].dtype.kind not in "iub"]:
+            raise InputError(f"{path}: '{wrong[0]}' does not fit the scenes; evaluate again")
         meter = cls()
         for k, name in enumerate(data["groups"].tolist()):
             group = name.decode()
@@ -427,6 +431,11 @@ class OccupancyMeter:
 
 
 # --- SemanticKITTI scene completion ----------------------------------------------------------------------------------
+
+
+def shown(value: float | None, digits: int = 2) -> str:
+    """A score for a table; `undefined` for None, nan and inf."""
+    return "undefined" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
 
 
 def ssc_confusion(pred, gt, invalid) -> Tensor:

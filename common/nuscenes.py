@@ -21,9 +21,9 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import InputError, exit_on_input_error, read_image, read_json, read_npz, write_json
+from common.files import (
+    InputError,
+    atomic,
+    exit_on_input_error,
+    misfit,
+    note,
+    open_image,
+    read_json,
+    read_npz,
+    reading,
+    short_hash,
+    to_rgb,
+    write_json,
+)
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CHANNELS = CAMERAS + ("LIDAR_TOP",)  # the sensors that are read; radar rows are left out of the cache
@@ -51,16 +64,30 @@ LIDARSEG_TO_OCC3D = np.array(
     [0, 0, 7, 7, 7, 0, 7, 0, 0, 1, 0, 0, 8, 0, 2, 3, 3, 4, 5, 0, 0, 6, 9, 10, 11, 12, 13, 14, 15, 0, 16, 0], np.uint8
 )
 
-FUTURE_STEPS, HISTORY_STEPS = 6, 4  # keyframes, 0.5 s apart
+# nuScenes-lidarseg's classes in the order of their own numbers, 0..31
+LIDARSEG_CLASSES = (
+    "noise", "animal", "human.pedestrian.adult", "human.pedestrian.child", "human.pedestrian.construction_worker",
+    "human.pedestrian.personal_mobility", "human.pedestrian.police_officer", "human.pedestrian.stroller",
+    "human.pedestrian.wheelchair", "movable_object.barrier", "movable_object.debris",
+    "movable_object.pushable_pullable", "movable_object.trafficcone", "static_object.bicycle_rack", "vehicle.bicycle",
+    "vehicle.bus.bendy", "vehicle.bus.rigid", "vehicle.car", "vehicle.construction", "vehicle.emergency.ambulance",
+    "vehicle.emergency.police", "vehicle.motorcycle", "vehicle.trailer", "vehicle.truck", "flat.driveable_surface",
+    "flat.other", "flat.sidewalk", "flat.terrain", "static.manmade", "static.other", "static.vegetation", "vehicle.ego",
+)  # fmt: skip
+UNPLACED = 255  # in `lidarseg_table`: a number of the tree that is no class of nuScenes-lidarseg
+
+STEP = 0.5  # [s] between nuScenes' keyframes
+FUTURE_STEPS, HISTORY_STEPS = 6, 4  # keyframes
 PARTS = ("images", "points", "labels", "boxes", "future", "questions")
 GTS_FOLDERS = ("gts", "occ3d/gts", "occ3d")  # OccNeRF and FlashOcc, SparseOcc's with and without Occ3D's own folder
 QUESTION_FOLDERS = ("questions", "NuScenes-QA/data/questions", "NuScenes-QA/questions", "NuScenes-QA")
 
+FAR = 1e8  # [m] no pose is further from its origin (UTM's go to 1e7)
 TABLES = (
     "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",
     "sample", "sample_data", "sample_annotation", "map",
 )  # fmt: skip
-CACHE_FORMAT = 2  # raise when the arrays below change: old caches are then made again
+CACHE_FORMAT = 4  # raise when the arrays below change: old caches are then made again
 _VERSION_SPLITS = {
     "mini": ("mini_train", "mini_val"),
     "trainval": ("train", "val", "train_detect", "train_track"),
@@ -213,8 +240,19 @@ def find_version(root: Path, version: str | None = None) -> str:
 
 
 def default_cache() -> Path:
-    """The user's cache folder for parsed tables: $XDG_CACHE_HOME/minocc or ~/.cache/minocc."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minocc"
+    """The user's cache folder for parsed tables: $XDG_CACHE_HOME/minocc or ~/.cache/minocc; without a home, one
+    of this user's in the system's temporary folder."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "minocc"
+    try:
+        return Path.home() / ".cache" / "minocc"
+    except RuntimeError:  # a container's user without an entry in passwd
+        folder = Path(tempfile.gettempdir()) / f"minocc-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise InputError(f"{folder}: belongs to another user, and there is no home folder; give --cache") from None
+        note(f"no home folder: tables are kept in {folder}; choose another with --cache or XDG_CACHE_HOME")
+        return folder
 
 
 def cache_folder(root: Path, version: str, cache: Path | str | None = None) -> Path:
@@ -239,37 +277,33 @@ def _fingerprint(paths: list[Path]) -> str:
 def write_cache(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
     """Writes <name>.npy and meta.json into a temporary folder and renames it; of two processes the first one wins.
 
-    meta gets the arrays' names, so that `read_cache` opens exactly what was written.
+    meta gets the arrays' names, shapes and types, so that `read_cache` opens exactly what was written.
     """
-    temporary = None
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    meta = meta | {"arrays": {name: [list(array.shape), array.dtype.str] for name, array in arrays.items()}}
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        for name, array in arrays.items():
-            with open(temporary / f"{name}.npy", "wb") as file:
-                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-        write_json(temporary / "meta.json", meta | {"arrays": sorted(arrays)}, indent=None)
-        os.chmod(temporary, 0o755)
-        if not (folder / "meta.json").is_file():  # else another process was faster, with the same content
-            os.rename(temporary, folder)
+        with atomic(folder, folder=True) as temporary:
+            for name, array in arrays.items():
+                with open(temporary / f"{name}.npy", "wb") as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+                    file.flush()
+                    os.fsync(file.fileno())
+            write_json(temporary / "meta.json", {"hash": short_hash(meta), "meta": meta}, indent=None)
     except OSError as error:
-        if not (folder / "meta.json").is_file():
+        if not (folder / "meta.json").is_file():  # else another process was faster, with the same content
             reason = f"cannot write the cache here ({error.strerror})"
             raise InputError(f"{folder.parent}: {reason}; free space or choose another with --cache") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     """-> ({name: memory-mapped array}, meta). Constant time: no table is parsed, no row is visited."""
-    meta = read_json(folder / "meta.json")
-    try:
+    with reading(folder / "meta.json", "the cache is damaged", "delete this folder, it is made again"):
+        stored = read_json(folder / "meta.json", {"hash": str, "meta": {"arrays": {str: list}}})
+        meta = stored["meta"]
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in meta["arrays"]}
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: the cache is damaged ({error}); delete this folder, it is made again") from error
+        found = meta | {"arrays": {name: [list(array.shape), array.dtype.str] for name, array in arrays.items()}}
+        if short_hash(found) != stored["hash"]:
+            raise ValueError("not as it was written")
     return arrays, meta
 
 
@@ -277,10 +311,15 @@ def _devkit(module: str):
     """Imports a module of the nuscenes-devkit, late: an open cache needs none of it (and it costs seconds)."""
     import importlib
 
+    from PIL import Image
+
+    limit = Image.MAX_IMAGE_PIXELS
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(f"cannot import {module} ({error}); pip install nuscenes-devkit==1.2.0") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit  # the devkit raises it to 160 gigapixels
 
 
 class _Table:
@@ -291,19 +330,25 @@ class _Table:
 
     def __init__(self, devkit, name: str, columns: str):
         self.name, self.path = name, Path(devkit.table_root) / f"{name}.json"
-        try:
+        with reading(self.path, "not valid JSON", "truncated? unpack nuScenes again"):
             records = devkit.__load_table__(name)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.path}: not valid JSON ({error}); truncated? unpack nuScenes again") from error
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise InputError(f"{self.path}: not a list of records; unpack nuScenes again")
         try:
-            self.columns = {column: [record[column] for record in records] for column in columns.split()}
+            self.columns = {
+                column.rstrip("?"): [r.get(column[:-1]) if column[-1] == "?" else r[column] for r in records]
+                for column in columns.split()
+            }
         except KeyError as error:
             raise InputError(f"{self.path}: a record has no field {error}; unpack nuScenes again") from error
         self.token = self.strings("token")
+
+    def refuse(self, bad: np.ndarray, why: str) -> None:
+        """Raises InputError, naming the record, if any of `bad` (rows,) is True."""
+        if bad.any():
+            token = self.token[np.argmax(bad)].decode()
+            more = f" ({bad.sum()} such records)" if bad.sum() > 1 else ""
+            raise InputError(f"{self.path}: record '{token}' {why}{more}; mend the table")
 
     def __len__(self) -> int:
         return len(self.token)
@@ -315,23 +360,61 @@ class _Table:
         """-> (rows,) fixed-width bytes."""
         try:
             return _bytes(self.take(column))
-        except AttributeError as error:
+        except (AttributeError, UnicodeEncodeError) as error:
             raise InputError(f"{self.path}: '{column}' is not a string everywhere; unpack nuScenes again") from error
+
+    def column(self, column: str, shape) -> list:
+        """A column whose every value has the shape (`files.misfit`)."""
+        values = self.take(column)
+        if fault := misfit(values, [shape], column):
+            raise InputError(f"{self.path}: {fault}; unpack nuScenes again")
+        return values
 
     def numbers(self, column: str, width: int | None = None, dtype=np.float64) -> np.ndarray:
         """-> (rows,) or (rows, width) array."""
+        values = self.take(column)
         try:
-            return np.array(self.take(column), dtype).reshape((len(self),) if width is None else (len(self), width))
-        except (TypeError, ValueError) as error:
+            if dtype is bool and not all(value in (False, True) for value in values):
+                raise ValueError("neither true nor false")
+            return np.array(values, dtype).reshape((len(self),) if width is None else (len(self), width))
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{self.path}: '{column}' is not {width or 1} numbers everywhere ({error})") from error
 
     def pose(self) -> np.ndarray:
-        """-> (rows, 7) translation [m], quaternion wxyz."""
-        return np.concatenate([self.numbers("translation", 3), self.numbers("rotation", 4)], 1)
+        """-> (rows, 7) translation [m], quaternion wxyz. InputError where that is no rigid transform."""
+        place, turn = self.numbers("translation", 3), self.numbers("rotation", 4)
+        with np.errstate(all="ignore"):
+            length = np.linalg.norm(turn, axis=1)
+            self.refuse(~(np.abs(place).max(1, initial=0) <= FAR), "has a translation that is not finite [m]")
+            self.refuse(~((length > 1e-6) & (length < FAR)), "has a rotation that is no quaternion")
+        return np.concatenate([place, turn], 1)
 
-    def join(self, column: str, other: "_Table") -> np.ndarray:
-        """Row of `other` for each token in `column`, -1 for ''. Sorted search: no dictionary of millions of strings."""
+    def names(self, column: str, values: list[str]) -> None:
+        """Raises InputError unless each value is a name that is one component of a path, and no two are equal."""
+        for value in values:
+            single = value not in ("", ".", "..") and Path(value).name == value and "\\" not in value
+            if not (single and value.isprintable() and len(value.encode()) <= 200):
+                raise InputError(f"{self.path}: {column} '{value[:80]}' is no name of a single folder; rename it")
+        if len(set(values)) < len(values):
+            raise InputError(f"{self.path}: two records have the same {column}; mend the table")
+
+    def files(self, column: str) -> list[str]:
+        """Paths below the root, one a row. InputError on an absolute one, or one that climbs."""
+        values = self.column(column, str)
+        for value in values:
+            climbs = value[:1] == "/" or "\\" in value or (".." in value and ".." in Path(value).parts)
+            if climbs or not value.isprintable():
+                raise InputError(f"{self.path}: {column} '{value[:80]}' leaves the dataset's folder; make it relative")
+        return values
+
+    def join(self, column: str, other: "_Table", optional: bool = False) -> np.ndarray:
+        """Row of `other` for each token in `column`; -1 for '', which is an error unless `optional`.
+
+        A sorted search: no dictionary of millions of strings.
+        """
         keys = self.strings(column)
+        if not optional:
+            self.refuse(keys == b"", f"has no {column}")
         rows = np.full(len(keys), -1, np.int64)
         given = np.flatnonzero(keys != b"")
         order = np.argsort(other.token, kind="stable")
@@ -350,12 +433,23 @@ def _bytes(values: list[str]) -> np.ndarray:
     return np.array([value.encode() for value in values], dtype=None if values else "S1")
 
 
-def _links(table: _Table, name: str, rows: np.ndarray, arrays: dict) -> None:
-    """prev and next of the kept `rows` of a table, renumbered to their new places; -1: none."""
+def _texts(values: np.ndarray) -> list[str]:
+    """Fixed-width bytes -> strings."""
+    return [value.decode() for value in values.tolist()]
+
+
+def _links(table: _Table, name: str, rows: np.ndarray, time: np.ndarray, arrays: dict) -> None:
+    """prev and next of the kept `rows` of a table, renumbered to their new places; -1: none.
+
+    time (kept rows,) [us]: a link that does not lead that way in time is refused (it could go round for ever).
+    """
     place = np.full(len(table) + 1, -1, np.int32)  # the extra last entry maps -1 to itself
     place[rows] = np.arange(len(rows))
-    for column in ("prev", "next"):
-        arrays[f"{name}_{column}"] = place[table.join(column, table)][rows]
+    for column, sign in (("prev", -1), ("next", 1)):
+        links = arrays[f"{name}_{column}"] = place[table.join(column, table, optional=True)][rows]
+        wrong = np.zeros(len(table), bool)
+        wrong[rows[(links >= 0) & (sign * (time[links] - time) <= 0)]] = True
+        table.refuse(wrong, f"has a '{column}' that does not lie {'before' if sign < 0 else 'after'} it in time")
 
 
 def build_tables(root: Path, version: str) -> tuple[dict[str, np.ndarray], dict]:
@@ -377,22 +471,32 @@ def build_tables(root: Path, version: str) -> tuple[dict[str, np.ndarray], dict]
 
     sensor = read("sensor", "token channel")
     calibration = read("calibrated_sensor", "token sensor_token translation rotation camera_intrinsic")
-    channel = np.array([CHANNELS.index(name) if name in CHANNELS else -1 for name in sensor.take("channel")], np.int8)
+    channel = np.array([CHANNELS.index(name) if name in CHANNELS else -1 for name in sensor.column("channel", str)], np.int8)
     calibration_channel = channel[calibration.join("sensor_token", sensor)]
     arrays["calibration"] = calibration.pose()
     calibration.columns["camera_intrinsic"] = [k or [[0] * 3] * 3 for k in calibration.take("camera_intrinsic")]
-    arrays["intrinsics"] = calibration.numbers("camera_intrinsic", 9).reshape(-1, 3, 3)
+    K = arrays["intrinsics"] = calibration.numbers("camera_intrinsic", 9).reshape(-1, 3, 3)
+    regular = (np.abs(K).max((1, 2), initial=0) <= FAR) & (np.minimum(K[:, 0, 0], K[:, 1, 1]) > 1e-3)  # nan: False
+    regular &= np.isclose(K[:, 1, 0], 0, atol=1e-3) & np.isclose(K[:, 2], (0, 0, 1), atol=1e-6).all(1)
+    camera = (calibration_channel >= 0) & (calibration_channel < LIDAR)
+    calibration.refuse(camera & ~regular, "is a camera's without a camera_intrinsic [fx s cx; 0 fy cy; 0 0 1], f > 0")
 
     scene, log = read("scene", "token name log_token"), read("log", "token location")
-    locations = log.take("location")
-    of_log = scene.join("log_token", log).tolist()
-    scenes = [{"name": name, "location": locations[k]} for name, k in zip(scene.take("name"), of_log)]
+    locations = [*log.column("location", str), ""]  # -1 finds the last: none
+    of_log = scene.join("log_token", log, optional=True).tolist()
+    names = scene.column("name", str)
+    scene.names("name", names)
+    scenes = [{"name": name, "location": locations[k]} for name, k in zip(names, of_log)]
     sample = read("sample", "token timestamp scene_token")
+    sample.names("token", _texts(sample.token))
     time, of_scene = sample.numbers("timestamp", dtype=np.int64), sample.join("scene_token", scene)
     order = np.lexsort((time, of_scene))
     sample_place = np.argsort(order)  # table row -> row here
     arrays["sample_token"], arrays["sample_scene"] = sample.token[order], of_scene[order].astype(np.int32)
     arrays["sample_time"] = time[order]
+    twice = np.zeros(len(sample), bool)
+    twice[order[1:]] = (np.diff(of_scene[order]) == 0) & (np.diff(time[order]) == 0)
+    sample.refuse(twice, "has the same timestamp as another keyframe of its scene")
 
     ego_pose = read("ego_pose", "token translation rotation")
     poses = ego_pose.pose()
@@ -409,8 +513,8 @@ def build_tables(root: Path, version: str) -> tuple[dict[str, np.ndarray], dict]
     for name in ("height", "width"):
         data.columns[name] = [value or 0 for value in data.take(name)]
     arrays["data_size"] = np.stack([data.numbers(name, dtype=np.int32)[rows] for name in ("height", "width")], 1)
-    arrays["data_file"] = data.strings("filename")[rows]
-    _links(data, "data", rows, arrays)
+    arrays["data_file"] = _bytes(data.files("filename"))[rows]
+    _links(data, "data", rows, arrays["data_time"], arrays)
     key = np.flatnonzero(arrays["data_key"])
     arrays["sample_data"] = np.full((len(sample), len(CHANNELS)), -1, np.int32)
     arrays["sample_data"][arrays["data_sample"][key], arrays["data_channel"][key]] = key
@@ -419,10 +523,10 @@ def build_tables(root: Path, version: str) -> tuple[dict[str, np.ndarray], dict]
     del data, ego_pose, poses
     if (root / version / "lidarseg.json").is_file():
         lidarseg = read("lidarseg", "token sample_data_token filename")
-        file_of = dict(zip(lidarseg.take("sample_data_token"), lidarseg.take("filename")))
+        file_of = dict(zip(lidarseg.column("sample_data_token", str), lidarseg.files("filename")))
         arrays["sample_lidarseg"] = _bytes([file_of.get(t.decode(), "") for t in arrays["sample_lidar_token"]])
 
-    category, attribute = read("category", "token name"), read("attribute", "token name")
+    category, attribute = read("category", "token name index?"), read("attribute", "token name")
     instance = read("instance", "token category_token")
     columns = "sample_token instance_token visibility_token attribute_tokens translation rotation size"
     box = read("sample_annotation", f"token {columns} num_lidar_pts prev next")
@@ -432,33 +536,47 @@ def build_tables(root: Path, version: str) -> tuple[dict[str, np.ndarray], dict]
     arrays["box_token"], arrays["box_sample"] = box.token[order], of_sample[order].astype(np.int32)
     arrays["box_instance"] = box.join("instance_token", instance)[order].astype(np.int32)
     arrays["box_category"] = instance.join("category_token", category)[arrays["box_instance"]].astype(np.int16)
-    box.columns["attribute"] = [tokens[0] if tokens else "" for tokens in box.take("attribute_tokens")]
-    arrays["box_attribute"] = box.join("attribute", attribute)[order].astype(np.int16)
-    levels = [int(level) if str(level).isdigit() else 0 for level in box.take("visibility_token")]
+    box.columns["attribute"] = [tokens[0] if tokens else "" for tokens in box.column("attribute_tokens", [str])]
+    arrays["box_attribute"] = box.join("attribute", attribute, optional=True)[order].astype(np.int16)
+    levels = [{"1": 1, "2": 2, "3": 3, "4": 4}.get(str(level), 0) for level in box.take("visibility_token")]
     arrays["box_visibility"] = np.array(levels, np.int16)[order]
     arrays["box_points"] = box.numbers("num_lidar_pts", dtype=np.int32)[order]
-    arrays["box_pose"], arrays["box_size"] = box.pose()[order], box.numbers("size", 3)[order]
-    _links(box, "box", order, arrays)
+    size = box.numbers("size", 3)
+    box.refuse(~((size >= 0) & (size <= FAR)).all(1), "has a size that is not finite [m]")
+    arrays["box_pose"], arrays["box_size"] = box.pose()[order], size[order]
+    _links(box, "box", order, arrays["sample_time"][arrays["box_sample"]], arrays)
     arrays["box_velocity"] = box_velocity(arrays)
 
     splits = _devkit("nuscenes.utils.splits").create_splits_scenes()
     known = next((names for kind, names in _VERSION_SPLITS.items() if version.endswith(kind)), tuple(splits))
     splits = {name: splits[name] for name in known}
     if (root / version / "splits.json").is_file():  # the devkit's custom splits
-        custom = read_json(root / version / "splits.json")
-        if not isinstance(custom, dict) or not all(isinstance(names, list) for names in custom.values()):
-            raise InputError(f"{root / version}/splits.json: expected {{split: [scene name, ...]}}")
-        splits |= custom
-    categories = category.take("name")
+        splits |= read_json(root / version / "splits.json", {str: [str]})
+    categories = category.column("name", str)
+    boxes = np.bincount(arrays["box_category"], minlength=len(categories)).tolist()
     meta = {
         "version": version,
         "scenes": scenes,
         "splits": splits,
         "categories": categories,
         "category_label": [detection_class(name) for name in categories],
-        "attributes": attribute.take("name"),
+        "unknown": {name: n for name, n in zip(categories, boxes) if n and name not in LIDARSEG_CLASSES},
+        "lidarseg": lidarseg_table(categories, category.take("index")),
+        "attributes": attribute.column("name", str),
     }
     return arrays, meta
+
+
+def lidarseg_table(categories: list[str], index: list) -> list[list] | str:
+    """category.json's names and numbers -> [number in the tree's files, nuScenes-lidarseg's number or UNPLACED,
+    name] of each class; or, where the numbers cannot be had, why.
+
+    Another tree may number the same classes otherwise: the name decides.
+    """
+    if not all(isinstance(k, int) and 0 <= k < 256 for k in index) or len(set(index)) < len(index):
+        return "its records need an 'index' of their own each, 0..255, as nuScenes-lidarseg's category.json has"
+    place = {name: k for k, name in enumerate(LIDARSEG_CLASSES)}
+    return [[k, place.get(name, UNPLACED), name] for k, name in zip(index, categories)]
 
 
 def box_velocity(arrays: dict[str, np.ndarray], max_time_diff: float = 1.5) -> np.ndarray:
@@ -522,13 +640,17 @@ class NuScenesOccupancy:
                 print(f"reading {self.root / self.version} once (trainval: about a minute, 5 GB)", file=sys.stderr)
             write_cache(folder, *build_tables(self.root, self.version))
         self._table, self._meta = read_cache(folder)
+        if unknown := self._meta["unknown"]:
+            shown = ", ".join([*unknown][:4]) + (", ..." if len(unknown) > 4 else "")
+            note(f"{self.root / self.version}/category.json: {len(unknown)} categories ({shown}) of "
+                 f"{sum(unknown.values())} boxes are not nuScenes'; these boxes count as 'others'")
 
         self.split = split or next(iter(self._meta["splits"]))
         scenes = [scene["name"] for scene in self._meta["scenes"]]
         self._rows = self._select(scenes)  # dataset index -> row of the sample arrays; a scene's rows are contiguous
         scene = self._table["sample_scene"][self._rows]
         self.scene_names = [scenes[k] for k in scene.tolist()]
-        self.tokens = self._table["sample_token"][self._rows].astype(str).tolist()
+        self.tokens = _texts(self._table["sample_token"][self._rows])
         self._position = {token: i for i, token in enumerate(self.tokens)}
         starts = np.flatnonzero(np.diff(scene, prepend=-1))
         self._scene_start = starts[np.searchsorted(starts, np.arange(len(scene)), "right") - 1]
@@ -536,7 +658,8 @@ class NuScenesOccupancy:
         row = self._data_row(0, 0)
         self.image_shape = tuple(int(v) for v in self._table["data_size"][row])  # native (H, W)
         if min(self.image_shape) < 1:
-            self.image_shape = read_image(self._file(row)).shape[:2]
+            with open_image(self._file(row)) as image:
+                self.image_shape = image.height, image.width
         self.image_size = tuple(int(v) for v in image_size) if image_size is not None else self.image_shape
 
         places = [folder / name for folder in dict.fromkeys((self.root, given)) for name in GTS_FOLDERS]
@@ -739,6 +862,9 @@ class NuScenesOccupancy:
         points = np.fromfile(path, np.float32).reshape(-1, 5)
         if bad := int((~np.isfinite(points).all(1)).sum()):
             raise InputError(f"{path}: {bad} of {len(points)} points hold nan or inf; copy it again")
+        if (points[:, 4] != np.floor(points[:, 4])).any():
+            columns = "x, y, z, intensity, ring (a whole number; 0 if unknown)"
+            raise InputError(f"{path}: not nuScenes' five float32 a point, {columns}; convert it")
         return points
 
     def lidarseg(self, i: int, raw: bool = False) -> np.ndarray | None:
@@ -758,9 +884,32 @@ class NuScenesOccupancy:
         count = points.stat().st_size // 20
         if len(label) != count:
             raise InputError(f"{path}: {len(label)} labels for {count} points of {self.lidar_file(i)}; copy it again")
-        if len(label) and label.max() >= len(LIDARSEG_TO_OCC3D):
-            raise InputError(f"{path}: class {label.max()}, expected 0..31")
+        label = self._lidarseg_place[label]
+        if (label == UNPLACED).any():
+            k = int(np.fromfile(path, np.uint8)[label == UNPLACED][0])
+            name = next((f" '{name}'" for number, _, name in self._meta["lidarseg"] if number == k), "")
+            remedy = "rename it in category.json, or remove lidarseg.json to label by boxes"
+            raise InputError(f"{path}: class {k}{name} is none of nuScenes-lidarseg's 32; {remedy}")
         return label if raw else LIDARSEG_TO_OCC3D[label]
+
+    @cached_property
+    def _lidarseg_place(self) -> np.ndarray:
+        """(256,) uint8: a number in the tree's lidarseg files -> nuScenes-lidarseg's own, or UNPLACED."""
+        table = self._meta["lidarseg"]
+        if isinstance(table, str):
+            raise InputError(f"{self.root / self.version}/category.json: {table}")
+        places = np.full(256, UNPLACED, np.uint8)
+        for number, place, _ in table:
+            places[number] = place
+        return places
+
+    def check_steps(self) -> None:
+        """Raises InputError if the keyframes are not about 0.5 s apart: planning's scores count them as such."""
+        same = np.diff(self._table["sample_scene"][self._rows]) == 0
+        gaps = 1e-6 * np.diff(self._table["sample_time"][self._rows])[same]
+        if len(gaps) and abs(np.median(gaps) - STEP) > 0.2 * STEP:
+            raise InputError(f"{self.root}: keyframes are {np.median(gaps):.2g} s apart (median); planning's steps are "
+                             f"{STEP} s: use a split at 2 Hz")
 
     @property
     def camera_sweeps(self) -> bool:
@@ -833,7 +982,7 @@ class NuScenesOccupancy:
             velocity=(level @ T_ego_global[:3, :3].T)[:, :2],
             names=[self._meta["categories"][k] for k in category],
             labels=np.array([self._meta["category_label"][k] for k in category], np.uint8),
-            tokens=table["box_token"][rows].astype(str).tolist(),
+            tokens=_texts(table["box_token"][rows]),
             instance=table["box_instance"][rows].astype(np.int64),
             num_lidar_pts=table["box_points"][rows].astype(np.int64),
             visibility=table["box_visibility"][rows].astype(np.int64),
@@ -947,22 +1096,16 @@ def read_resized(path: Path, native: tuple[int, int], size: tuple[int, int]) -> 
     """
     from PIL import Image
 
-    if size == native or not path.is_file() or path.stat().st_size == 0:
-        pixels = read_image(path)
-        if pixels.shape[:2] != native:
-            raise InputError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} px, expected {native[1]}x{native[0]}")
-        return pixels
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if (height, width) != native:
-                raise InputError(f"{path}: {width}x{height} px, expected {native[1]}x{native[0]}")
-            image.draft("RGB", (size[1], size[0]))  # no effect unless a JPEG
-            scale = max(1, round(width / image.width))  # 1, 2, 4 or 8: odd sizes are rounded up, the box undoes it
-            box = (0, 0, min(width / scale, image.width), min(height / scale, image.height))
-            return np.asarray(image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path}: not a readable image ({str(error).split(':')[0]}); copy it again") from error
+    with open_image(path) as image:
+        width, height = image.size
+        if (height, width) != native:
+            raise InputError(f"{path}: {width}x{height} px, expected {native[1]}x{native[0]}")
+        if size == native:
+            return np.asarray(to_rgb(image))
+        image.draft("RGB", (size[1], size[0]))  # no effect unless a JPEG
+        scale = max(1, round(width / image.width))  # 1, 2, 4 or 8: odd sizes are rounded up, the box undoes it
+        box = (0, 0, min(width / scale, image.width), min(height / scale, image.height))
+        return np.asarray(to_rgb(image).resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
 
 
 # --- NuScenes-QA -----------------------------------------------------------------------------------------------------
@@ -985,14 +1128,9 @@ def _open_questions(root: Path, cache: Path) -> dict[str, np.ndarray]:
     if not folder.is_dir():
         of_sample: dict[str, list] = {}
         for path in files:
-            content = read_json(path)
-            rows = content.get("questions") if isinstance(content, dict) else content
-            if not isinstance(rows, list):
-                raise InputError(f"{path}: no list 'questions'; is this NuScenes-QA's file?")
-            for row in rows:
-                missing = {"sample_token", "question", "answer", "template_type", "num_hop"} - set(row)
-                if missing:
-                    raise InputError(f"{path}: a question has no '{sorted(missing)[0]}'")
+            row = {"answer": object, "num_hop": object, "question": str, "sample_token": str, "template_type": str}
+            content = read_json(path, ({"questions": [row]}, [row]))
+            for row in content["questions"] if isinstance(content, dict) else content:
                 of_sample.setdefault(row["sample_token"], []).append(row)
         tokens = sorted(of_sample)
         blobs = [json.dumps(of_sample[token]).encode() for token in tokens]

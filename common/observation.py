@@ -31,9 +31,7 @@ class Observation(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """After one control step. aborted: why an episode was given up, "" if it was not; it is then a
-    failure.
-    """
+    """After one control step. aborted: why an episode was given up (a failure), else ""."""
 
     observation: Observation | None  # None if it was not asked for
     success: bool
@@ -42,9 +40,7 @@ class Outcome(NamedTuple):
 
 
 class Environment(Protocol):
-    """What a policy's evaluation asks of a simulator. Letters: V views, H W image, S state, D action
-    channels.
-    """
+    """What a policy's evaluation asks of a simulator."""
 
     name: str  # as result.json names the dataset
     tasks: tuple[str, ...]

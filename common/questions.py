@@ -11,11 +11,12 @@ CLASSES = tuple(name.replace("_", " ") for name in DETECTION_CLASSES)
 STATUS = {
     "vehicle.moving": "moving", "vehicle.stopped": "stopped", "vehicle.parked": "parked",
     "cycle.with_rider": "with rider", "cycle.without_rider": "without rider",
-    "pedestrian.moving": "moving", "pedestrian.standing": "standing", "pedestrian.sitting_lying_down": "not standing",
+    "pedestrian.moving": "moving", "pedestrian.standing": "standing",
+    "pedestrian.sitting_lying_down": "not standing",
 }  # fmt: skip
 STATUSES = tuple(dict.fromkeys(STATUS.values()))
 ANSWERS = (*map(str, range(11)), "no", "yes", *CLASSES, *STATUSES)  # 30: NuScenes-QA's vocabulary
-DIRECTIONS = ("front", "front left", "back left", "back", "back right", "front right")  # k: centred at 60 k degrees
+DIRECTIONS = ("front", "front left", "back left", "back", "back right", "front right")  # k: at 60 k degrees
 TYPES = ("exist", "count", "object", "status", "comparison")
 MOST = 10  # the largest count in the vocabulary
 
@@ -46,7 +47,10 @@ WORDINGS = {
     ),
     "class": ("What is {it}?", "Which kind of object is {it}?"),
     "status": ("What is the status of {it}?", "Which status does {it} have?"),
-    "same": ("Do {it} and {other} have the same status?", "Is the status of {it} the same as that of {other}?"),
+    "same": (
+        "Do {it} and {other} have the same status?",
+        "Is the status of {it} the same as that of {other}?",
+    ),
 }
 
 

@@ -40,9 +40,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.files import InputError, atomic, exit_on_input_error
+from common.files import InputError, atomic, exit_on_input_error, open_image, read_text
 from common.geometry import SEMANTICKITTI, VoxelGrid
-from common.nuscenes import Frame, _line, _sizes, read_resized, rigid_inverse
+from common.nuscenes import FAR, Frame, _line, _sizes, read_resized, rigid_inverse
 
 # --- classes: semantic-kitti-api's config/semantic-kitti.yaml ---------------------------------------------------------
 
@@ -226,28 +226,40 @@ def _numbers(path: Path, line: str, count: int) -> np.ndarray:
     return values
 
 
-def _text(path: Path, remedy: str) -> str:
-    if not path.is_file():
-        raise InputError(f"{path}: file not found; {remedy}")
-    return path.read_text(errors="replace")
+def _rigid(path: Path, line: str) -> np.ndarray:
+    """12 numbers -> (3, 4) float64 rotation and translation. InputError if it is none, to the files' own digits."""
+    T = _numbers(path, line, 12).reshape(3, 4)
+    turn = T[:, :3]
+    if np.abs(T).max() > FAR or np.abs(turn @ turn.T - np.eye(3)).max() > 0.01 or np.linalg.det(turn) < 0:
+        raise InputError(f"{path}: '{line.strip()[:40]} ...' is no rotation and translation; copy it again")
+    return T
 
 
 def read_calib(path: Path, names: tuple[str, ...] = ("P2", "Tr")) -> dict[str, np.ndarray]:
     """calib.txt -> {name: (3, 4) float64} of the wanted lines; InputError if one is absent."""
-    lines = dict(line.split(":", 1) for line in _text(path, "unpack KITTI's calibration").splitlines() if ":" in line)
+    lines = dict(line.split(":", 1) for line in read_text(path).splitlines() if ":" in line)
     lines = {name.strip(): line for name, line in lines.items()}
     for name in names:
         if name not in lines:
             raise InputError(f"{path}: no line '{name}:'; unpack KITTI odometry's data_odometry_calib.zip again")
-    return {name: _numbers(path, lines[name], 12).reshape(3, 4) for name in names}
+    return {name: (_rigid if name == "Tr" else _camera)(path, lines[name]) for name in names}
+
+
+def _camera(path: Path, line: str) -> np.ndarray:
+    """12 numbers -> (3, 4) float64 projection K [I | b]. InputError without positive focal lengths."""
+    P = _numbers(path, line, 12).reshape(3, 4)
+    upper = np.allclose((P[1, 0], *P[2, :3]), (0, 0, 0, 1), atol=1e-3)
+    if not (upper and np.abs(P).max() < FAR and min(P[0, 0], P[1, 1]) > 1e-3):
+        raise InputError(f"{path}: '{line.strip()[:40]} ...' is no projection K [I | b] with positive focal lengths")
+    return P
 
 
 def read_poses(path: Path) -> np.ndarray:
     """poses.txt -> (F, 4, 4) float64, world <- cam0."""
-    lines = [line for line in _text(path, "unpack SemanticKITTI's poses").splitlines() if line.strip()]
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     poses = np.tile(np.eye(4), (len(lines), 1, 1))
     for pose, line in zip(poses, lines):
-        pose[:3] = _numbers(path, line, 12).reshape(3, 4)
+        pose[:3] = _rigid(path, line)
     return poses
 
 
@@ -287,6 +299,14 @@ def _frame_numbers(folder: Path, *suffixes: str) -> list[int]:
     """Ascending numbers of the files NNNNNN.<suffix> of a folder."""
     names = (re.fullmatch(r"(\d{6})\.(\w+)", path.name) for path in (folder.iterdir() if folder.is_dir() else ()))
     return sorted({int(name[1]) for name in names if name and name[2] in suffixes})
+
+
+def _sequences(root: Path, *kinds: str) -> list[str]:
+    """Names of the sequences that have a frame in one of these folders; others are not unpacked, or not the dataset's
+    (__MACOSX)."""
+    folders = sorted((root / "sequences").iterdir())
+    suffixes = {"velodyne": ("bin",), "voxels": ("bin", "label")}
+    return [path.name for path in folders if any(_frame_numbers(path / kind, *suffixes[kind]) for kind in kinds)]
 
 
 class SemanticKITTI:
@@ -365,8 +385,7 @@ class SemanticKITTI:
 
     def _select(self) -> list[str]:
         """Names of the sequences of the split that the tree has; says when it has only some of them."""
-        folders = sorted(path for path in (self.root / "sequences").iterdir() if path.is_dir())
-        here = [path.name for path in folders if any((path / "velodyne").glob("*.bin"))]  # the rest is not unpacked
+        here = _sequences(self.root, "velodyne")
         official = {name for names in SPLITS.values() for name in names}
         if self.split == "all":
             chosen = here
@@ -404,15 +423,13 @@ class SemanticKITTI:
             T_cam_cam0[:3, 3] = np.linalg.solve(K[-1], calib[P[camera]][:, 3])
             T.append(rigid_inverse(T_cam_cam0 @ Tr))
         scans = np.array(_frame_numbers(folder / "velodyne", "bin"), np.int64)
-        if not len(scans):
-            raise InputError(f"{folder / 'velodyne'}: no scan is named NNNNNN.bin")
         poses = read_poses(folder / "poses.txt")
         if len(poses) <= scans[-1]:
             raise InputError(f"{folder / 'poses.txt'}: {len(poses)} poses, but scans go up to {scans[-1]:06d}.bin")
         times = 0.1 * np.arange(len(poses))  # without times.txt: 10 Hz
         if (folder / "times.txt").is_file():
             path = folder / "times.txt"
-            times = np.array([_numbers(path, line, 1)[0] for line in path.read_text().splitlines() if line.strip()])
+            times = np.array([_numbers(path, line, 1)[0] for line in read_text(path).splitlines() if line.strip()])
             if len(times) <= scans[-1]:
                 raise InputError(f"{path}: {len(times)} times, but scans go up to {scans[-1]:06d}.bin")
         drive = np.cumsum(np.diff(times, prepend=times[:1]) > DRIVE_GAP)
@@ -488,17 +505,9 @@ class SemanticKITTI:
         """(H, W) of the images of frame i's sequence, read once, from its first keyframe's."""
         k = self._places[i][0]
         if k not in self._native:
-            from PIL import Image, UnidentifiedImageError
-
             first = next(j for j, place in enumerate(self._places) if place[0] == k)
-            path = self._file(first, self.cameras[0], "png")
-            if not path.is_file():
-                raise InputError(f"{path}: image not found")
-            try:
-                with Image.open(path) as image:
-                    self._native[k] = image.size[::-1]
-            except (UnidentifiedImageError, OSError) as error:
-                raise InputError(f"{path}: not a readable image ({str(error).split(':')[0]}); copy it again") from error
+            with open_image(self._file(first, self.cameras[0], "png")) as image:
+                self._native[k] = image.height, image.width
         return self._native[k]
 
     @property
@@ -612,12 +621,12 @@ class SemanticKITTI:
         ids = read_point_labels(path, len(read_scan(self.root / self.lidar_file(i)))) & 0xFFFF
         return ids.astype(np.uint16) if raw else to_train(ids, str(path), points=True)
 
-    def labels(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    def labels(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
         """-> semantics uint8 train ids, valid bool, visible bool, each (256, 256, 32); None without voxel labels.
 
         valid is not .invalid as stored, which is what the official scorer masks with (beside label 255); visible is
-        not .occluded, or filled in .bin, put where they belong. A frame that has .bin but no .label, in a tree with
-        labels, is an error.
+        not .occluded, or filled in .bin, put where they belong; None where there is no .occluded. A frame that has
+        .bin but no .label, in a tree with labels, is an error.
         """
         if self.truth == "aggregate":
             everywhere = np.ones(SHAPE, bool)
@@ -626,8 +635,8 @@ class SemanticKITTI:
         if self.gts is None or not (path.is_file() or path.with_suffix(".bin").is_file()):
             return None
         semantics = to_train(read_voxel_labels(path), str(path))
-        visible = ~self.bits(i, "occluded")
-        if path.with_suffix(".bin").is_file():
+        visible = ~self.bits(i, "occluded") if path.with_suffix(".occluded").is_file() else None
+        if visible is not None and path.with_suffix(".bin").is_file():
             visible |= self.bits(i, "bin")
         return semantics, ~read_bits(path.with_suffix(".invalid")), visible
 
@@ -647,7 +656,7 @@ class SemanticKITTI:
         return self._measure("label", lambda path: read_voxel_labels(path) != 0)
 
     def measure_label_shift(self, i: int) -> int:
-        """Sets `label_shift` from frame i's .label alone, for a protocol in which other frames' are not read; -> it."""
+        """Set `label_shift` from frame i's .label alone, where other frames' labels are not read; -> it."""
         if self.truth == "files":
             stored = read_voxel_labels(self._file(i, "voxels", "label"))
             self.label_shift = stream_shift(stored != 0, read_scan(self.root / self.lidar_file(i)))
@@ -686,11 +695,11 @@ def check(root: Path | str) -> None:
     """Prints what of the dataset is there, and its size; raises InputError if anything required is missing.
 
     Required: per sequence calib.txt and poses.txt; per frame with voxels its scan and its image_2; in a sequence with
-    voxel labels each such frame's .label, .invalid and .occluded. Optional: the other frames' scans and images, point
-    labels, .bin, image_3, times.txt. An empty file counts as missing.
+    voxel labels each such frame's .label and .invalid. Optional: the other frames' scans and images, point labels,
+    .bin, .occluded, image_3, times.txt. An empty file counts as missing. Sequences are those the reader takes.
     """
     root = find_root(root)
-    folders = sorted(path for path in (root / "sequences").iterdir() if path.is_dir())
+    folders = [root / "sequences" / name for name in _sequences(root, "velodyne", "voxels")]
     frames = {folder: _frame_numbers(folder / "voxels", "bin", "label") for folder in folders}
     labelled = {folder for folder in folders if _frame_numbers(folder / "voxels", "label")}
     count = sum(map(len, frames.values()))
@@ -714,12 +723,12 @@ def check(root: Path | str) -> None:
         wanted = [folder / name / f"{n:06d}.{suffix}" for folder in folders for n in frames[folder]]
         line(f"{name}, with voxels", wanted, True)
         known = set(wanted)
-        others = [path for folder in folders for path in sorted((folder / name).glob(f"*.{suffix}"))]
+        others = [folder / name / f"{n:06d}.{suffix}" for folder in folders for n in _frame_numbers(folder / name, suffix)]
         line(f"{name}, other frames", [path for path in others if path not in known], False)
     scans = [path for folder in folders for path in sorted((folder / "labels").glob("*.label"))]
     line("labels (points)", scans, False)
     for suffix in ("bin", "label", "invalid", "occluded"):
-        needed = suffix != "bin"
+        needed = suffix in ("label", "invalid")
         wanted = [folder / "voxels" / f"{n:06d}.{suffix}" for folder in folders for n in frames[folder]
                   if folder in labelled or not needed]  # fmt: skip
         line(f"voxels/*.{suffix}", wanted, needed, "" if wanted else "optional: scores need it")

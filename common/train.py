@@ -28,6 +28,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -50,8 +51,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.cli import to_dict
-from common.files import InputError, read_json, write_bytes, write_json
+from common.cli import RUN, to_dict
+from common.files import InputError, atomic, naming, read_json, reading, reason, write_bytes, write_json
 
 # --- seeds, device, ranks --------------------------------------------------------------------------------------------
 
@@ -94,6 +95,14 @@ def setup(device: str, threads: int | None = None) -> Run:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=24), device_id=where if device == "cuda" else None)
     return Run(rank, world, where, rank == 0)
+
+
+def joined(device: torch.device | str = "cpu") -> Run:
+    """The processes that `setup` joined, seen from here; one process without it."""
+    if not dist.is_initialized():
+        return Run(0, 1, torch.device(device), True)
+    where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return Run(dist.get_rank(), dist.get_world_size(), where, dist.get_rank() == 0)
 
 
 def barrier(run: Run) -> None:
@@ -209,8 +218,7 @@ def stage_state(folder: Path) -> dict[str, Any]:
     """step, train_s and peak_gb of a stage's checkpoint; nothing where the stage was not run here."""
     if not (folder / "latest.json").is_file():
         return {}
-    latest = read_json(folder / "latest.json")
-    saved = read_json(folder / latest["folder"] / "train_state.json")
+    saved = read_json(folder / _latest(folder / "latest.json")["folder"] / "train_state.json", TRAIN_STATE)
     return saved["state"] | {"step": saved["step"]}
 
 
@@ -299,8 +307,8 @@ class DataOrder:
 class MixedOrder:
     """Each step some labelled samples, then some without a label: samples are (index, with its label?).
 
-    Each kind is shuffled by itself, so runs with and without the second see the first alike. Where every sample has a
-    label, the second kind are these without it.
+    Each kind is shuffled by itself, so runs with and without the second see the first alike. Where every
+    sample has a label, the second kind are these without it.
     """
 
     labelled: list[int]
@@ -309,10 +317,12 @@ class MixedOrder:
     second: DataOrder | None
 
     @classmethod
-    def of(cls, labelled: list[int], rest: list[int], batch: int, batch_rest: int, run: Run, seed: int) -> "MixedOrder":
+    def of(cls, labelled: list[int], rest: list[int], batch: int, batch_rest: int, run: Run,
+           seed: int) -> "MixedOrder":
         """batch labelled samples a process and step, and batch_rest others (perhaps 0)."""
         first = DataOrder(len(labelled), batch, run.world, run.rank, seed)
-        second = DataOrder(len(rest or labelled), batch_rest, run.world, run.rank, seed) if batch_rest else None
+        others = len(rest or labelled)
+        second = DataOrder(others, batch_rest, run.world, run.rank, seed) if batch_rest else None
         return cls(labelled, rest, first, second)
 
     @property
@@ -500,6 +510,9 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 # --- starting or going on --------------------------------------------------------------------------------------------
 
+# Shape of train_state.json (`files.misfit`)
+TRAIN_STATE = {"step": int, "groups": {"param_groups": [{"params": [int]}], "plain": dict}, "state": dict, "world": int}
+
 # Config fields that change neither weights nor data order: a run may go on with other values of these.
 RUNTIME = ("workers", "eval_frames", "rayiou", "pictures", "world_size")
 
@@ -530,7 +543,7 @@ def begin(out: Path | str, run: Run, wanted: dict[str, Any], resume: bool = Fals
     if not path.is_file() and (resume or found is not None):
         remedy = "drop --resume" if resume else "use another --out"
         raise InputError(f"{out}: no config.json of a run there; {remedy}")
-    old = read_json(path) if path.is_file() else None
+    old = read_json(path, RUN) if path.is_file() else None
     barrier(run)  # every rank has looked before the main one writes
     if old is not None:
         differ = differences(old, wanted | {"world": run.world})
@@ -606,7 +619,11 @@ def command() -> str:
 def save_checkpoint(
     out: Path | str, run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]
 ) -> None:
-    """Writes the checkpoint after `step` finished steps. All ranks call it; state: JSON values (best, train_s, ...)."""
+    """Writes the checkpoint after `step` finished steps. All ranks call it; state: JSON values (best, train_s, ...).
+
+    Raises InputError, and leaves the last checkpoint as it is, if a weight or the optimiser's state is not finite.
+    """
+    _check_finite(Path(out), unwrap(net), optimizer, step)
     rng = _gather_rng(run)
     if run.is_main:
         out = Path(out)
@@ -614,14 +631,13 @@ def save_checkpoint(
         folder = out / f"step_{step:06d}"
         if folder.exists():  # the current checkpoint has this name: it stays until the switch
             folder = out / f"step_{step:06d}b"
-        temporary = folder.with_name(folder.name + ".tmp")
-        temporary.mkdir(parents=True)
         packed, groups = _pack(optimizer)
-        _save(temporary / "model.safetensors", {k: v for k, v in unwrap(net).state_dict().items()})
-        _save(temporary / "optimizer.safetensors", packed | rng)
-        write_json(temporary / "train_state.json", {"step": step, "groups": groups, "state": state, "world": run.world})
-        _sync(temporary)
-        os.replace(temporary, folder)
+        with atomic(folder, folder=True) as temporary:
+            _save(temporary / "model.safetensors", {k: v for k, v in unwrap(net).state_dict().items()})
+            _save(temporary / "optimizer.safetensors", packed | rng)
+            saved = {"step": step, "groups": groups, "state": state, "world": run.world}
+            write_json(temporary / "train_state.json", saved)
+            _sync(temporary)
         _sync(out)
         write_json(out / "latest.json", {"folder": folder.name, "step": step})
         _sync(out)
@@ -629,10 +645,42 @@ def save_checkpoint(
     barrier(run)
 
 
+def _check_finite(out: Path, net: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raises InputError that names the first weight that is not finite, or the first nan of a buffer or the optimiser's
+    state (there inf may stand: a mask, an overflown square)."""
+    weights = {name for name, _ in getattr(net, "target", net).named_parameters()}
+    state = optimizer.state_dict()["state"]
+    bad = [name for name, v in net.state_dict().items() if v.isnan().any() or (name in weights and v.isinf().any())]
+    bad += [f"{name} of the optimiser's parameter {k}" for k, values in state.items() for name, v in values.items()
+            if isinstance(v, Tensor) and v.isnan().any()]  # fmt: skip
+    if bad:
+        raise InputError(f"{out}: {bad[0]} is not finite after step {step}: {diverged(out)}")
+
+
+def diverged(out: Path) -> str:
+    """What a run that has diverged leaves, and the remedy."""
+    kept = checkpoint_step(out)
+    last = f"the checkpoint of step {kept} stays" if kept else "nothing was saved"
+    return f"diverged, {last}; lower the learning rate"
+
+
 def checkpoint_step(out: Path | str) -> int | None:
     """Finished steps of the folder's checkpoint; None if it has none."""
     path = Path(out) / "latest.json"
     return _latest(path)["step"] if path.is_file() else None
+
+
+def check_architecture(out: Path, net: nn.Module) -> None:
+    """Raises InputError if the checkpoint's weights have other names or shapes than `net`'s, which may be on the meta
+    device: their headers are read, nothing is allocated."""
+    path = out / _latest(out / "latest.json")["folder"] / "model.safetensors"
+    with reading(path, *_DAMAGED), safe_open(path, framework="pt", device="cpu") as file:
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    here = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    if there != here:
+        name = next(k for k in here | there if here.get(k) != there.get(k))
+        detail = f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+        raise InputError(f"{out}: a checkpoint of another architecture ({detail}); use its own settings")
 
 
 def load_weights(out: Path, net: nn.Module) -> set[str]:
@@ -668,18 +716,20 @@ def load_checkpoint(
     if not (out / "latest.json").is_file():
         raise InputError(f"{out}: no checkpoint there (latest.json); train with --out {out} first")
     folder = out / _latest(out / "latest.json")["folder"]
-    saved = read_json(folder / "train_state.json")
-    weights = _read(folder / "model.safetensors")
-    there, here = ({k: tuple(v.shape) for k, v in w.items()} for w in (weights, net.state_dict()))
-    if there != here:
-        name = next(k for k in here | there if here.get(k) != there.get(k))
-        detail = f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+    saved = read_json(folder / "train_state.json", TRAIN_STATE)
+    try:
+        check_architecture(out, net)
+    except InputError as error:
         path = out / "config.json"
-        fields = differences(read_json(path), wanted) if wanted is not None and path.is_file() else {}
+        fields = differences(read_json(path, RUN), wanted) if wanted is not None and path.is_file() else {}
         named = [f"{n} {a} there, {b} here" for n, (a, b) in fields.items() if n != "world" and n[:5] != "data."]
-        raise InputError(
-            f"{out}: a checkpoint of another architecture ({', '.join(named) or detail}); use its own settings"
-        )
+        if not named:
+            raise
+        problem = f"a checkpoint of another architecture ({', '.join(named)}); use its own settings"
+        raise InputError(f"{out}: {problem}") from error
+    weights = _read(folder / "model.safetensors")
+    if bad := [name for name, value in weights.items() if value.is_floating_point() and value.isnan().any()]:
+        raise InputError(f"{folder}: {bad[0]} holds nan; train again with another --out")
     net.load_state_dict(weights)
     if optimizer is not None:
         tensors = _read(folder / "optimizer.safetensors")
@@ -687,15 +737,14 @@ def load_checkpoint(
         rank, world = (run.rank, run.world) if run else (0, 1)
         if saved["world"] != world:
             raise InputError(f"{out}: trained by {saved['world']} processes, not {world}; use the same number")
-        _set_rng({k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"rng{rank}.")})
+        with reading(folder / "optimizer.safetensors", "not a run's random state", "copy the whole run folder again"):
+            _set_rng({k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"rng{rank}.")})
     return saved["state"] | {"step": saved["step"]}
 
 
 def _latest(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not (isinstance(value, dict) and isinstance(value.get("step"), int) and isinstance(value.get("folder"), str)):
-        raise InputError(f"{path}: not a checkpoint's latest.json")
-    if Path(value["folder"]).name != value["folder"] or not (path.parent / value["folder"]).is_dir():
+    value = read_json(path, {"step": int, "folder": str})
+    if not re.fullmatch(r"step_\d{6,12}b?", value["folder"]) or not (path.parent / value["folder"]).is_dir():
         raise InputError(f"{path}: names the folder {value['folder']}, which is not there; copy the whole run folder")
     return value
 
@@ -716,19 +765,21 @@ def _sync(folder: Path) -> None:
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     """Tensors that share memory (tied weights) are written once per name."""
-    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # a full disk, as text alone
+            problem = f"the checkpoint cannot be written ({reason(error)})"
+            raise InputError(f"{path.parent.parent}: {problem}; free space and run the same command again") from error
+
+
+_DAMAGED = "not a readable safetensors file", "truncated? copy the whole run folder again"
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"{path}: file not found; copy the whole run folder")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); truncated? copy it again") from error
+    with reading(path, *_DAMAGED), safe_open(path, framework="pt", device="cpu") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -752,7 +803,12 @@ def _unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups
         parameter, _, name = key.partition(".")
         if parameter.isdigit():
             state.setdefault(int(parameter), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": saved})
+    with reading(where / "optimizer.safetensors", "not this optimiser's state", "copy the whole run folder again"):
+        parameters = [p for group in getattr(optimizer, "target", optimizer).param_groups for p in group["params"]]
+        for k, values in state.items():
+            if any(isinstance(v, Tensor) and v.dim() and v.shape != parameters[k].shape for v in values.values()):
+                raise ValueError(f"a tensor of parameter {k} has another shape")
+        optimizer.load_state_dict({"state": state, "param_groups": saved})
 
 
 def _rng() -> dict[str, Tensor]:
@@ -800,8 +856,8 @@ def _gather_rng(run: Run) -> dict[str, Tensor]:
 class Log:
     """One greppable line per `every` steps, also as <out>/log.jsonl; lines past the resumed step are dropped.
 
-    Called once per step with tensors; they are summed where they are, and read (one synchronisation) when a line is
-    due, so each line shows means over its steps and over the processes.
+    Called once per step with tensors; they are kept where they are, and read (one synchronisation) when a line is due,
+    so each line shows means over its steps and over the processes. Raises InputError if one of them is not finite.
     """
 
     def __init__(
@@ -812,49 +868,57 @@ class Log:
         self.waited = 0.0  # [s] for data, since the last line
         self.trained = float((state or {}).get("train_s", 0.0))  # [s] over all runs of this folder
         self.peak = float((state or {}).get("peak_gb", 0.0))  # [GB] likewise
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-        self.clock = self.last = self.stepped = time.perf_counter()
+        self.terms: dict[str, list[Tensor | float]] = {}  # of each step since the last line
+        self.clock = self.last = time.perf_counter()
         reset_peak(run.device)
         if run.is_main:
-            lines = self.path.read_text().splitlines() if self.path.is_file() else []
+            lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
             kept = [line + "\n" for line in lines if (_step_of(line) or math.inf) <= start]
             write_bytes(self.path, "".join(kept).encode())
 
     def state(self) -> dict[str, float]:
-        """For save_checkpoint: {train_s, peak_gb} so far, for result.json's cost; without pauses and start-up."""
+        """For save_checkpoint: {train_s, peak_gb} so far, for result.json's cost; without start-up."""
         now = time.perf_counter()
         self.trained, self.clock = self.trained + now - self.clock, now
         self.peak = max(self.peak, peak_gb(self.run.device))
         return {"train_s": self.trained, "peak_gb": self.peak}
 
-    def pause(self) -> None:
-        """Call after an evaluation inside the loop: the time since the last step is not training's."""
-        gap = time.perf_counter() - self.stepped
-        self.clock, self.last = self.clock + gap, self.last + gap
-
-    def __call__(self, step: int, terms: dict[str, Tensor | float], lr: float) -> None:
-        """terms: "loss" first, then its parts (unweighted or weighted, as the method says)."""
+    def __call__(self, step: int, terms: dict[str, Tensor | float], lr: float, look: bool = False,
+                 samples: Callable[[int], str] = lambda step: "") -> None:  # fmt: skip
+        """terms: "loss" first, then its parts (unweighted or weighted, as the method says). look: write the line now,
+        as before a checkpoint. samples(step): what a step saw, for the error of a loss that is not finite."""
         for name, value in terms.items():
-            value = value.detach().double() if isinstance(value, Tensor) else value
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
-        self.stepped = time.perf_counter()
+            self.terms.setdefault(name, []).append(value.detach().double() if isinstance(value, Tensor) else value)
+        count = len(next(iter(self.terms.values())))
         done = step + 1
-        if done % self.every and done != self.steps and done != self.start + 1:
+        if done % self.every and done != self.steps and done != self.start + 1 and not look:
             return
-        means = mean_over_ranks({name: float(total) / self.count for name, total in self.sums.items()}, self.run)
+        means = mean_over_ranks({name: float(sum(values)) / count for name, values in self.terms.items()}, self.run)
         now = time.perf_counter()
-        seconds, waited = (now - self.last) / self.count, min(1.0, self.waited / max(1e-9, now - self.last))
+        seconds, waited = (now - self.last) / count, min(1.0, self.waited / max(1e-9, now - self.last))
         if self.run.is_main:
             row = {"step": done, **means, "lr": lr, "ms": 1000 * seconds, "data": waited}
             row["gb"] = peak_gb(self.run.device)
             print(format_line(row, self.steps), flush=True)
-            with open(self.path, "a") as file:
+            with naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
-        self.sums, self.count, self.waited, self.last = {}, 0, 0.0, now
         if not math.isfinite(means["loss"]):
-            raise InputError(f"the loss is {means['loss']} at step {done}: diverged; lower the learning rate")
+            self._refuse(done - count, samples)
+        self.terms, self.waited, self.last = {}, 0.0, now
+
+    def _refuse(self, first: int, samples: Callable[[int], str]) -> None:
+        """Raises InputError that names the term and the step at which it was first not finite, on any process."""
+        bad = {name: next((k for k, value in enumerate(values) if not math.isfinite(float(value))), math.inf)
+               for name, values in self.terms.items()}  # fmt: skip
+        steps = torch.tensor([float(k) for k in bad.values()], device=self.run.device)
+        if self.run.world > 1:
+            dist.all_reduce(steps, dist.ReduceOp.MIN)
+        found = dict(zip(bad, steps.tolist(), strict=True))
+        name = min(found, key=lambda name: (found[name], name == "loss"))  # a part names the cause, their sum does not
+        step = first + int(found[name] if math.isfinite(found[name]) else 0)
+        seen = f" ({seen})" if (seen := samples(step)) else ""
+        out = self.path.parent
+        raise InputError(f"{out}: the loss is not finite: term '{name}' at step {step + 1}{seen}: {diverged(out)}")
 
 
 def format_line(row: dict[str, float], steps: int) -> str:

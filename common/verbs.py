@@ -12,6 +12,7 @@ occupancy networks on driving frames; a method with a verb of its own writes its
 table. `ablate` needs no function: it runs experiments/<method>.py.
 """
 
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from common import cli
-from common.files import InputError, exit_on_input_error, write_npz
+from common.files import InputError, exit_on_input_error, misfit, reading, write_npz
 from common.labels import OPTIONS, WORLD, LabelMaker, labels_note, make_labels
 from common.nuscenes import Frame, NuScenesOccupancy, open_split
-from common.train import barrier, load_checkpoint, setup, teardown
+from common.train import barrier, check_architecture, joined, load_checkpoint, setup, teardown
 from common.worlds import WORLDS, is_world, make
 
 DATA = "data-root version split"
@@ -45,7 +46,7 @@ VERBS = {
     "describe": ("shapes, parameters, FLOPs and memory on the meta device", ""),
 }
 TWO_SOURCES = (f"out! labeler {DATA} shard cache workers world-size primary-level auxiliary-level "
-               "correlation label-seed segmenter grounding sam maps auxiliary-maps")  # flags of labelers.TwoSources
+               "correlation label-seed segmenter grounding sam maps auxiliary-maps")  # of labelers.TwoSources
 LEVEL = Literal["exact", "mild", "heavy"]
 FLAGS = {  # what changes neither the network nor what it learns
     "workers": cli.Flag("loader threads, label processes", int, 2),
@@ -106,10 +107,15 @@ def world(cfg: Any, args: Any, kind: str = "driving") -> None:
 def labels(maker: LabelMaker, cfg: Any, args: Any, open_data: Callable = open_split,
            kind: str = "driving") -> None:
     """The verb labels: 2D maps of a labeler -> a label folder."""
-    root = args.data_root or make(kind, size=args.world_size)
+    run = setup("cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else joined()
+    if run.is_main and not args.data_root:
+        make(kind, size=args.world_size)
+    barrier(run)
+    root = args.data_root or WORLDS / f"{kind}-{args.world_size}"
     dataset = open_data(root, args.version, args.split, cfg.image_size, args.cache)
     make_labels(maker, dataset, args.labeler, labeler_options(args, None, maker.flags), cfg, args.out,
                 shard=args.shard, workers=args.workers)
+    teardown(run)
 
 
 def labeler_options(args: Any, labeler: str | None = None, flags: dict = OPTIONS) -> dict[str, Any]:
@@ -162,6 +168,7 @@ def evaluate(maker: LabelMaker | None, build: Callable, predict: Callable, cfg: 
            truth=partial(ground_truth, labels=args.labels),
            against=f"labels in {args.labels}" if args.labels else "", frames=args.eval_frames,
            rayiou=args.rayiou, pictures=args.pictures, labels=labels, save=args.save_pred)
+    teardown(joined())
 
 
 def predict_frames(build: Callable, predict: Callable, cfg: Any, args: Any,
@@ -199,13 +206,25 @@ def describe(build: Callable, cfg: Any, args: Any, more: Callable[[], dict] = di
 # --- parts --------------------------------------------------------------------------------------------------
 
 
+# Shape of `data` in a run's config.json (`files.misfit`)
+SOURCE = {"root": str, "version": str, "split": str, "labels": str, "note": str, "mask_train?": str,
+          "protocol?": {str: str}, "after?": int}
+
+
 def load(build: Callable, cfg: Any, args: Any) -> tuple[nn.Module, Path, dict[str, Any]]:
     """--ckpt -> the network with its weights, in eval mode on --device, the run's folder, its checkpoint's
     state.
     """
     out = cli.last_stage(args.ckpt)
+    if fault := misfit(args.run["data"], SOURCE, "'data'"):
+        raise InputError(f"{out / 'config.json'}: {fault}; train again")
+    with reading(out / "config.json", "no network can be built from it", "train again"), torch.device("meta"):
+        check_architecture(out, build(cfg, pretrained=False))  # before anything is allocated
     net = build(cfg, pretrained=False).to(setup(args.device).device).eval()
-    return net, out, load_checkpoint(out, net)
+    state = load_checkpoint(out, net)
+    if fault := misfit(state, {"step": int, "train_s": float, "peak_gb": float}, "'state'"):
+        raise InputError(f"{out}: train_state.json: {fault}; copy the run folder again")
+    return net, out, state
 
 
 def run_data(args: Any) -> tuple[Path, str | None]:

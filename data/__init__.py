@@ -1,1 +1,1 @@
-"""Makers of data, never data: renderers, worlds and label makers."""
+"""Makers of data, never data: a renderer, worlds and what pre-trains small encoders."""

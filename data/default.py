@@ -15,7 +15,9 @@ def make_default(kind: str, out: Path | None = None, **options) -> Path:
         from data.driving import make_world
 
         size = options.setdefault("size", "mini")
-        if size == "drives":  # the shortest scenes with 2 s of past and 3 s of future: 45 to train, 10 to validate
+        if (
+            size == "drives"
+        ):  # the shortest scenes with 2 s of past and 3 s of future: 45 to train, 10 to validate
             options = {"scenes": 55, "keyframes": 12, "sweeps": 0} | options | {"size": "demo"}
         return make_world(out or WORLDS / f"driving-{size}", **options)
     if kind == "kitti":

@@ -1,17 +1,17 @@
-"""Trains the tiny CLIP, which stands for web pre-training where nothing may be downloaded; the network:
-common/networks/tinyclip.py.
+"""Trains the tiny CLIP, which stands for web pre-training where nothing may be downloaded.
 
-    python -m data.tinyclip --out data/worlds/tinyclip                              # crops, captions, training: minutes
+    python -m data.tinyclip --out data/worlds/tinyclip                  # crops, captions, training: minutes
     python -m data.tinyclip --out data/worlds/tinyclip-unnamed --hide data/openset/rare.txt
 
-WHAT THE TINY CLIP SEES   Photographs, not labels: crops of streets of *other* worlds (their seed differs from any world
-    that is evaluated; nothing of a scene carries over), each with a caption that speaks of kind, colour, size
-    and shape. Colour is measured on the crop's pixels; size and shape on the object's parts (wheels, arms,
-    tips, windows, riders), never on its kind. A word that means nothing to it is not in its vocabulary, as a
-    real encoder's rare words nearly are. hide: kinds whose names no caption speaks of (their crops stay, with
-    a generic word and attributes): the setting
-    *name-unseen*. With nothing hidden it is *3D-unseen*: names are known from the web, only the 3D training
-    lacks them.
+How a CLIP is loaded and read: common/networks/tinyclip.py.
+
+WHAT THE TINY CLIP SEES   Photographs, not labels: crops of streets of *other* worlds. Their seed differs from
+    any world that is evaluated; nothing of a scene carries over. Each has a caption of kind, colour, size and
+    shape. Colour is measured on the crop's pixels; size and shape on the object's parts (wheels, arms, tips,
+    windows, riders), never on its kind. A word without a meaning is not in its vocabulary, as a real
+    encoder's rare words nearly are. hide: kinds whose names are in no caption (their crops stay, with a
+    generic word and attributes): the setting *name-unseen*. With nothing hidden it is *3D-unseen*: names are
+    known from the web, only the 3D training lacks them.
 
 It is trained on both readings, the class token and the mean of the patches.
 """
@@ -27,15 +27,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.files import InputError, atomic, exit_on_input_error, read_json, read_npz, write_json, write_npz
-from common.networks.tinyclip import (CROP, SEED_OFFSET, TEMPLATES, Clip, ensemble, load, make_tokenizer, normalise, read_both,
-                                      read_words, tiny_model)
+from common.networks.tinyclip import (
+    SEED_OFFSET,
+    TEMPLATES,
+    Clip,
+    ensemble,
+    load,
+    normalise,
+    read_both,
+    read_words,
+)
 from common.nuscenes import LIDARSEG_TO_OCC3D, OCC3D_CLASSES
 from common.train import Muon, schedule, set_lr
 
+CROP = 32  # [px] of the tiny CLIP's images
 OPENSET = Path(__file__).parent / "openset"
 GENERIC = {  # nuScenes' own upper categories -> a word for any of their members
-    "vehicle": "vehicle", "human": "human", "animal": "object", "movable_object": "object", "static_object": "object",
-    "flat": "surface", "static": "structure",
+    "vehicle": "vehicle", "human": "human", "animal": "object", "movable_object": "object",
+    "static_object": "object", "flat": "surface", "static": "structure",
 }  # fmt: skip
 
 
@@ -49,12 +58,25 @@ def things():
 
     grey = np.float32([0.35, 0.35, 0.35])
     makers = {
-        CAR: o.car, o.BUS: o.bus, o.BENDY: lambda r: o.bus(r, o.BENDY), o.TRAILER: o.trailer, o.CONSTRUCTION: o.construction,
-        o.BICYCLE: lambda r: o.bicycle(r, r.random() < 0.5), o.MOTORCYCLE: lambda r: o.motorcycle(r, r.random() < 0.5),
-        PEDESTRIAN: o.pedestrian, o.CHILD: lambda r: o.pedestrian(r, o.CHILD), o.WORKER: lambda r: o.pedestrian(r, o.WORKER),
-        o.STROLLER: o.stroller, o.CONE: o.cone, o.BARRIER: lambda r: o.barrier(r, grey * r.uniform(0.5, 2)), o.DEBRIS: o.debris,
-        o.PUSHABLE: o.pushable, o.ANIMAL: o.dog, o.RACK: o.rack, LIDARSEG_NAMES.index("vehicle.truck"): o.truck,
-    }  # fmt: skip
+        CAR: o.car,
+        o.BUS: o.bus,
+        o.BENDY: lambda r: o.bus(r, o.BENDY),
+        o.TRAILER: o.trailer,
+        o.CONSTRUCTION: o.construction,
+        o.BICYCLE: lambda r: o.bicycle(r, r.random() < 0.5),
+        o.MOTORCYCLE: lambda r: o.motorcycle(r, r.random() < 0.5),
+        PEDESTRIAN: o.pedestrian,
+        o.CHILD: lambda r: o.pedestrian(r, o.CHILD),
+        o.WORKER: lambda r: o.pedestrian(r, o.WORKER),
+        o.STROLLER: o.stroller,
+        o.CONE: o.cone,
+        o.BARRIER: lambda r: o.barrier(r, grey * r.uniform(0.5, 2)),
+        o.DEBRIS: o.debris,
+        o.PUSHABLE: o.pushable,
+        o.ANIMAL: o.dog,
+        o.RACK: o.rack,
+        LIDARSEG_NAMES.index("vehicle.truck"): o.truck,
+    }
     return {LIDARSEG_NAMES[kind]: make for kind, make in makers.items()}
 
 
@@ -128,7 +150,10 @@ def make_crops(count: int, seed: int) -> tuple[np.ndarray, list[dict]]:
         for c in range(cities):
             city = City([SEED_OFFSET + seed, c], 2.0, bool(c % 2), c % 7)
             want = count * (c + 1) // cities - count * c // cities
-            for crop in (*object_crops(city, 4 * want // 10, c, rng), *street_crops(city, want - 4 * want // 10, rng)):
+            for crop in (
+                *object_crops(city, 4 * want // 10, c, rng),
+                *street_crops(city, want - 4 * want // 10, rng),
+            ):
                 crops.append(crop)
                 bar.update()
     order = rng.permutation(len(crops))
@@ -150,12 +175,20 @@ def object_crops(city, count: int, first: int, rng: np.random.Generator):
         x, y = T[:2, 3] + T[:2, :2] @ (rng.uniform(-30, 40), rng.uniform(-9, 9))
         z = float(city.ground.height([x], [y])[0])
         R = rot_z(rng.uniform(0, 2 * np.pi))
-        parts = model.parts._replace(center=model.parts.center @ R.T + [x, y, z], rotation=R @ model.parts.rotation,
-                                     instance=np.zeros(len(model.parts.kind), np.int32))  # fmt: skip
-        shown = scene._replace(primitives=Primitives.join([scene.primitives, parts]), corners=np.concatenate([scene.corners, corners(parts)]))
+        parts = model.parts._replace(
+            center=model.parts.center @ R.T + [x, y, z],
+            rotation=R @ model.parts.rotation,
+            instance=np.zeros(len(model.parts.kind), np.int32),
+        )
+        shown = scene._replace(
+            primitives=Primitives.join([scene.primitives, parts]),
+            corners=np.concatenate([scene.corners, corners(parts)]),
+        )
         extent = max(model.size)
         distance, around = extent * rng.uniform(1.2, 4) + 3, rng.uniform(0, 2 * np.pi)
-        eye = np.array([x + distance * np.cos(around), y + distance * np.sin(around), z + rng.uniform(1.2, 1.9)])
+        eye = np.array(
+            [x + distance * np.cos(around), y + distance * np.sin(around), z + rng.uniform(1.2, 1.9)]
+        )
         focal = CROP * distance / extent * rng.uniform(0.6, 1.6)
         K = np.array([[focal, 0, CROP / 2], [0, focal, CROP / 2], [0, 0, 1]])
         grid = camera_rays(K, _look(eye, np.array([x, y, z + model.size[2] / 2])), (CROP, CROP))
@@ -163,9 +196,12 @@ def object_crops(city, count: int, first: int, rng: np.random.Generator):
         mask = view.ids >= len(scene.primitives.kind)
         if mask.mean() < 0.08:  # behind something
             continue
-        color = develop(shade(shown, grid, view), shown.light.exposure, rng, gain=float(rng.uniform(0.9, 1.1)))
-        yield color, {"kind": LIDARSEG_NAMES[model.semantic], "colour": colour_word(color[mask].mean(0) / 255),
-                      "words": size_words(model.size) + shape_words(model)}  # fmt: skip
+        color = develop(
+            shade(shown, grid, view), shown.light.exposure, rng, gain=float(rng.uniform(0.9, 1.1))
+        )
+        words = size_words(model.size) + shape_words(model)
+        colour = colour_word(color[mask].mean(0) / 255)
+        yield color, {"kind": LIDARSEG_NAMES[model.semantic], "colour": colour, "words": words}
         made += 1
 
 
@@ -181,7 +217,9 @@ def street_crops(city, count: int, rng: np.random.Generator, each: int = 3):
     shape, made = (224, 400), 0
     while made < count:
         row, t = calibration(rng, shape)[str(rng.choice(list(CAMERA_LAYOUT)))], float(rng.uniform(0, 2))
-        image = photograph(city, t, np.array(row["camera_intrinsic"]), city.ego(t) @ matrix(row), shape, rng, True)
+        image = photograph(
+            city, t, np.array(row["camera_intrinsic"]), city.ego(t) @ matrix(row), shape, rng, True
+        )
         for kind in np.unique(image.semantic[image.semantic < len(LIDARSEG_NAMES)]):
             places = np.argwhere(image.semantic == kind)
             for v, u in places[rng.integers(len(places), size=each)]:
@@ -196,8 +234,9 @@ def street_crops(city, count: int, rng: np.random.Generator, each: int = 3):
                 if mask.mean() < 0.3 or made == count:
                     continue
                 color = image.color[window]
-                yield cv2.resize(color, (CROP, CROP), interpolation=cv2.INTER_AREA if side > CROP else cv2.INTER_LINEAR), {
-                    "kind": LIDARSEG_NAMES[kind], "colour": colour_word(color[mask].mean(0) / 255), "words": words}  # fmt: skip
+                how, colour = cv2.INTER_AREA if side > CROP else cv2.INTER_LINEAR, color[mask].mean(0) / 255
+                fact = {"kind": LIDARSEG_NAMES[kind], "colour": colour_word(colour), "words": words}
+                yield cv2.resize(color, (CROP, CROP), interpolation=how), fact
                 made += 1
 
 
@@ -211,7 +250,9 @@ def _look(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
     return T
 
 
-def caption(fact: dict, hidden: tuple[str, ...], vocabulary: dict[str, list[str]], rng: np.random.Generator) -> str:
+def caption(
+    fact: dict, hidden: tuple[str, ...], vocabulary: dict[str, list[str]], rng: np.random.Generator
+) -> str:
     """One sentence about a crop: a random part of what is true of it. Kinds in `hidden` are never named."""
     from data.driving.streets import ID
 
@@ -232,6 +273,37 @@ def caption(fact: dict, hidden: tuple[str, ...], vocabulary: dict[str, list[str]
 # --- training -----------------------------------------------------------------------------------------------
 
 
+def make_tokenizer(words: set[str]):
+    """A word-level tokenizer: lower case, punctuation apart, <unk> for all other words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<start>", "<unk>", "<end>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<start> $A <end>", None, [("<start>", 1), ("<end>", 3)]
+    )
+    names = {"pad_token": "<pad>", "bos_token": "<start>", "unk_token": "<unk>", "eos_token": "<end>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def tiny_model(words: int, dim: int = 64):
+    """An untrained CLIPModel of about half a million parameters."""
+    from transformers import CLIPConfig, CLIPModel
+
+    heads, special = {"num_attention_heads": 4}, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": words}
+    text |= {"max_position_embeddings": 32, "projection_dim": dim} | heads | special
+    vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "image_size": CROP}
+    vision |= {"patch_size": 8, "projection_dim": dim} | heads
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim))
+
+
 def contrast(images: Tensor, texts: Tensor, same: Tensor, scale: Tensor) -> Tensor:
     """CLIP's symmetric loss; same (n, n) bool: pairs with an equal caption, which are no negatives of each
     other.
@@ -241,7 +313,9 @@ def contrast(images: Tensor, texts: Tensor, same: Tensor, scale: Tensor) -> Tens
     return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target))
 
 
-def train(images: np.ndarray, facts: list[dict], hidden: tuple[str, ...], seed: int, steps: int, batch: int = 64):
+def train(
+    images: np.ndarray, facts: list[dict], hidden: tuple[str, ...], seed: int, steps: int, batch: int = 64
+):
     """-> (model, tokenizer, [loss of each step]). First `steps` / 4 steps of text alone (two captions of one
     crop belong together), then all, the text at a tenth of the rate: captions lie apart before pixels meet
     them, and stay so. Measured on 2500 crops and 300 steps of AdamW: 44 % of fresh crops get the right name,
@@ -274,17 +348,24 @@ def train(images: np.ndarray, facts: list[dict], hidden: tuple[str, ...], seed: 
         rows = rng.choice(len(images), min(batch, len(images)), replace=False)
         text, words = speak(rows)
         crops = pixels[torch.from_numpy(rows)]
-        crops = torch.where(torch.from_numpy(rng.random(len(rows)) < 0.5).view(-1, 1, 1, 1), crops.flip(-1), crops)
+        crops = torch.where(
+            torch.from_numpy(rng.random(len(rows)) < 0.5).view(-1, 1, 1, 1), crops.flip(-1), crops
+        )
         crops = (crops * torch.from_numpy(rng.uniform(0.8, 1.2, (len(rows), 1, 1, 1))).float()).clamp(0, 1)
         whole, patches = read_both(model, normalise(crops))
         same, scale = torch.from_numpy(words[:, None] == words[None]), model.logit_scale.exp().clamp(max=100)
-        return contrast(whole, text, same, scale) + contrast(F.normalize(patches.mean(1), dim=-1), text, same, scale)
+        return contrast(whole, text, same, scale) + contrast(
+            F.normalize(patches.mean(1), dim=-1), text, same, scale
+        )
 
     tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     inner = lambda p: p.ndim > 1 and not any(p is table for table in tables)  # noqa: E731
     for count, rates, match in ((steps // 4, (1e-2, 0.0), match_texts), (steps, (1e-3, 1e-2), match_images)):
-        groups = [{"params": [p for p in part if inner(p) == matrices], "orthogonal": matrices, "base_lr": rate}
-                  for part, rate in zip((of_text, of_images), rates, strict=True) for matrices in (False, True)]
+        groups = [
+            {"params": [p for p in part if inner(p) == matrices], "orthogonal": matrices, "base_lr": rate}
+            for part, rate in zip((of_text, of_images), rates, strict=True)
+            for matrices in (False, True)
+        ]
         optimizer = Muon(groups, lr=1.0, weight_decay=0.05, betas=(0.9, 0.98))
         losses = []
         for step in tqdm(range(count), "tiny CLIP", unit="step", leave=False):
@@ -297,7 +378,9 @@ def train(images: np.ndarray, facts: list[dict], hidden: tuple[str, ...], seed: 
     return model.eval(), tokenizer, losses
 
 
-def make_tinyclip(out: Path | str, hidden: tuple[str, ...] = (), seed: int = 0, crops: int = 5000, steps: int = 900) -> Path:
+def make_tinyclip(
+    out: Path | str, hidden: tuple[str, ...] = (), seed: int = 0, crops: int = 5000, steps: int = 900
+) -> Path:
     """Trains the tiny CLIP into folder `out` unless it is there; the crops lie beside it and are shared. ->
     `out`.
 
@@ -308,11 +391,16 @@ def make_tinyclip(out: Path | str, hidden: tuple[str, ...] = (), seed: int = 0, 
     if path.is_file():
         found = read_json(path)
         if differ := [name for name in wanted if found.get(name) != wanted[name]]:
-            raise InputError(f"{out}: a tiny CLIP with another {', '.join(differ)}; choose another folder or delete it")
+            raise InputError(
+                f"{out}: a tiny CLIP with another {', '.join(differ)}; choose another folder or delete it"
+            )
         return out
     store = out.parent / f"tinyclip-crops-{crops}-seed{seed}.npz"
     if store.is_file() and store.with_suffix(".json").is_file():
-        images, facts = read_npz(store, {"images": (None, "uint8")})["images"], read_json(store.with_suffix(".json"))
+        images, facts = (
+            read_npz(store, {"images": (None, "uint8")})["images"],
+            read_json(store.with_suffix(".json")),
+        )
     else:
         images, facts = make_crops(crops, seed)
         write_npz(store, images=images)
@@ -325,9 +413,14 @@ def make_tinyclip(out: Path | str, hidden: tuple[str, ...] = (), seed: int = 0, 
         tokenizer.backend_tokenizer.save(str(temporary))
     tokenizer.save_pretrained(out)
     share = matching(load(out), images[shown:], facts[shown:])
-    write_json(path, wanted | {"images": len(images), "loss": losses[-1], "kind_accuracy": share})  # last: now it is whole
-    print(f"tiny CLIP {out}: {len(images)} crops, {steps} steps, loss {losses[0]:.2f} -> {losses[-1]:.2f}; names the kind of "
-          f"{100 * share['whole']:.0f} % of fresh crops ({100 * share['patches']:.0f} % by patches, {100 * share['chance']:.0f} % the most frequent)")  # fmt: skip
+    write_json(
+        path, wanted | {"images": len(images), "loss": losses[-1], "kind_accuracy": share}
+    )  # last: now it is whole
+    whole, patches, chance = (f"{100 * share[name]:.0f} %" for name in ("whole", "patches", "chance"))
+    print(
+        f"tiny CLIP {out}: {len(images)} crops, {steps} steps, loss {losses[0]:.2f} -> {losses[-1]:.2f}; "
+        f"names the kind of {whole} of fresh crops ({patches} by patches, {chance} the most frequent)"
+    )
     return out
 
 
@@ -339,9 +432,13 @@ def matching(clip: Clip, images: np.ndarray, facts: list[dict]) -> dict[str, flo
 
     vocabulary = read_words(OPENSET / "vocabulary.txt")
     text = torch.stack([ensemble(clip, words) for words in vocabulary.values()])
-    truth = torch.tensor([list(vocabulary).index(OCC3D_CLASSES[LIDARSEG_TO_OCC3D[ID[fact["kind"]]]]) for fact in facts])
+    truth = torch.tensor(
+        [list(vocabulary).index(OCC3D_CLASSES[LIDARSEG_TO_OCC3D[ID[fact["kind"]]]]) for fact in facts]
+    )
     with torch.inference_mode():
-        whole, patches = read_both(clip.model, normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255))
+        whole, patches = read_both(
+            clip.model, normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+        )
     guess = {"whole": whole @ text.t(), "patches": patches.mean(1) @ text.t()}
     result = {name: float((scores.argmax(1) == truth).float().mean()) for name, scores in guess.items()}
     return result | {"chance": float(torch.bincount(truth).max() / len(truth))}
@@ -350,9 +447,13 @@ def matching(clip: Clip, images: np.ndarray, facts: list[dict]) -> dict[str, flo
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.tinyclip", description="Train the tiny CLIP on crops of other worlds.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.tinyclip", description="Train the tiny CLIP on crops of other worlds."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--hide", type=Path, help="file of held-out kinds (data/openset/*.txt) that captions never name")
+    parser.add_argument(
+        "--hide", type=Path, help="file of held-out kinds (data/openset/*.txt) that captions never name"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--crops", type=int, default=5000)
     parser.add_argument("--steps", type=int, default=900)

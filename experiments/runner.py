@@ -558,8 +558,9 @@ def brief(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def dumps(value: Any) -> str:
-    """JSON with a line for each list or small dict. Numbers have five digits, those of per_class four. Absolute
-    paths keep their last part: where a machine has its files is nobody's.
+    """JSON with a line for each list or small dict. Numbers have five digits, those of per_class four.
+
+    Absolute paths keep their last part: where a machine has its files is nobody's.
     """
 
     def tidy(x: Any, digits: int = 5) -> Any:

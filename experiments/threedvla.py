@@ -1,12 +1,11 @@
 """3DVLA's claims: the ladder base < A < B < C, its rivals, and how far a policy uses its tokens.
 
-    python -m experiments.threedvla --claim main --seeds 3      # or: python threedvla.py ablate --claim main
-    ... python -m experiments.threedvla --claim diagnose --run-folder runs/x   # adds to its
-    result.json python -m experiments.runner publish runs/ablate/threedvla/main threedvla-main && make table
+    python -m experiments.threedvla --claim main --seeds 3     # or: python threedvla.py ablate ...
+    python -m experiments.threedvla --claim diagnose --run-folder runs/x       # adds to its result.json
+    python -m experiments.runner publish runs/ablate/threedvla/main threedvla-main && make table
 
 Arms share the base policy (one for all seeds) and stage 1 in <out>/../arms. Rivals are plug-ins of other
-kinds (PLUGS); `generic` is the control: as many tokens, the same pictures and depth, no calibration, no
-objects.
+kinds (PLUGS); `generic` is the control: as many tokens, the same pictures and depth, but no calibration.
 
 In miniature no arm differs from its base, and why is known. The expert has learned from too few frames to use
 what its tokens hold: it closes its fingers 2 to 4 cm beside objects. A regression on the named objects'
@@ -59,7 +58,8 @@ CLAIMS = {
         "second", "the same plug-in adds to other policies, an X-VLA-like one that predicts the clean action "
                   "and pi0.5: base < C",
         {f"{p}-{n}": {"policy": p, "variant": n} for p in ("xvla", "pi05") for n in ("base", "C")},
-        (("xvla-C", "xvla-base"), ("pi05-C", "pi05-base")), metric="success"),
+        (("xvla-C", "xvla-base"), ("pi05-C", "pi05-base")), metric="success",
+        note="--arms xvla-base xvla-C runs X-VLA's alone."),
     "parts": Claim(
         "parts", "inside A: with spatial fusion, global 3D matching and the end-effector-relative encoding, "
                  "each against without",
@@ -340,6 +340,11 @@ def world(args: SimpleNamespace) -> Path:
     return WORLDS if args.claim == "diagnose" else make("tabletop", demos=args.demos)
 
 
+def steps(cfg: V.Config) -> str:
+    """The training that is printed beside the preset."""
+    return f"{cfg.base_steps} + {cfg.stage1_steps} + {cfg.stage2_steps} steps"
+
+
 if __name__ == "__main__":
     main(__doc__, V.Config, V.PRESETS, CLAIMS, run_arm, flags=FLAGS, other={"diagnose": diagnose},
-         world=world, steps=lambda cfg: f"{cfg.base_steps} + {cfg.stage1_steps} + {cfg.stage2_steps} steps")
+         world=world, steps=steps)

@@ -97,7 +97,11 @@ class FakeLidar(FakeWorld):
         kerb = np.column_stack([rng.uniform(-30, 30, 500), np.full(500, 12.0), np.full(500, 0)])
         kerb[:, 2] = kerb[:, :2] @ self.slope[:2] + self.slope[2] + rng.uniform(0.5, 3, 500)
         car = np.array([10, 3, 1.0]) + rng.uniform(-0.5, 0.5, (200, 3)) * [4.5, 1.9, 1.6]
-        bicycle = np.array([10, 3.6, 0.9]) + rng.uniform(-0.5, 0.5, (50, 3)) * [1.7, 0.6, 1.3]  # some in the car's box
+        bicycle = np.array([10, 3.6, 0.9]) + rng.uniform(-0.5, 0.5, (50, 3)) * [
+            1.7,
+            0.6,
+            1.3,
+        ]  # some in the car's box
         ego = np.array([1.0, 0, 1.0]) + rng.uniform(-0.4, 0.4, (100, 3))
         self.parts = {"ground": ground, "kerb": kerb, "car": car, "bicycle": bicycle, "ego": ego}
         xyz = np.concatenate(list(self.parts.values()))

@@ -109,6 +109,34 @@ def test_the_truth_scores_100_everywhere_as_labels_and_as_predictions(val, tree,
     assert "undefined" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("place, key", [
+    ("{token}.npz", "arr_0"), ("{token}.npz", "semantics"), ("{token}.npy", ""), ("{scene}/{token}/pred.npz", "pred"),
+    ("{scene}/{token}/labels.npz", "semantics"), ("{scene}/{token}.npz", "arr_0"), ("{scene}/{token}/pred.npy", ""),
+])  # fmt: skip
+def test_the_fields_forms_give_the_same_table(place, key, val, tree, cache, folder, tmp_path, capsys):
+    """What other code bases write (np.savez without names, a file a folder, np.save) is found, said and scored alike."""
+    for i, token in enumerate(val.tokens):
+        path = tmp_path / "theirs" / place.format(scene=val.scene_names[i], token=token)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, **{key: prediction(val, i)}) if key else np.save(path, prediction(val, i))
+    ours = A.audit(folder, tree, cache=cache, rays=False)
+    capsys.readouterr()
+    theirs = A.audit(tmp_path / "theirs", tree, cache=cache, rays=False)
+    form = place.replace("{", "<").replace("}", ">") + (f", key '{key}'" if key else "")
+    assert theirs["form"] == form and f"theirs ({form})" in capsys.readouterr().out
+    assert theirs["metrics"] == ours["metrics"] and ours["form"] == "<token>.npz, key 'pred'"
+
+
+def test_keyframes_that_are_not_half_a_second_apart_are_refused(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "fast")
+    for name in ("sample", "sample_data"):
+        path = tmp_path / f"fast/v1.0-mini/{name}.json"
+        rows = json.loads(path.read_text())
+        path.write_text(json.dumps([row | {"timestamp": row["timestamp"] // 5} for row in rows]))
+    with pytest.raises(InputError, match="keyframes are 0.1 s apart"):
+        A.audit(tmp_path, tmp_path / "fast", cache=tmp_path / "c", task="planning")
+
+
 def test_split_and_rays_are_choices(tree, cache, capsys):
     result = A.audit(tree / "gts", tree, split="mini_train", cache=cache, rays=False)
     assert result["dataset"]["split"] == "mini_train" and not any(r["protocol"] == "rayiou" for r in result["rows"])
@@ -380,6 +408,19 @@ def test_a_wrong_submission_is_one_line_and_nothing_scored(kind, says, kitti, tm
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error")]
     assert stop.value.code == 2 and len(lines) == 1 and says in lines[0]
     assert "1 of 2 prediction files" in lines[0] and "nothing scored" in lines[0] and "IoU" not in out
+
+
+def test_a_fault_of_the_truth_is_not_the_predictions(kitti, tmp_path):
+    """.occluded is never scored; a missing .invalid or .label is the dataset's, whatever the predictions are."""
+    tree = shutil.copytree(kitti, tmp_path / "tree")
+    folder = submit(tmp_path / "P", tree)
+    before = A.audit(folder, tree, task="ssc")["metrics"]
+    for path in tree.rglob("*.occluded"):
+        path.unlink()
+    assert A.audit(folder, tree, task="ssc")["metrics"] == before and SemanticKITTI(tree, "val")[0].mask_lidar is None
+    (tree / "sequences/08/voxels/000005.invalid").unlink()
+    with pytest.raises(InputError, match="000005.invalid: voxel file not found$"):
+        A.audit(folder, tree, task="ssc")
 
 
 def test_ssc_needs_a_semantickitti_tree_with_labels(kitti, tree, folder, tmp_path):

@@ -1,8 +1,10 @@
 """Image encoders and 3D blocks: shapes, what they look at, where weights come from, and what `describe` counts."""
 
 import re
+import shutil
 import socket
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +133,42 @@ def test_bad_backbones_are_one_line(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     assert "the hub cannot be reached" in complaint("microsoft/resnet-101-not-here")
+
+
+@pytest.mark.parametrize("damage, says", [
+    ("pointer", "cannot be loaded"), ("cut", "cannot be loaded"), ("empty", "cannot be loaded"),
+    ("shape", "has, in another shape than config.json says, embedder.embedder.convolution.weight (3, 3, 7, 7)"),
+    ("lack", "lacks embedder.embedder.convolution.weight;"), ("nan", "has nan or inf in embedder.embedder.convolution."),
+    ("config", "cannot be loaded"), ("depths", "cannot be loaded (depths of 2147483648 in config.json)"),
+])  # fmt: skip
+def test_weights_that_are_not_what_they_seem_are_one_line(damage, says, tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny / "resnet", tmp_path / "net"))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.endswith("embedder.embedder.convolution.weight"))
+    match damage:
+        case "pointer":
+            path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        case "cut":
+            path.write_bytes(path.read_bytes()[:2000])
+        case "empty":
+            path.write_bytes(b"")
+        case "shape":
+            save_file(tensors | {name: torch.zeros(3, 3, 7, 7)}, path, metadata={"format": "pt"})
+        case "lack":
+            del tensors[name]
+            save_file(tensors, path, metadata={"format": "pt"})
+        case "nan":
+            save_file(tensors | {name: tensors[name] * float("nan")}, path, metadata={"format": "pt"})
+        case "depths":
+            (folder / "config.json").write_text('{"model_type": "resnet", "depths": [2147483648, 1, 1, 1]}')
+        case "config":
+            (folder / "config.json").write_text('{"model_type": "resnet", "hidden_sizes": "large"}')
+    with pytest.raises(InputError) as error:
+        B.load_backbone(str(folder))
+    assert says in str(error.value) and f"--backbone {folder}: " in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_model_without_a_pyramid_is_refused(tmp_path):

@@ -160,7 +160,8 @@ def test_cuda_asked_for_but_absent(monkeypatch):
 
 
 def store(folder: Path, cfg=PRESETS["paper"], method="test_cli", **more) -> Path:
-    value = {"method": method, "preset": "paper", "seed": 5, "config": cli.to_dict(cfg)}
+    value = {"method": method, "preset": "paper", "seed": 5, "steps": 9, "data": {},
+             "config": cli.to_dict(cfg)}  # fmt: skip
     write_json(folder / "config.json", value | more)
     return folder
 
@@ -197,7 +198,18 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     assert "missing: lr" in complaint(store(tmp_path / "c", config=stale))
     assert "unknown: gamma" in complaint(store(tmp_path / "d", config=stale | {"lr": 1.0, "gamma": 2}))
     write_json(tmp_path / "e" / "config.json", [1])
-    assert "not the config.json of a run" in complaint(tmp_path / "e")
+    assert "the value is a list, expected an object" in complaint(tmp_path / "e")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("lr", "fast"), ("lr", None), ("lr", [0.1]), ("lr", True), ("lr", float("nan")), ("steps", 1.5), ("image_size", [8]),
+    ("image_size", [8, "9"]), ("image_size", 8), ("dynamic_ids", [None]), ("dynamic_ids", {}), ("norm", "layer"),
+    ("levels", 3), ("levels", "4"), ("clip", 1), ("folder", 3), ("backbone", {"a": 1}),
+])  # fmt: skip
+def test_a_hand_edited_field_is_one_line(field, value, tmp_path):
+    config = cli.to_dict(PRESETS["paper"]) | {field: value}
+    with pytest.raises(InputError, match=f"config.json: '{field}' is .*; train again"):
+        parse(f"eval --ckpt {store(tmp_path, config=config)}")
 
 
 # --- help -------------------------------------------------------------------------------------------------------------

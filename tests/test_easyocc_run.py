@@ -164,6 +164,34 @@ def test_two_processes_equal_one_with_the_doubled_batch(data, tmp_path):
 # --- eval, pictures, claims, describe ----------------------------------------------------------------------------------
 
 
+def torchrun(*words) -> subprocess.CompletedProcess:
+    """easyocc.py in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "easyocc.py"]
+    return subprocess.run([*command, *map(str, words)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+
+
+def test_two_processes_share_labels_and_eval(data, trained, tmp_path):
+    """Each makes its scenes' labels and scores its frames; the files are one process's, and one line tells of bad input."""
+    flags, labels = data
+    one, two = (Path(shutil.copytree(trained, tmp_path / name)) for name in ("one", "two"))
+    words = (*flags, "--split", "all", "--pictures", "1")
+    run("eval", "--ckpt", one, *words)
+    done = torchrun("eval", "--ckpt", two, *words, "--save-pred", tmp_path / "pred")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (one / "by_scene.npz").read_bytes() == (two / "by_scene.npz").read_bytes()
+    first, second = (json.loads((folder / "result.json").read_text())["metrics"] for folder in (one, two))
+    assert first == second and len(first) > 20 and len(list((tmp_path / "pred").glob("*.npz"))) == 6
+    done = torchrun("labels", *flags, "--split", "all", "--out", tmp_path / "l", *SMALL)
+    assert done.returncode == 0 and done.stdout.count("3 keyframes of 1 scenes, 3 new") == 2, done.stderr[-2000:]
+    for path in sorted(labels.glob("scene-*/*/labels.npz")):
+        assert (tmp_path / "l" / path.relative_to(labels)).read_bytes() == path.read_bytes()
+    done = torchrun("train", "--data-root", tmp_path / "none", "--out", tmp_path / "x")
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "no such folder" in done.stderr
+    done = torchrun("train", *flags, "--labels", labels, "--out", two, "--steps", "9", *SMALL)  # found once the group is there
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "other settings" in done.stderr
+
+
 def test_eval_writes_what_it_promises_and_is_deterministic(data, trained, tmp_path, capsys):
     flags, _ = data
     run("eval", "--ckpt", trained, "--save-pred", tmp_path / "pred", *flags[2:])

@@ -240,6 +240,29 @@ def test_vectors_occnerf_rays_start_at_pixel_centres():
     v.close("on_rays_o", unproject(centres, 0 * one, K, T_world_cam), atol=1e-6)
 
 
+def test_lifting_is_the_mean_over_the_cameras_that_see_a_point():
+    K = torch.tensor([[10.0, 0, 8], [0, 10, 4], [0, 0, 1]]).expand(2, 3, 3)  # 16 x 8 px, looking along x
+    T_ref_cam = torch.tensor([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]]).repeat(2, 1, 1)
+    T_ref_cam[1, :3, 0] *= -1  # the second camera is mirrored: u grows to the left
+    ramp = torch.arange(16.0).expand(8, 16)
+    features = torch.stack([ramp[None], 100 + 2 * ramp[None]])  # (2, 1, 8, 16)
+    points = torch.tensor([[5.0, 0.5, 0], [5.0, -3.9, 0], [-5.0, 0, 0], [5.0, 0, 0]])
+    lifted, seen = geometry.lift(features, points, K, T_ref_cam, (8, 16))
+    # y = 0.5 at x = 5: u = 8 - 1 = 7 in the first camera, 9 in the second; element u has its centre at u + 0.5.
+    # y = -3.9: u = 15.8 and 0.2, beyond the last centres: their value
+    wanted = [(6.5 + 117) / 2, (15 + 100) / 2, 0, (7.5 + 115) / 2]
+    assert lifted[:, 0].tolist() == pytest.approx(wanted, abs=1e-3) and seen.tolist() == [True, True, False, True]
+    half = torch.nn.functional.avg_pool2d(features, 2)
+    lifted, _ = geometry.lift(half, points, K, T_ref_cam, (8, 16))
+    torch.testing.assert_close(lifted[3, 0], torch.tensor((7.5 + 115) / 2))
+
+
+def test_ids_are_taken_at_the_new_pixels_centres():
+    maps = torch.arange(24).view(1, 4, 6)
+    assert geometry.nearest_ids(maps, (2, 3)).tolist() == [[[7, 9, 11], [19, 21, 23]]]
+    assert torch.equal(geometry.nearest_ids(maps, (4, 6)), maps)
+
+
 # --- rays through voxels ----------------------------------------------------------------------------------------------
 
 CUBE = VoxelGrid((0.0, 0.0, 0.0), (6.0, 5.0, 4.0), (6, 5, 4))

@@ -67,35 +67,29 @@ def test_errors_depend_on_seed_and_frame_but_not_on_order_or_process(world):
     assert E._uniform(np.array([0, 7]), 1, "x").tolist() == [0.9323923921415931, 0.3834451717635308]
 
 
-def errors_of(world, level, correlation, seeds=1):
-    """-> semantic error rate and log-depth deviation of single frames, and how well two frames of a scene
-    agree.
-    """
+def errors_of(world, level, correlation, seeds=2):
+    """-> semantic error rate, log-depth deviation, their standard errors, and how well two frames of a scene agree."""
     exact = make_labeler("world", world, depth_level="exact", semantic_level="exact")
     true = [exact(i) for i in range(len(world))]
     wrong, log, absrel, rate = [], [], [], []
     for seed in range(seeds):
-        labeler = make_labeler(
-            "world", world, depth_level=level, semantic_level=level, correlation=correlation, seed=seed)  # fmt: skip
+        options = dict(depth_level=level, semantic_level=level, correlation=correlation, seed=seed)
+        labeler = make_labeler("world", world, **options)
         for i in range(len(world)):
             made, labelled = labeler(i), true[i].semantic < FREE
             wrong.append((made.semantic != true[i].semantic) & labelled)
             rate.append(wrong[-1].sum() / labelled.sum())
             known = (true[i].depth > 0) & (made.depth > 0)
-            log.append(np.where(known, np.log(np.where(known, made.depth / np.maximum(true[i].depth, 1e-3), 1)), 0))
-            absrel.append(np.abs(np.exp(log[-1][known]) - 1).mean())
+            ratio = np.where(known, made.depth / np.maximum(true[i].depth, 1e-3), 1)
+            log.append(np.log(ratio))
+            absrel.append(np.abs(ratio[known] - 1).mean())
     wrong, log = np.stack(wrong), np.stack(log)
-    per_scene = np.reshape(rate, (-1, 2)).mean(1)  # two frames a scene; scenes and seeds are independent
-    deviation = log.std((1, 2, 3)).reshape(-1, 2).mean(1)
+    pairs = np.reshape(rate, (-1, 2)).mean(1), log.std((1, 2, 3)).reshape(-1, 2).mean(1)  # two frames a scene
+    semantic, deviation = ((one.mean(), one.std(ddof=1) / np.sqrt(len(one))) for one in pairs)
+    persistence = (wrong[0::2] & wrong[1::2]).mean() / wrong.mean()  # P(wrong in a frame | wrong in the other)
+    agreement = spearmanr(log[0::2].ravel(), log[1::2].ravel())[0]  # ranks: flying pixels at edges are huge and alike
     return SimpleNamespace(
-        semantic=per_scene.mean(),
-        semantic_error=per_scene.std(ddof=1) / np.sqrt(len(per_scene)),
-        persistence=(wrong[0::2] & wrong[1::2]).mean() / wrong.mean(),  # P(wrong in a frame | wrong in the other)
-        absrel=np.mean(absrel),
-        log=deviation.mean(),
-        log_error=deviation.std(ddof=1) / np.sqrt(len(deviation)),
-        log_agreement=spearmanr(log[0::2].ravel(), log[1::2].ravel())[0],  # ranks: flying pixels at edges are few, huge and alike
-    )
+        semantic=semantic, log=deviation, absrel=np.mean(absrel), persistence=persistence, agreement=agreement)
 
 
 @pytest.mark.parametrize(
@@ -103,16 +97,15 @@ def errors_of(world, level, correlation, seeds=1):
 )
 def test_correlation_moves_errors_over_time_and_not_their_number(world, level, absrel, semantic):
     """The scenes stand still, so an error that persists is wrong in both frames, at the same pixel."""
-    independent, mixed = (errors_of(world, level, rho, seeds=2) for rho in (0.0, 0.8))
+    independent, mixed = (errors_of(world, level, rho) for rho in (0.0, 0.8))
     for one in (independent, mixed):
-        assert absrel[0] < one.absrel < absrel[1] and semantic[0] < one.semantic < semantic[1]
-        assert one.semantic_error < 0.08 * one.semantic and one.log_error < 0.08 * one.log  # so the next lines can fail
-    assert abs(mixed.semantic - independent.semantic) < 3 * np.hypot(mixed.semantic_error, independent.semantic_error)
-    assert abs(mixed.log - independent.log) < 3 * np.hypot(mixed.log_error, independent.log_error)
-    # what has no prompt (other_flat) is wrong in each frame, and depth bleeds over the same edges, at any
-    # correlation
+        assert absrel[0] < one.absrel < absrel[1] and semantic[0] < one.semantic[0] < semantic[1]
+        assert all(error < 0.08 * value for value, error in (one.semantic, one.log))  # so the next lines can fail
+    for (a, a_error), (b, b_error) in ((mixed.semantic, independent.semantic), (mixed.log, independent.log)):
+        assert abs(a - b) < 3 * np.hypot(a_error, b_error)
+    # what has no prompt (other_flat) is wrong in each frame, and depth bleeds over the same edges, always
     assert independent.persistence < 0.35 and mixed.persistence > 0.5
-    assert independent.log_agreement < 0.4 and mixed.log_agreement > 0.6  # 0.8, less the noise that is the frame's own
+    assert independent.agreement < 0.4 and mixed.agreement > 0.6  # 0.8, less the noise that is the frame's own
 
 
 def test_full_correlation_repeats_each_semantic_error(world):

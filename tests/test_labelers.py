@@ -19,7 +19,6 @@ from common.labelers import (PHRASES, PROMPTS, Maps, PromptedMasks, box_labels, 
 from common.nuscenes import DETECTION_CLASSES, FREE, NuScenesOccupancy
 from fake_world import FakeLidar, FakeWorld
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 
 
 def same(a: Maps, b: Maps) -> bool:
@@ -59,7 +58,7 @@ def png(values) -> bytes:
     [
         ("semantic", None, "not found"),
         ("depth", b"", "the file is empty"),
-        ("depth", png(np.ones((40, 72), np.uint16))[:60], "not a readable PNG"),
+        ("depth", png(np.ones((40, 72), np.uint16))[:60], "not a readable map"),
         ("depth", png(np.ones((40, 72), np.uint8)), "expected 16 bits"),
         ("semantic", png(np.ones((40, 72), np.uint16)), "expected 8 bits"),
         ("semantic", png(np.ones((40, 72, 3), np.uint8)), "expected 8 bits and one channel"),
@@ -190,38 +189,15 @@ def test_rasterize_of_a_pixel_centre_is_exact():
     assert seen.all() and (semantic == 4).all() and np.allclose(made, 7, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    root = SHARED / "real" / "nuscenes"
+def test_real_keyframe_boxes_hold_the_points_that_nuscenes_counted(tmp_path):
+    root = Path(__file__).parents[2] / "shared" / "real" / "nuscenes"
     if not root.is_dir():
-        pytest.skip(f"{root} is not here: no real keyframe to project")
-    return NuScenesOccupancy(root, split="all", cache=tmp_path_factory.mktemp("cache"), parts=())
-
-
-def test_real_keyframe_boxes_hold_the_points_that_nuscenes_counted(real):
-    points, boxes = real.points(0)[:, :3], real.boxes(0)
+        pytest.skip(f"{root} is not here: no real keyframe")
+    real = NuScenesOccupancy(root, split="all", cache=tmp_path, parts=())
+    points, boxes, one = real.points(0)[:, :3], real.boxes(0), np.array([1], np.uint8)
     for b in range(len(boxes.labels)):
-        inside = box_labels(points, boxes.T_ego_box[b : b + 1], boxes.size[b : b + 1], np.array([1], np.uint8)) == 1
+        inside = box_labels(points, boxes.T_ego_box[b : b + 1], boxes.size[b : b + 1], one) == 1
         assert inside.sum() == boxes.num_lidar_pts[b], boxes.names[b]
-
-
-def test_real_keyframe_projects_and_comes_back(real):
-    labeler = make_labeler("lidar", real)
-    assert "driveable surface" in labeler.note  # this tree has no lidarseg
-    maps = labeler(0)
-    assert maps.depth.shape == (6, 900, 1600) and len(maps.points) > 15000
-    road = maps.labels == 11
-    assert 0.4 < road.mean() < 0.7 and np.abs(maps.points[road, 2])[np.hypot(*maps.points[road, :2].T) < 15].max() < 1
-    from scipy.spatial import cKDTree
-
-    tree, (K, T, _), error = cKDTree(maps.points), real.calibration(0), []
-    for n in range(6):
-        v, u = np.nonzero(maps.depth[n])
-        ray = np.stack([u + 0.5, v + 0.5, np.ones(len(u))], -1) @ np.linalg.inv(K[n].astype(float)).T
-        points = (ray * maps.depth[n, v, u][:, None]) @ T[n, :3, :3].T + T[n, :3, 3]
-        error.append(tree.query(points)[0])
-    error = np.concatenate(error)
-    assert len(error) > 20000 and np.median(error) < 0.005 and np.percentile(error, 95) < 0.03
 
 
 # --- foundation ---------------------------------------------------------------------------------------------
@@ -346,7 +322,7 @@ def test_foundation_names_a_missing_or_wrong_model(models, photos, tmp_path):
         ({"grounding": None}, "IDEA-Research/grounding-dino-base: not on this machine; --grounding takes a local"),
         ({"grounding": str(tmp_path / "nowhere")}, "--grounding .*no such folder"),
         ({"grounding": str(models / "sam")}, "a model of type 'sam', expected 'grounding-dino'"),
-        ({"sam": "nobody/no-such-model"}, "--sam nobody/no-such-model: cannot be loaded"),
+        ({"sam": "nobody/no-such-model"}, "--sam nobody/no-such-model: not in the local cache"),
         ({"depth": str(models / "sam")}, "--depth-model .*cannot be loaded"),
         ({"depth": str(models / "relative")}, "relative depth; metres need a metric model"),
         ({"depth": f"metric3d:{tmp_path}"}, "no Metric3D here"),
@@ -415,7 +391,8 @@ class HandMadeSam:
 def test_sams_masks_come_in_chunks_through_the_real_resizing(models, photos, monkeypatch):
     """The left half of the image is the first box's."""
     processor = make_labeler("foundation", photos, **options(models)).sam[1]
-    boxes, image = torch.tensor([[0.0, 0, 1, 1], [1.0, 0, 2, 1], [2.0, 0, 3, 1]]) * (224 / 64), np.zeros((128, 224, 3), np.uint8)
+    boxes = torch.tensor([[0.0, 0, 1, 1], [1.0, 0, 2, 1], [2.0, 0, 3, 1]]) * (224 / 64)
+    image = np.zeros((128, 224, 3), np.uint8)
     monkeypatch.setattr(labelers, "CHUNK", 2)
     masks = list(sam_masks(HandMadeSam(), processor, image, boxes))
     got = paint(masks, [0.5, 0.9, 0.3], [11, 16, 15], image.shape[:2], FREE)
@@ -425,17 +402,22 @@ def test_sams_masks_come_in_chunks_through_the_real_resizing(models, photos, mon
 
 
 def test_of_two_boxes_on_one_object_a_robots_masks_keep_the_first(monkeypatch):
-    found = [{"boxes": torch.zeros(3, 4)}]
+    """The second view has no boxes, and no masks."""
     masks = torch.zeros(3, 20, 20, dtype=torch.bool)
     masks[0, 2:10, 2:10], masks[1, 2:10, 2:11], masks[2, 12:18, 12:18] = True, True, True
-    for name, value in (("_load_grounding", ("model", "processor")), ("_load_sam", ("model", "processor"))):
-        monkeypatch.setattr(labelers, name, lambda *_, value=value: value)
+    for name in ("_load_grounding", "_load_sam"):
+        monkeypatch.setattr(labelers, name, lambda *_: ("model", "processor"))
     asked = []
-    monkeypatch.setattr(labelers, "find_boxes", lambda *a, threshold: asked.append((a[-1], threshold)) or found)
-    monkeypatch.setattr(labelers, "sam_masks", lambda *_: iter(masks))
-    observation = SimpleNamespace(images=np.zeros((2, 20, 20, 3), np.uint8), instruction="Push the cart.")
-    views = PromptedMasks()(observation)
-    assert [[int(mask.sum()) for mask in view] for view in views] == [[64, 36]] * 2
+
+    def boxes(model, processor, images, text, threshold):
+        asked.append((text, threshold))
+        return [{"boxes": torch.zeros(3 if image.max() else 0, 4)} for image in images]
+
+    monkeypatch.setattr(labelers, "find_boxes", boxes)
+    monkeypatch.setattr(labelers, "sam_masks", lambda model, processor, image, boxes: iter(masks[: len(boxes)]))
+    images = np.stack([np.full((20, 20, 3), 9, np.uint8), np.zeros((20, 20, 3), np.uint8)])
+    views = PromptedMasks()(SimpleNamespace(images=images, instruction="Push the cart."))
+    assert [[int(mask.sum()) for mask in view] for view in views] == [[64, 36], []]
     assert asked[0] == ("object. bowl. plate. box. can. bottle. mug. drawer. push the cart.", 0.25)
 
 

@@ -26,6 +26,7 @@ from common.labels import label_path, read_label
 from common.networks import lss, tinyclip
 from common.nuscenes import OCC3D_CLASSES, NuScenesOccupancy
 from common.report import openset
+from data.tinyclip import make_tokenizer, tiny_model
 from experiments import loc as X
 from experiments import runner
 
@@ -54,10 +55,10 @@ def untrained_clip(folder: Path) -> Path:
     lists = [tinyclip.read_words(path) for path in sorted((ROOT / "data" / "openset").glob("*.txt"))]
     texts = [*tinyclip.TEMPLATES, "tall", *(w for words in lists for given in words.values() for w in given)]
     words = {word for text in texts for word in re.findall(r"[a-z0-9]+|[.,]", text.lower())}
-    tokenizer = tinyclip.make_tokenizer(words)
+    tokenizer = make_tokenizer(words)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tinyclip.tiny_model(len(tokenizer)).save_pretrained(folder)
+        tiny_model(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -566,8 +567,8 @@ def test_a_clip_that_does_not_fit_the_checkpoint_is_one_line(base, trained, tmp_
     tokenizer = tinyclip.load(base.cfg.clip).tokenizer
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        tinyclip.tiny_model(len(tokenizer), dim=32).save_pretrained(tmp_path / "narrow")
-        tinyclip.tiny_model(len(tokenizer)).save_pretrained(tmp_path / "other")
+        tiny_model(len(tokenizer), dim=32).save_pretrained(tmp_path / "narrow")
+        tiny_model(len(tokenizer)).save_pretrained(tmp_path / "other")
     words = ["eval", "--ckpt", trained, "--cache", base.cache, "--clip"]
     for name, complaint in (("narrow", "32 dimensions"), ("other", "are not those of the checkpoint")):
         tokenizer.save_pretrained(tmp_path / name)

@@ -98,6 +98,7 @@ def make_tree(root: Path) -> Path:
                     Image.fromarray(rng.integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)).save(root / file)
                 elif channel == "LIDAR_TOP":
                     cloud = np.concatenate([rng.normal(0, 20, (POINTS, 3)), rng.uniform(0, 32, (POINTS, 2))], 1)
+                    cloud[:, 4] = np.floor(cloud[:, 4])  # the ring
                     cloud.astype(np.float32).tofile(root / file)
                     if k % 2 == 0:
                         label = f"lidarseg/v1.0-mini/{data}_lidarseg.bin"
@@ -222,7 +223,7 @@ def test_custom_split_of_the_devkit(copy, tmp_path):
     (copy / "v1.0-mini/splits.json").write_text(json.dumps({"mine": ["scene-0103"]}))
     assert set(NuScenesOccupancy(copy, split="mine", cache=tmp_path / "c").scene_names) == {"scene-0103"}
     (copy / "v1.0-mini/splits.json").write_text('["scene-0103"]')
-    with pytest.raises(InputError, match="splits.json: expected"):
+    with pytest.raises(InputError, match="splits.json: the value is a list, expected an object"):
         NuScenesOccupancy(copy, split="mine", cache=tmp_path / "c")
 
 
@@ -563,6 +564,8 @@ def test_opens_at_trainvals_row_counts(tmp_path):
         "categories": ["vehicle.car"],
         "category_label": [4],
         "attributes": ["vehicle.moving"],
+        "unknown": {},
+        "lidarseg": [],
     }
     try:
         nuscenes.write_cache(nuscenes.cache_folder(tmp_path / "tree", "v1.0-trainval", tmp_path / "c"), arrays, meta)
@@ -602,7 +605,7 @@ def test_missing_and_truncated_tables(copy, tmp_path, name):
         ("sample", {"scene_token": "zzz"}, "sample.json: scene_token 'zzz' is not in scene.json"),
         ("ego_pose", {"rotation": [1, 0, 0]}, "ego_pose.json: 'rotation' is not 4 numbers"),
         ("sample_annotation", {"size": ["wide", 1, 1]}, "sample_annotation.json: 'size' is not 3 numbers"),
-        ("sample_data", {"filename": None}, "sample_data.json: 'filename' is not a string"),
+        ("sample_data", {"filename": None}, "sample_data.json: filename[1] is null, expected a text"),
         ("sample", {"timestamp": ...}, "sample.json: a record has no field 'timestamp'"),
     ],
 )
@@ -615,6 +618,128 @@ def test_tables_that_do_not_fit_together(copy, tmp_path, table, change, message)
     with pytest.raises(InputError) as caught:
         _open_all(copy, tmp_path / "c")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def change_table(root: Path, table: str, change) -> None:
+    """change(row, k) on the rows of a table, in place."""
+    path = root / f"v1.0-mini/{table}.json"
+    rows = json.loads(path.read_text())
+    for k, row in enumerate(rows):
+        change(row, k)
+    path.write_text(json.dumps(rows))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("table, record, says", [
+    ("scene", {"name": "../../x"}, "scene.json: name '../../x' is no name of a single folder"),
+    ("scene", {"name": "/x"}, "no name of a single folder"), ("scene", {"name": "a\\b"}, "no name of a single folder"),
+    ("scene", {"name": ".."}, "no name of a single folder"), ("scene", {"name": ""}, "no name of a single folder"),
+    ("scene", {"name": "a\nb"}, "no name of a single folder"), ("scene", {"name": "a\0b"}, "no name of a single folder"),
+    ("scene", {"name": "x" * 300}, "no name of a single folder"), ("scene", {"name": 7}, "is a whole number, expected a"),
+    ("scene", {"name": "scene-0061"}, "two records have the same name"),
+    ("sample", {"token": "../x"}, "sample.json: token '../x' is no name"), ("sample", {"token": 3}, "not a string"),
+    ("sample_data", {"filename": "../x.jpg"}, "sample_data.json: filename '../x.jpg' leaves the dataset's folder"),
+    ("sample_data", {"filename": "samples/../../x"}, "leaves the dataset's folder"),
+    ("sample_data", {"filename": "/etc/passwd"}, "leaves the dataset's folder"),
+    ("lidarseg", {"filename": "/etc/passwd"}, "lidarseg.json: filename '/etc/passwd' leaves the dataset's folder"),
+    ("ego_pose", {"rotation": [0, 0, 0, 0]}, "has a rotation that is no quaternion"),
+    ("ego_pose", {"rotation": [NAN, 0, 0, 1]}, "has a rotation that is no quaternion"),
+    ("ego_pose", {"translation": [INF, 0, 0]}, "has a translation that is not finite"),
+    ("ego_pose", {"translation": [1e300, 0, 0]}, "has a translation that is not finite"),
+    ("calibrated_sensor", {"translation": [0, NAN, 0]}, "has a translation that is not finite"),
+    ("calibrated_sensor", {"camera_intrinsic": []}, "is a camera's without a camera_intrinsic"),
+    ("calibrated_sensor", {"camera_intrinsic": [[0, 0, 32], [0, 50, 18], [0, 0, 1]]}, "without a camera_intrinsic"),
+    ("calibrated_sensor", {"camera_intrinsic": [[50, 0, 32], [0, -50, 18], [0, 0, 1]]}, "without a camera_intrinsic"),
+    ("calibrated_sensor", {"camera_intrinsic": [[50, 0, NAN], [0, 50, 18], [0, 0, 1]]}, "without a camera_intrinsic"),
+    ("calibrated_sensor", {"camera_intrinsic": [[50, 0, 32], [0, 50, 18], [0, 0, 0]]}, "without a camera_intrinsic"),
+    ("sample_annotation", {"size": [1, NAN, 1]}, "has a size that is not finite"),
+    ("sample_annotation", {"rotation": [0, 0, 0, 0]}, "sample_annotation.json: record"),
+    ("sample_annotation", {"attribute_tokens": [3]}, "attribute_tokens[0]"),
+    ("sample_annotation", {"num_lidar_pts": 10**300}, "'num_lidar_pts' is not 1 numbers"),
+    ("sample", {"timestamp": 10**30}, "'timestamp' is not 1 numbers"),
+    ("sample_data", {"is_key_frame": "false"}, "'is_key_frame' is not 1 numbers"),
+    ("sample_data", {"ego_pose_token": ""}, "has no ego_pose_token"),
+    ("category", {"name": None}, "name[0] is null, expected a text"),
+], ids=lambda value: str(value)[:40])  # fmt: skip
+def test_tables_that_would_lead_astray(copy, tmp_path, table, record, says):
+    """Names that climb, poses and calibrations that are none, wrong types: one line that names table and record."""
+    change_table(copy, table, lambda row, k: row.update(record) if k == 0 else None)
+    with pytest.raises(InputError) as caught:
+        _open_all(copy, tmp_path / "c")
+    assert f"/{table}.json: " in str(caught.value) and says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_links_that_go_round_are_refused(copy, tmp_path):
+    change_table(copy, "sample_data", lambda row, k: row.update(next=row["token"]) if k == 3 else None)
+    with pytest.raises(InputError, match="has a 'next' that does not lie after it in time"):
+        _open_all(copy, tmp_path / "c")
+
+
+def test_another_trees_lidarseg_numbers_are_mapped_by_name(copy, tree, tmp_path, cache):
+    """A tree that numbers the classes otherwise has the same classes; one of a class of its own is refused where a
+    point has it; one without numbers is refused."""
+    place = np.random.default_rng(0).permutation(200)[:32]
+    change_table(copy, "category", lambda row, k: row.update(index=int(place[row["index"]])))
+    for path in (copy / "lidarseg").rglob("*.bin"):
+        place[np.fromfile(path, np.uint8)].astype(np.uint8).tofile(path)
+    mine, theirs = _open_all(tree, cache), _open_all(copy, tmp_path / "c")
+    for raw in (False, True):
+        assert all(np.array_equal(mine.lidarseg(i, raw), theirs.lidarseg(i, raw)) for i in range(len(mine)))
+    change_table(copy, "category", lambda row, k: row.update(name="vehicle.hovercraft") if row["name"] == "vehicle.car" else None)
+    with pytest.raises(InputError, match=f"class {place[17]} 'vehicle.hovercraft' is none of nuScenes-lidarseg's 32"):
+        data = _open_all(copy, tmp_path / "c")
+        [data.lidarseg(i) for i in range(len(data))]
+    change_table(copy, "category", lambda row, k: row.pop("index"))
+    with pytest.raises(InputError, match="category.json: its records need an 'index' of their own"):
+        _open_all(copy, tmp_path / "c").lidarseg(0)
+
+
+def test_unknown_categories_are_counted_in_a_note(copy, tmp_path, capsys):
+    change_table(copy, "category", lambda row, k: row.update(name=row["name"].split(".")[-1]))
+    data = _open_all(copy, tmp_path / "c")
+    note = capsys.readouterr().err
+    boxes = sum(len(data.boxes(i).labels) for i in range(len(data)))
+    assert f"of {boxes} boxes are not nuScenes'" in note and "count as 'others'" in note and note.count("\n") == 1
+    assert not any(data.boxes(i).labels.any() for i in range(len(data)))
+
+
+@pytest.mark.parametrize("factor, fits", [(1.0, True), (0.2, False), (1.2, True), (2.0, False)])
+def test_steps_of_planning_are_half_a_second(copy, tmp_path, factor, fits):
+    for table in ("sample", "sample_data"):
+        change_table(copy, table, lambda row, k: row.update(timestamp=int(row["timestamp"] * factor)))
+    data = _open_all(copy, tmp_path / "c")
+    if fits:
+        return data.check_steps()
+    with pytest.raises(InputError, match=f"keyframes are {0.5 * factor:.2g} s apart .median.; planning's steps are 0.5 s"):
+        data.check_steps()
+
+
+def test_clouds_of_other_columns_are_refused(copy, tmp_path):
+    """80 bytes are four points of five columns or five of four: the ring tells. nan is refused too."""
+    data = _open_all(copy, tmp_path / "c")
+    cloud = copy / data.lidar_file(0)
+    points = np.random.default_rng(0).normal(0, 20, (50, 4)).astype(np.float32)
+    points.tofile(cloud)
+    with pytest.raises(InputError, match="not nuScenes' five float32 a point, x, y, z, intensity, ring"):
+        data.points(0)
+    five = np.concatenate([points, np.zeros((50, 1), np.float32)], 1)
+    five.tofile(cloud)
+    assert len(data.points(0)) == 50
+    five[3, 1] = NAN
+    five.tofile(cloud)
+    with pytest.raises(InputError, match="1 of 50 points hold nan or inf"):
+        data.points(0)
+
+
+def test_without_a_home_the_cache_lies_in_the_temporary_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(nuscenes.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert nuscenes.default_cache() == tmp_path / f"minocc-{os.getuid()}"
+    assert "choose another with --cache or XDG_CACHE_HOME" in capsys.readouterr().err
+    assert nuscenes.default_cache().stat().st_mode & 0o777 == 0o700
 
 
 def test_versions_splits_and_roots(copy, tmp_path):
@@ -707,10 +832,10 @@ def test_bad_label_files(copy, tmp_path):
     with pytest.raises(InputError, match=f"{POINTS - 1} labels for {POINTS} points"):
         data.lidarseg(0)
     label.write_bytes(bytes([40] * POINTS))
-    with pytest.raises(InputError, match="class 40, expected 0..31"):
+    with pytest.raises(InputError, match="class 40 is none of nuScenes-lidarseg's 32"):
         data.lidarseg(0)
     (copy / "questions/NuScenes_val_questions.json").write_text('{"questions": [{"question": "?"}]}')
-    with pytest.raises(InputError, match="a question has no 'answer'"):
+    with pytest.raises(InputError, match="'questions'.0. has no 'answer'"):
         data.questions(0)
 
 

@@ -1,5 +1,6 @@
 """OccLE: each equation by hand, the 10 % protocol by poison, both data sets end to end on tiny worlds, and bad input."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,32 +18,43 @@ from safetensors.torch import load_file
 
 import occle as O
 from common import semantickitti
+from common.datasets import LABEL_SETS, open_dataset, read_frame_list, voxel_truth
+from common.engine import Session
 from common.files import InputError
 from common.geometry import VoxelGrid, hilbert_order
+from common.labelers import SEGMENTER_WORDS, map_paths, read_semantic
+from common.labels import make_labels
 from common.metrics import OccupancyMeter
 from common.nuscenes import FREE, OCC3D_CLASSES, NuScenesOccupancy
-from common.labelers import map_paths, read_semantic
+from common.train import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "real" / "semantickitti"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real/semantickitti is not here")
-SMALL = ["--channels", "8", "--voxel-channels", "8", "--sem-channels", "8", "16", "--enc-channels", "8", "16", "--geo-channels", "8",
-         "--grid-channels", "8", "--head-channels", "8", "--workers", "1", "--warmup", "1", "--carve-rays", "500", "--n-sweeps", "1",
-         "--mamba-stride", "2", "2", "2"]  # fmt: skip
-SIZES = {"occ3d": ["--image-size", "56", "100", "--grid-stride", "5", "5", "2"],
-         "semantickitti": ["--image-size", "48", "160", "--grid-stride", "8", "8", "4"]}  # fmt: skip
-GRID = VoxelGrid((0.0, -4.0, -1.0), (8.0, 4.0, 3.0), (16, 16, 8))  # 0.5 m voxels
-GRIDS = O.Grids(GRID, GRID.coarsen((2, 2, 1)), GRID.coarsen((4, 4, 2)), (2, 2, 1), (2, 2, 2))
+NARROW = {"channels": 8, "unet_channels": (8, 16), "geo_channels": 8, "grid_channels": 8, "head_channels": 8, "warmup": 1,
+          "n_sweeps": 1, "mamba_stride": (2, 2, 2), "cell_split": (2, 2, 2)}  # fmt: skip
+SIZES = {"occ3d": {"image_size": (56, 100), "grid_stride": (5, 5, 2)},
+         "semantickitti": {"image_size": (48, 160), "grid_stride": (8, 8, 4)}}  # fmt: skip
+CELLS = VoxelGrid((0.0, -4.0, -1.0), (8.0, 4.0, 3.0), (8, 8, 8))  # 1 x 1 x 0.5 m
+COARSE = {"occ3d": (10, 10, 4), "semantickitti": (16, 16, 8)}  # grid strides of one lifted cell in 20 x 20 x 8
+
+
+def words(**values) -> list[str]:
+    """{"grid_stride": (5, 5, 2)} -> ["--grid-stride", "5", "5", "2"]."""
+    flags = [[f"--{name.replace('_', '-')}", *(map(str, v) if isinstance(v, tuple) else [str(v)])] for name, v in values.items()]
+    return [word for flag in flags for word in flag]
 
 
 def small(kind: str = "occ3d", **changes) -> O.Config:
-    """tiny with narrow layers, as SMALL."""
-    cfg = O.for_format(O.TINY, "tiny", kind)
-    sizes = {"occ3d": ((56, 100), (5, 5, 2)), "semantickitti": ((48, 160), (8, 8, 4))}[kind]
-    return replace(cfg, **{
-        "image_size": sizes[0], "grid_stride": sizes[1], "channels": 8, "voxel_channels": 8, "sem_channels": (8, 16), "enc_channels": (8, 16),
-        "geo_channels": 8, "grid_channels": 8, "head_channels": 8, "workers": 1, "warmup": 1, "carve_rays": 500, "n_sweeps": 1,
-    } | changes)  # fmt: skip
+    """tiny with narrow layers, as `flags`."""
+    cfg = replace(O.PRESETS["tiny"], format=kind)
+    return replace(cfg, **NARROW | SIZES[kind] | {"mamba_stride": (1, 1, 1)} | changes)
+
+
+def open_data(kind: str, root: Path, cache: Path | None = None, split: str | None = None, **changes):
+    """The frames that `small` reads."""
+    cfg = small(kind, **changes)
+    return O.open_frames(cfg, root, None, split, cfg.image_size, cache)
 
 
 run, fails = commands.of(O)
@@ -77,7 +89,8 @@ def labels(roots, tmp_path_factory) -> dict[str, Path]:
 
 
 def flags(kind: str, roots, labels) -> list:
-    return ["--data-root", roots[kind], "--labels", labels[kind], "--cache", labels[kind].parent / "cache", *SMALL, *SIZES[kind]]
+    return ["--data-root", roots[kind], "--labels", labels[kind], "--cache", labels[kind].parent / "cache", "--workers", "1",
+            *words(**NARROW, **SIZES[kind])]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +105,7 @@ def trained(roots, labels, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_the_boolean_rule_is_its_truth_table():
-    space = O.SPACES["semantickitti"]
+    space = LABEL_SETS["semantickitti"]
     names = {name: space.ids[k] for k, name in enumerate(space.classes)} | {"none": 255}
     table = [  # primary, auxiliary -> aligned
         ("vegetation", "trunk", "trunk"), ("building", "trunk", "building"), ("none", "trunk", "trunk"), ("vegetation", "none", "vegetation"),
@@ -103,33 +116,23 @@ def test_the_boolean_rule_is_its_truth_table():
     assert np.array_equal(O.merge(primary, auxiliary, O.RULES["semantickitti"], space), aligned)
 
 
-@pytest.mark.parametrize("kind", list(O.SPACES))
+@pytest.mark.parametrize("kind", list(LABEL_SETS))
 def test_rule_tables_speak_of_the_datasets_classes(kind):
-    names, unaligned = set(O.SPACES[kind].classes), {rule.name for rule in O.RULES[kind]}
+    names, unaligned = set(LABEL_SETS[kind].classes), {rule.name for rule in O.RULES[kind]}
     for rule in O.RULES[kind]:
-        assert {rule.name, *rule.over} <= names and rule.prompts and rule.seen_as in (None, *rule.over)
-        assert not set(rule.over) & unaligned, "a parent is a class that the first source knows"
-    assert set(O.SHARED[kind]) == names - unaligned, "each class is either shared or asked for by name"
-    words = [word for many in O.SHARED[kind].values() for word in many]
+        assert {rule.name, *rule.parents} <= names and rule.prompts and rule.taken_for in (None, *rule.parents)
+        assert not set(rule.parents) & unaligned, "a parent is a class that the first source knows"
+    assert set(SEGMENTER_WORDS[kind]) == names - unaligned, "each class is either shared or asked for by name"
+    words = [word for many in SEGMENTER_WORDS[kind].values() for word in many]
     assert len(words) == len(set(words)) and all(word == word.lower() for word in words)
 
 
-def test_a_rule_file_replaces_the_table(tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps({"trunk": {"over": ["vegetation", "pole"], "prompts": ["trunk of a tree"]}}))
-    cfg = small("semantickitti", rules=str(tmp_path / "r.json"))
-    assert O.rules_of(cfg) == (O.Rule("trunk", ("vegetation", "pole"), ("trunk of a tree",), "vegetation"),)
-    (tmp_path / "r.json").write_text(json.dumps({"tree": {"over": [], "prompts": []}}))
-    with pytest.raises(InputError, match="'tree' is not a class of semantickitti"):
-        O.rules_of(cfg)
-
-
-@pytest.mark.parametrize("kind", list(O.SPACES))
+@pytest.mark.parametrize("kind", list(LABEL_SETS))
 def test_label_folders_hold_both_maps_and_follow_the_rule(kind, roots, labels):
-    cfg = small(kind)
-    dataset = O.open_data(roots[kind], None, None, cfg, labels[kind].parent / "cache")
-    space, files = O.SPACES[kind], dataset.camera_files(0)
+    dataset = open_data(kind, roots[kind], labels[kind].parent / "cache")
+    space, files = LABEL_SETS[kind], dataset.camera_files(0)
     first, aligned = (read_semantic(labels[kind], files, space.map_ids(), space.none, name) for name in ("primary", "semantic"))
-    unaligned = [space.ids[space.classes.index(rule.name)] for rule in O.RULES[kind]]
+    unaligned = [space.of_name(rule.name) for rule in O.RULES[kind]]
     assert not np.isin(first, unaligned).any() and np.isin(aligned, unaligned).any()
     changed = first != aligned
     assert np.isin(aligned[changed], unaligned).all() and 0 < changed.mean() < 0.5
@@ -137,15 +140,15 @@ def test_label_folders_hold_both_maps_and_follow_the_rule(kind, roots, labels):
         exact = read_semantic(roots[kind] / "exact", files, space.map_ids(), space.none)[:, 1::2, 1::2]
         known = (exact != space.none) & (aligned != space.none)
         assert (aligned == exact)[known].mean() > (first == exact)[known].mean(), "the second source adds what is right"
-    assert np.array_equal(O.read_aligned(labels[kind], dataset, 0, cfg), space.inner(aligned, maps=True))
-    assert np.array_equal(O.read_aligned(labels[kind], dataset, 0, replace(cfg, merge_rule="primary")), space.inner(first, maps=True))
+    for name, ids in (("semantic", aligned), ("primary", first)):
+        read = O.Samples(dataset, labels[kind], [], small(kind), kind=name).pseudo_label(0).numpy()
+        assert np.array_equal(read == 255, ids == space.none) and np.array_equal(space.outer(read[read < 255]), ids[read < 255])
 
 
 def test_exact_sources_merge_to_the_exact_map(kitti_world, tmp_path):
-    cfg = small("semantickitti", primary_level="exact", auxiliary_level="exact", map_stride=1)
-    dataset = O.open_data(kitti_world, None, None, cfg, None)
-    O.make_labels(dataset, "world", cfg, tmp_path)
-    files, space = dataset.camera_files(1), O.SPACES["semantickitti"]
+    dataset, exactly = open_data("semantickitti", kitti_world), {"primary_level": "exact", "auxiliary_level": "exact"}
+    make_labels(O.LABELS, dataset, "world", exactly | {"stride": 1}, small("semantickitti"), tmp_path, workers=1)
+    files, space = dataset.camera_files(1), LABEL_SETS["semantickitti"]
     exact = read_semantic(kitti_world / "exact", files, space.map_ids(), space.none)
     assert np.array_equal(read_semantic(tmp_path, files, space.map_ids(), space.none), exact)
 
@@ -213,18 +216,16 @@ def models(tmp_path_factory) -> Path:
 def test_foundation_models_are_the_two_sources(segmenter, models, kitti_world, tmp_path, capsys):
     """The segmenter says its shared classes alone, SAM2 behind GroundingDINO the un-aligned ones alone; the rule merges them."""
     given = {"segmenter": models / segmenter, "grounding": models / "dino", "sam": models / "sam2"}
-    words = ["labels", "--data-root", kitti_world, "--labeler", "foundation", "--device", "cpu", "--map-stride", "1"]
+    words = ["labels", "--data-root", kitti_world, "--labeler", "foundation"]
     words += [word for flag, folder in given.items() for word in (f"--{flag}", folder)]
     run(*words, "--out", tmp_path / "l")
-    cfg = small("semantickitti", **{flag: str(folder) for flag, folder in given.items()})
-    dataset = O.open_data(kitti_world, None, None, cfg, None)
-    sources, space, files = O.Sources(dataset, "foundation", cfg, "cpu"), O.SPACES["semantickitti"], dataset.camera_files(0)
-    first, second = sources.pair(0)
-    of = dict(zip(space.classes, space.ids))
+    dataset = open_data("semantickitti", kitti_world)
+    sources, space = O.two_sources("foundation", dataset, **{k: str(v) for k, v in given.items()}), LABEL_SETS["semantickitti"]
+    (first, second), files, of = sources(0), dataset.camera_files(0), dict(zip(space.classes, space.ids))
     assert set(np.unique(first)) <= {of["road"], of["sidewalk"], of["vegetation"], of["car"], 255} and (first != 255).any()
     assert set(np.unique(second)) <= {*sources.unaligned, 255} and len(np.unique(second)) > 2
     stored = [read_semantic(tmp_path / "l", files, space.map_ids(), 255, kind) for kind in ("primary", "semantic")]
-    assert np.array_equal(stored[0], first) and np.array_equal(stored[1], O.merge(first, second, sources.rules, space))
+    assert np.array_equal(stored[0], first) and np.array_equal(stored[1], O.merge(first, second, O.RULES["semantickitti"], space))
     settings = json.loads((tmp_path / "l" / "labels.json").read_text())
     assert settings["segmenter"] == str(models / segmenter) and str(models / "sam2") in settings["data"]["note"]
     for flag, message in (("segmenter", "no such folder"), ("grounding", "expected 'grounding-dino'"), ("sam", "expected 'sam2'")):
@@ -241,93 +242,22 @@ def cloud(*rows) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def test_fold_and_unfold_are_inverse_and_keep_a_cells_voxels_together():
-    fine = torch.arange(4 * 6 * 2).view(1, 4, 6, 2)
-    folded = O.fold(fine, (2, 3, 1))
-    assert folded.shape == (1, 2, 2, 2, 6) and torch.equal(O.unfold(folded, (2, 3, 1)), fine)
-    assert folded[0, 1, 0, 1].tolist() == [fine[0, x, y, 1].item() for x in (2, 3) for y in (0, 1, 2)]
-    channels = torch.randn(2, 4, 6, 2, 5)
-    assert torch.equal(O.unfold(O.fold(channels, (2, 3, 1)), (2, 3, 1)), channels)
-
-
-def test_voxel_encoding_samples_the_first_points_and_ignores_their_order():
-    encoding = O.VoxelEncoding(GRIDS, 4, 2)
-    a, b, c = (0.2, -3.9, -0.9, 50, 0), (0.7, -3.2, -0.6, 10, 1), (0.9, -3.5, -0.8, 90, 0)  # one predicted cell
-    other, outside = (5.2, 0.3, 1.1, 7, 1), (9.0, 0, 0, 1, 0)
-    full = encoding([cloud(a, b, other, outside)])
-    assert full.count == (2,) and full.flat.tolist() == [0, (5 * 8 + 4) * 8 + 4]
-    assert full.parent.tolist() == [0, (2 * 4 + 2) * 4 + 2] and full.child.argmax(1).tolist() == [0, 1 * 4 + 0 * 2 + 0]
-    torch.testing.assert_close(full.mean[0], (cloud(a)[0, :3] + cloud(b)[0, :3]) / 2)
-    swapped = encoding([cloud(other, b, a)])
-    torch.testing.assert_close(swapped.features, full.features)
-    third = encoding([cloud(a, b, c, other)])  # c is the third point of its cell: it is not read, but its voxel counts
-    torch.testing.assert_close(third.features, full.features)
-    # label voxels (x, y) of cell 0: a in (0, 0), b in (1, 1), c in (1, 1); b is of an earlier sweep
-    assert full.flags[0].tolist() == [1, 0, 0, 0, 1, 0, 0, 1] and third.flags[0].tolist() == [1, 0, 0, 1, 1, 0, 0, 1]
-    moved = encoding([cloud((0.3, *a[1:]), b, other)])
-    assert not torch.allclose(moved.features[0], full.features[0]) and torch.equal(moved.features[1], full.features[1])
-    empty = encoding([cloud(a).new_zeros(0, 5), cloud(a)])
-    assert empty.count == (0, 1) and empty.flat.tolist() == [8 * 8 * 8]
-
-
-def test_occupancy_starts_from_the_hits():
-    """Before any training a voxel that was hit is occupied, and no other."""
-    cfg = small(hit_prior=5.0, occ_bias=-2.0, head_gain=0.0)
-    head, encoding = O.OccupancyHead(cfg, GRIDS), O.VoxelEncoding(GRIDS, cfg.voxel_channels, 4)
-    voxels = encoding([cloud((0.2, -3.9, -0.9, 50, 0), (0.7, -3.2, -0.6, 10, 1), (5.2, 0.3, 1.1, 7, 1))])
-    logits = head(torch.zeros(1, 4, 4, 4, cfg.grid_channels), O.known_rows(voxels, cfg))
-    assert logits.shape == (1, 8, 8, 8, 4) and set(logits.unique().tolist()) == {-2.0, 3.0}
-    assert (O.unfold(logits, GRIDS.stride)[0] > 0).nonzero().tolist() == [[0, 0, 0], [1, 1, 0], [10, 8, 4]]
-    head.hit.data[0] = 1.0  # the current sweep's hits may count more
-    assert O.unfold(head(torch.zeros(1, 4, 4, 4, cfg.grid_channels), O.known_rows(voxels, cfg)), GRIDS.stride)[0, 0, 0, 0] == 4
-
-
-def test_a_gather_is_a_convolution_whose_kernel_is_its_stride():
-    gather = O.Gather(3, 4, GRIDS)
-    voxels = O.VoxelEncoding(GRIDS, 4, 9)([torch.cat([torch.rand(60, 3) * 8 - torch.tensor([0, 4, 1.0]), torch.zeros(60, 2)], 1)])
-    rows = torch.randn(len(voxels.flat), 3)
-    dense = torch.zeros(8 * 8 * 8, 3).index_copy(0, voxels.flat, rows).view(1, 8, 8, 8, 3).movedim(-1, 1)
-    weight = gather.linear.weight.view(2, 2, 2, 4, 3).permute(3, 4, 0, 1, 2)
-    bias = torch.einsum("vd,dc->vc", voxels.child, gather.linear.bias.view(8, 4))  # only occupied cells add one
-    added = torch.zeros(4 * 4 * 4, 4).index_add(0, voxels.parent, bias).view(1, 4, 4, 4, 4)
-    torch.testing.assert_close(gather(rows, voxels, 1), F.conv3d(dense, weight, stride=2).movedim(1, -1) + added)
-
-
 CAMERA = (torch.tensor([[10.0, 0, 8], [0, 10, 4], [0, 0, 1]]),  # 16 x 8 px, looking along x
           torch.tensor([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]]))  # fmt: skip
 
 
-def test_lifting_is_the_mean_over_the_cameras_that_see_a_point():
-    K, T = (torch.stack([v, v]) for v in CAMERA)
-    T[1, :3, 0] *= -1  # the second camera is mirrored: u grows to the left
-    ramp = torch.arange(16.0).expand(8, 16)
-    features = torch.stack([ramp[None], 100 + 2 * ramp[None]])  # (2, 1, 8, 16)
-    points = torch.tensor([[5.0, 0.5, 0], [5.0, -3.9, 0], [-5.0, 0, 0], [5.0, 0, 0]])
-    lifted = O.lift(features, O.see(points, K, T, (8, 16)), 4)[:, 0]
-    # y = 0.5 at x = 5: u = 8 - 1 = 7 in the first camera, 9 in the second; element u has its centre at u + 0.5.
-    # y = -3.9: u = 15.8 and 0.2, beyond the last centres: their value
-    assert lifted.tolist() == pytest.approx([(6.5 + 117) / 2, (15 + 100) / 2, 0, (7.5 + 115) / 2], abs=1e-3)
-    assert O.seen_by(O.see(points, K, T, (8, 16)), 4).tolist() == [2, 2, 0, 2]
-    half = torch.nn.functional.avg_pool2d(features, 2)
-    torch.testing.assert_close(O.lift(half, O.see(points, K, T, (8, 16)), 4)[3, 0], torch.tensor((7.5 + 115) / 2))
-
-
-def test_pseudo_labels_are_lifted_by_centre_or_by_vote():
+def test_pseudo_labels_are_lifted_to_the_centres_of_occupied_cells():
     K, T = (v[None] for v in CAMERA)
     sbar = torch.full((1, 8, 16), 255, dtype=torch.uint8)
     sbar[0, :, :8], sbar[0, :, 8:] = 3, 5  # left half 3, right half 5
-    # a cell of 1 m around y = 0.5 .. -0.5? no: cells are [0, 1) and [-1, 0) in y; three points, two of them to the right
+    # cells are [0, 1) and [-1, 0) in y; the last point is behind the camera
     points = cloud((5.2, -0.1, 0.1, 0, 0), (5.3, -0.7, 0.1, 0, 0), (5.4, 0.2, 0.1, 0, 0), (-3.0, 0, 0, 0, 0))
-    cells = GRIDS.cells
-    flat, label = O.lift_labels(points, sbar, K, T, (8, 16), cells, "vote", 17)
-    assert dict(zip(flat.tolist(), label.tolist())) == {(5 * 8 + 3) * 8 + 2: 5, (5 * 8 + 4) * 8 + 2: 3}
-    sbar[0, :, 9:] = 255  # only pixel column 8 still says 5: y in (-0.5, 0] at x = 5
-    flat, label = O.lift_labels(points, sbar, K, T, (8, 16), cells, "vote", 17)
-    assert dict(zip(flat.tolist(), label.tolist()))[(5 * 8 + 3) * 8 + 2] == 5, "one voter is enough, unknown does not vote"
-    flat, label = O.lift_labels(points, sbar, K, T, (8, 16), cells, "center", 17)
-    assert (5 * 8 + 4) * 8 + 2 in flat.tolist()  # centre y = 0.5: column 7
-    sbar[0, :, 8] = 255
-    assert (5 * 8 + 3) * 8 + 2 not in O.lift_labels(points, sbar, K, T, (8, 16), cells, "center", 17)[0].tolist()
+    cell, label = O.lift_labels(points, sbar, K, T, (8, 16), CELLS, 17)
+    assert dict(zip(cell.tolist(), label.tolist())) == {(5 * 8 + 3) * 8 + 2: 5, (5 * 8 + 4) * 8 + 2: 3}
+    sbar[0, :, 8] = 255  # the column of one centre, y = -0.5 at x = 5.5
+    assert O.lift_labels(points, sbar, K, T, (8, 16), CELLS, 17)[0].tolist() == [(5 * 8 + 4) * 8 + 2]
+    both = O.lift_labels(points, sbar.expand(2, -1, -1), *(v.expand(2, -1, -1) for v in (K, T)), (8, 16), CELLS, 17)
+    assert both[1].tolist() == [3], "of two cameras the most frequent class"
 
 
 # --- 2B  cross-plane synergy and semi-supervision ---------------------------------------------------------------------
@@ -348,47 +278,44 @@ def test_the_image_plane_is_a_mean_over_the_seen_cells_of_its_side():
 
 def test_the_teachers_rate_is_the_formula():
     assert [O.ema_rate(t, 0.99) for t in (0, 1, 3, 9)] == [0, 0.5, 0.75, 0.9]
-    assert O.ema_rate(10**6, 0.99) == 0.99 and O.ema_rate(0, 0.99, warmup=False) == 0.99
-    student, teacher = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    old, new = teacher.weight.clone(), student.weight.clone()
-    O.update_teacher(teacher, student, 0.75)
-    torch.testing.assert_close(teacher.weight, 0.75 * old + 0.25 * new)
-    O.update_teacher(teacher, student, O.ema_rate(0, 0.99))
-    assert torch.equal(teacher.weight, student.weight), "at t = 0 the teacher is the student"
-    assert O.ramp_weight(0, 100, 0.5) == pytest.approx(np.exp(-5)) and O.ramp_weight(25, 100, 0.5) == pytest.approx(np.exp(-1.25))
-    assert O.ramp_weight(50, 100, 0.5) == O.ramp_weight(99, 100, 0.5) == 1
+    assert O.ema_rate(10**6, 0.99) == 0.99
+    branches = torch.nn.ModuleDict({"geometric": torch.nn.Linear(2, 1)})
+    branches.geometric = branches["geometric"]
+    teacher, student = O.Teacher(branches, 0.75), branches.geometric
+    old = teacher.branch.weight.clone()
+    student.weight.data += 1
+    teacher.update(branches, 10**6)
+    torch.testing.assert_close(teacher.branch.weight, 0.75 * old + 0.25 * student.weight)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    teacher.update(branches, 0)
+    assert torch.equal(teacher.branch.weight, student.weight), "at t = 0 the teacher is the student"
+    assert O.ramp(0, 100, 0.5) == pytest.approx(np.exp(-5)) and O.ramp(25, 100, 0.5) == pytest.approx(np.exp(-1.25))
+    assert O.ramp(50, 100, 0.5) == O.ramp(99, 100, 0.5) == 1
 
 
 def test_rays_are_free_up_to_their_hit_and_hits_stay_occupied():
-    origin = torch.tensor([0.25, 0.25, 0.25])
+    grid, origin = VoxelGrid((0.0, -4.0, -1.0), (8.0, 4.0, 3.0), (16, 16, 8)), torch.tensor([0.25, 0.25, 0.25])
     points = cloud((4.3, 0.25, 0.25, 0, 0), (7.9, 0.3, 0.3, 0, 0))  # the second ray passes through the first one's voxel
-    hit, free = O.sensor_targets(points, origin, GRID)
-    assert hit.sum() == 2 and hit[8, 8, 2] and hit[15, 8, 2] and not (hit & free).any()
-    assert free[:8, 8, 2].all() and free[9:15, 8, 2].all() and free.sum() == 14
-    only = O.sensor_targets(points[:1], origin, GRID)[1]
-    assert only.sum() == 8 and not only[9:].any(), "nothing is said about what lies behind"
+    sensor = O.sensor_targets(points, origin, grid)
+    assert (sensor == 1).sum() == 2 and sensor[8, 8, 2] == sensor[15, 8, 2] == 1
+    assert (sensor[:8, 8, 2] == 0).all() and (sensor[9:15, 8, 2] == 0).all() and (sensor == 0).sum() == 14
+    only = O.sensor_targets(points[:1], origin, grid)
+    assert (only == 0).sum() == 8 and (only[9:] == 255).all(), "what lies behind is unknown"
 
 
-def test_sensor_overrules_the_teacher_and_each_part_is_a_flag():
-    sensor = torch.tensor([1, 0, 255, 255, 255], dtype=torch.uint8).view(1, 1, 1, 1, 5)
-    teacher = torch.tensor([0.05, 0.95, 0.95, 0.05, 0.5]).view(1, 1, 1, 1, 5)
-
-    def said(use=teacher, **changes):
-        target = O.semi_targets(sensor, use, 0.25, replace(O.TINY, **changes))
-        return target.value.flatten().tolist(), target.weight.flatten().tolist()
-
-    assert said() == ([1, 0, 1, 0, 0], [1, 1, 0.25, 0.25, 0])
-    assert said(semi_hits=False) == ([0, 0, 1, 0, 0], [0.25, 1, 0.25, 0.25, 0])
-    assert said(semi_rays=False) == ([1, 1, 1, 0, 0], [1, 0.25, 0.25, 0.25, 0])
-    assert said(use=None) == ([1, 0, 0, 0, 0], [1, 1, 0, 0, 0])
-    assert said(semi_threshold=False, tau_pos=0.99)[1][2:4] == [0.25, 0.25] and said(tau_pos=0.99)[1][2] == 0
+def test_the_sensor_overrules_the_teacher():
+    sensor = torch.tensor([1, 0, 255, 255, 255], dtype=torch.uint8).view(1, 1, 1, 5)
+    teacher = torch.tensor([0.05, 0.95, 0.95, 0.05, 0.5]).view(1, 1, 1, 5)
+    value, weight = O.semi_targets(sensor, teacher, 0.25)
+    assert (value.flatten().tolist(), weight.flatten().tolist()) == ([1, 0, 1, 0, 0], [1, 1, 0.25, 0.25, 0])
+    assert O.semi_targets(sensor, teacher, 0.25, tau_pos=0.99)[1].flatten().tolist() == [1, 1, 0, 0.25, 0]
 
 
 def test_augmentation_keeps_labels_in_place_and_strong_is_stronger():
-    cfg = small(jitter=0.2, point_drop=0.05)
     images, points = torch.rand(2, 3, 8, 16), torch.cat([torch.rand(1000, 3), torch.zeros(1000, 2)], 1)
-    weak, strong = (O.augment(images, points, points, cfg, np.random.default_rng(1), strong) for strong in (False, True))
-    again = O.augment(images, points, points, cfg, np.random.default_rng(1), False)
+    item = {"images": images, "points": points, "history": points}
+    weak, strong = (O.augment(item, np.random.default_rng(1), strong) for strong in (False, True))
+    again = O.augment(item, np.random.default_rng(1), False)
     assert all(torch.equal(weak[name], again[name]) for name in weak), "the generator alone decides"
     assert set(weak) == {"images", "points", "history"} and weak["images"].shape == images.shape
     assert len(weak["points"]) == 950 and len(strong["points"]) == 670
@@ -398,38 +325,11 @@ def test_augmentation_keeps_labels_in_place_and_strong_is_stronger():
     assert 0.005 < moved.mean() < 0.05
     grey = (strong["images"] == 0.5).all(1).flatten(1).sum(1)
     assert (grey > 0).all() and not (weak["images"] == 0.5).all(1).any(), "a box is cut out of each image"
-    assert all(len(O.augment(images, points, points, cfg, np.random.default_rng(k), False)["history"]) for k in range(20))
-    assert not all(len(O.augment(images, points, points, cfg, np.random.default_rng(k), True)["history"]) for k in range(20))
+    assert all(len(O.augment(item, np.random.default_rng(k), False)["history"]) for k in range(20))
+    assert not all(len(O.augment(item, np.random.default_rng(k), True)["history"]) for k in range(20))
 
 
 # --- 2C  Dual Mamba ---------------------------------------------------------------------------------------------------
-
-
-def test_a_mamba_block_is_the_recurrence():
-    block = O.MambaBlock(6, 3, 4, 2, bidirectional=False)
-    x = torch.randn(1, 7, 6)
-    u, z = block.enter(block.norm(x))[0].chunk(2, -1)  # (L, D)
-    padded = torch.cat([torch.zeros(3, 12), u])
-    u = F.silu(torch.stack([(padded[t : t + 4] * block.conv[:, 0].t()).sum(0) for t in range(7)]) + block.conv_bias)
-    rank, B, C = block.select(u).split([1, 3, 3], -1)
-    delta = F.softplus(block.step(rank) + block.step_bias)
-    h, ys = torch.zeros(12, 3), []
-    for t in range(7):
-        h = torch.exp(-delta[t][:, None] * block.A_log.exp()) * h + (delta[t] * u[t])[:, None] * B[t]
-        ys.append((h * C[t]).sum(-1) + block.D * u[t])
-    expected = x[0] + block.leave(torch.stack(ys) * F.silu(z))
-    torch.testing.assert_close(block(x)[0], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_one_way_is_causal_and_both_ways_are_symmetric():
-    for both in (False, True):
-        block, x = O.MambaBlock(8, 4, 4, 1, both), torch.randn(1, 12, 8)
-        changed = x.clone()
-        changed[0, 9] = torch.randn(8)
-        same = torch.isclose(block(x), block(changed)).all(-1)[0]
-        assert same[:9].all() != both and not same[9:].all()
-        if both:
-            torch.testing.assert_close(block(x.flip(1)).flip(1), block(x), rtol=1e-4, atol=1e-5)
 
 
 class Nowhere(torch.nn.Module):
@@ -437,21 +337,18 @@ class Nowhere(torch.nn.Module):
         return torch.zeros(len(place), 8)
 
 
-@pytest.mark.parametrize("order", ["xyz", "height", "raster"])
-def test_dual_mamba_orders_tokens_and_brings_them_back(order):
-    cfg = small(mamba_order=order, mamba_stride=(1, 1, 1))
-    fusion = O.DualMamba(cfg, (4, 6, 2))
-    wanted = torch.arange(48) if order == "raster" else hilbert_order((4, 6, 2), order)
-    assert torch.equal(fusion.order, wanted) and torch.equal(fusion.order[fusion.inverse], torch.arange(48))
+def test_dual_mamba_orders_tokens_and_brings_them_back():
+    fusion = O.DualMamba(8, (4, 6, 2), (1, 1, 1), 4, 1)
+    assert torch.equal(fusion.order, hilbert_order((4, 6, 2))) and torch.equal(fusion.order[fusion.inverse], torch.arange(48))
     s, g = torch.randn(2, 1, 4, 6, 2, 8).unbind(0)
-    fusion.tokens = lambda a, b: (2 * a, b + 1)  # what is added to a token must land on its own cell
+    fusion.blocks = lambda a, b: (2 * a, b + 1)  # what is added to a token must land on its own cell
     fusion.position = Nowhere()
     new_s, new_g = fusion(s, g)
     torch.testing.assert_close(new_s, 2 * s)
     torch.testing.assert_close(new_g, g + 1)
 
 
-def test_dual_mamba_interleaves_the_grids_and_each_layout_has_its_blocks():
+def test_dual_mamba_interleaves_the_grids():
     seen = []
 
     class Spy(torch.nn.Module):
@@ -459,30 +356,26 @@ def test_dual_mamba_interleaves_the_grids_and_each_layout_has_its_blocks():
             seen.append(x[0, :4, 0].tolist())
             return x
 
-    fusion = O.DualMamba(small(), (4, 4, 2))
-    assert (len(fusion.intra), len(fusion.cross)) == (2, 1)
-    fusion.intra, fusion.cross = torch.nn.ModuleList([Spy(), Spy()]), torch.nn.ModuleList([Spy()])
+    fusion = O.DualMamba(8, (4, 4, 2), (2, 2, 2), 4, 1)
+    fusion.intra_s, fusion.intra_g, fusion.cross = Spy(), Spy(), Spy()
     s, g = torch.arange(4.0).view(1, 4, 1), 10 + torch.arange(4.0).view(1, 4, 1)
-    fusion.tokens(s, g)
+    fusion.blocks(s, g)
     assert seen == [[0, 1, 2, 3], [10, 11, 12, 13], [0, 10, 1, 11]]
-    for layout, count in (("intra", (2, 0)), ("cross", (0, 1))):
-        one = O.DualMamba(small(mamba_layout=layout), (4, 4, 2))
-        assert (len(one.intra), len(one.cross)) == count
     with pytest.raises(InputError, match="does not divide"):
-        O.DualMamba(small(mamba_stride=(3, 1, 1)), (4, 4, 2))
+        O.DualMamba(8, (4, 4, 2), (3, 1, 1), 4, 1)
 
 
 # --- 2D  scatter-accumulated projection -------------------------------------------------------------------------------
 
 
 def one_frame(cells: dict[tuple[int, int, int], tuple[float, int]]) -> torch.Tensor:
-    """(8, 8, 8, 3 + 1) scores of three classes and F = 1: {cell: (opacity, class)}, elsewhere empty."""
-    scores = torch.zeros(8, 8, 8, 4)
-    scores[..., 3] = -20
+    """(8, 8, 8, 3 + 1) logits of three classes and empty: {cell: (opacity, class)}, elsewhere empty."""
+    logits = torch.zeros(8, 8, 8, 4)
+    logits[..., 3] = 20
     for cell, (opacity, label) in cells.items():
-        scores[(*cell, 3)] = torch.tensor(opacity).logit()
-        scores[(*cell, label)] = 30
-    return scores
+        logits[(*cell, label)] = 30
+        logits[(*cell, 3)] = 30 - torch.tensor(opacity).logit()
+    return logits
 
 
 def test_projection_weighs_by_transmittance_or_plainly():
@@ -490,158 +383,107 @@ def test_projection_weighs_by_transmittance_or_plainly():
     K, T = (v[None] for v in CAMERA)
     K = K * torch.tensor([0.5, 0.5, 1.0])[:, None]  # 8 x 4 px
     near, far = (2, 4, 4), (6, 4, 4)  # centres (2.5, .5, .5) and (6.5, .5, .5): u = 4 - 1, v = 2 - 1, and 3.6, 1.6: one pixel
-    scores = one_frame({near: (0.6, 0), far: (0.5, 1)})
-    shown, light = O.project_scores(scores, K, T, (4, 8), grid, 3, small())
+    logits = one_frame({near: (0.6, 0), far: (0.5, 1)})
+    shown, light = O.project_logits(logits, K, T, (4, 8), grid, "depth")
     assert light[0, 1, 3] == pytest.approx(0.6 + 0.4 * 0.5, abs=1e-4) and light.sum() == pytest.approx(0.8, abs=1e-3)
     assert shown[0, :, 1, 3].tolist() == pytest.approx([0.6 / 0.8, 0.2 / 0.8, 0], abs=1e-4)
-    shown, light = O.project_scores(scores, K, T, (4, 8), grid, 3, small(scatter_w="accum"))
+    shown, light = O.project_logits(logits, K, T, (4, 8), grid, "plain")
     assert light[0, 1, 3] == pytest.approx(1.1, abs=1e-4) and shown[0, :, 1, 3].tolist() == pytest.approx([0.6 / 1.1, 0.5 / 1.1, 0], abs=1e-4)
-    literal, _ = O.project_scores(scores, K, T, (4, 8), grid, 3, small(scatter_w="accum", scatter_value="joint"))
-    assert literal[0, :, 1, 3].tolist() == pytest.approx([0.36 / 1.1, 0.25 / 1.1, 0], abs=1e-4)  # (16): w_v p_v[c]
 
 
-@pytest.mark.parametrize("detach", [True, False])
-def test_the_projection_teaches_classes_and_by_flag_geometry(detach):
-    grid = VoxelGrid((0.0, -4.0, -4.0), (8.0, 4.0, 4.0), (8, 8, 8))
+def test_the_projection_teaches_classes_and_not_geometry(monkeypatch):
+    cells = VoxelGrid((0.0, -4.0, -4.0), (8.0, 4.0, 4.0), (8, 8, 8))
+    monkeypatch.setattr(O, "grids", lambda cfg: (cells, cells))
     K, T = (v[None] for v in CAMERA)
-    scores = one_frame({(2, 4, 4): (0.6, 0), (6, 4, 4): (0.5, 1)}).requires_grad_()
-    cfg = small(scatter_detach_w=detach, scatter_stride=2, w_proj=1.0)
+    logits = one_frame({(2, 4, 4): (0.6, 0), (6, 4, 4): (0.5, 1)}).requires_grad_()
     target = torch.full((1, 1, 2, 4), 255, dtype=torch.uint8)
     target[0, 0, 0, 1] = 1
-    batch = {"images": torch.zeros(1, 1, 3, 8, 16), "target2d": target, "K": K[None], "T_ego_cam": T[None]}
-    O.projection_loss(scores[None], batch, 0, torch.ones(3), grid, cfg).backward()
-    assert scores.grad[2, 4, 4, :3].abs().sum() > 0, "the class in front is pushed towards the map"
-    assert (scores.grad[..., 3].abs().sum() > 0) != detach
-    sky = O.projection_loss(scores[None], batch | {"target2d": torch.full_like(target, 255)}, 0, torch.ones(3), grid, cfg)
-    assert sky == 0, "pixels without a class say nothing"
+    batch = {"images": torch.zeros(1, 1, 3, 8, 16), "target2d": target, "K": K[None], "T_ego_cam": T[None], "labelled": 0}
+    O.projection_loss(logits[None], batch, torch.ones(3), small(scatter_stride=2)).backward()
+    assert logits.grad[2, 4, 4, :3].abs().sum() > 0, "the class in front is pushed towards the map"
+    assert logits.grad[..., 3].abs().sum() == 0 and logits.grad.sum(-1).abs().max() < 1e-6, "P(occupied) is left alone"
+    sky = O.projection_loss(logits[None], batch | {"target2d": torch.full_like(target, 255)}, torch.ones(3), small(scatter_stride=2))
+    assert sky == 0, "pixels without a class teach nothing"
 
 
 # --- 3  losses --------------------------------------------------------------------------------------------------------
 
 
-def test_the_joint_cross_entropy_is_that_of_classes_and_empty():
-    cfg = small(w_sem_scal=0.0, w_geo_scal=0.0, w_lov=0.0, ce_form="joint")
-    scores, truth = torch.randn(2, 3, 2, 2, 4 + 1), torch.randint(0, 5, (2, 3, 2, 2, 1))
+def test_completion_is_monoscenes_sum():
+    logits, truth = torch.randn(2, 3, 2, 2, 5), torch.randint(0, 5, (2, 3, 2, 2))
     truth[0, 0, 0, 0], weight = 255, torch.rand(5) + 0.1
-    logits = O.cell_logits(scores, 4)  # F = 1: the cell is its voxel
-    log_p = logits.log_softmax(1)
-    torch.testing.assert_close(log_p.exp()[:, 4], torch.sigmoid(-scores[..., 4]))  # P(empty) = 1 - sigmoid(o)
-    expected = torch.stack([F.cross_entropy(logits[b : b + 1], truth[b : b + 1, ..., 0], weight, ignore_index=255) for b in range(2)]).mean()
-    torch.testing.assert_close(O.completion_losses(scores, truth, weight, 4, cfg)["ce"], expected)
+    terms = O.completion_losses(logits, truth, weight)
+    first = logits.movedim(-1, 1)
+    expected = torch.stack([F.cross_entropy(first[b : b + 1], truth[b : b + 1], weight, ignore_index=255) for b in range(2)]).mean()
+    torch.testing.assert_close(terms["ce"], expected)
+    assert set(terms) == {"ce", "sem_scal", "geo_scal"}
+    torch.testing.assert_close(terms["geo_scal"], O.geo_scal(first, truth, 4, per_sample=True))
 
 
-def test_a_voxel_is_decided_jointly_or_factor_by_factor():
-    scores = torch.tensor([0.5, 0.3, 0.2]).log().tolist() + [0.5, 1.0, -0.1]  # three classes, three voxels of a cell
-    scores = torch.tensor(scores).view(1, 1, 1, 1, 6)
-    assert O.decide(scores, 3, small(ce_form="factored")).flatten().tolist() == [0, 0, 3]
-    assert O.decide(scores, 3, small(ce_form="joint")).flatten().tolist() == [3, 0, 3], "P(0) = 0.5 sigmoid(0.5) < P(empty)"
-    full = torch.sigmoid(torch.tensor([0.5, 1.0, -0.1]))
-    assert [0.5 * float(p) > 1 - float(p) for p in full] == [False, True, False]
-
-
-def test_cells_take_the_class_of_most_of_their_voxels():
-    truth = torch.tensor([[2, 2, 1, 4], [4, 4, 4, 1], [255, 255, 3, 4], [255] * 4, [1, 0, 4, 4]]).view(1, 5, 1, 1, 4)
-    assert O.cell_labels(truth, 4).flatten().tolist() == [2, 4, 3, 255, 0]
+def test_labelled_geometry_is_bce_and_geo_scal():
+    o, truth = torch.randn(1, 2, 2, 2), torch.randint(0, 5, (1, 2, 2, 2))
+    truth[0, 0, 0], truth[0, 0, 1, 0] = torch.tensor([255, 4]), 1
+    known, p = truth != 255, o.sigmoid()
+    bce = F.binary_cross_entropy(p[known], (truth[known] < 4).float())
+    full, free = known & (truth < 4), known & (truth == 4)
+    shares = (p * full).sum() / (p * known).sum(), (p * full).sum() / full.sum(), ((1 - p) * free).sum() / free.sum()
+    torch.testing.assert_close(O.geometry_loss(o, truth, 4), bce - sum(share.log() for share in shares))
 
 
 def test_unlabelled_frames_get_their_terms_and_labelled_ones_theirs():
     torch.manual_seed(0)
-    cfg = small(grid_stride=(10, 10, 4), cell_split=(2, 2, 2), w_sem_scal=1.0, w_geo_scal=1.0, w_lov=1.0, mamba_stride=(1, 1, 1))
+    cfg = small(grid_stride=COARSE["occ3d"])
     net, batch = O.OccLE(cfg, pretrained=False), make_batch(cfg)
-    out, space = net(batch), O.SPACES["occ3d"]
-    semi = O.SemiTarget(torch.zeros(1, *out["geometric"].occupancy.shape[1:]), torch.ones(1, *out["geometric"].occupancy.shape[1:]))
-    weights = O.Weights(torch.ones(17), torch.ones(18))
-    terms = O.loss(out, batch, semi, weights, space, cfg)
-    assert set(terms) == {"2d", "3d", "geo", "semi", "ce", "sem_scal", "geo_scal", "lov", "proj"}
+    teacher, weights = O.Teacher(net.branches, 0.9), O.Weights(torch.ones(17), torch.ones(18))
+    terms = O.one_step(net, teacher, batch, 0, 9, weights, cfg, contextlib.nullcontext)
+    assert set(terms) == {"2d", "3d", "geo", "semi", "ce", "sem_scal", "geo_scal", "proj"}
     sum(terms.values()).backward()
     missing = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not missing
-    alone = O.loss(net.branches(batch), batch, semi, weights, space, cfg)
+    alone = O.one_step(net.branches, teacher, batch, 0, 9, weights, cfg, contextlib.nullcontext)
     assert set(alone) == {"2d", "3d", "geo", "semi"}, "the first stage has no completion"
+    one = {name: value[:1] if name != "labelled" else 1 for name, value in batch.items() if not name.startswith("weak")}
+    supervised = O.one_step(net, teacher, one, 0, 9, weights, cfg, contextlib.nullcontext)
+    assert set(supervised) == {"2d", "3d", "geo", "ce", "sem_scal", "geo_scal"}
 
 
 def make_batch(cfg: O.Config, B: int = 2) -> dict:
     """Random frames, the first labelled."""
     g = torch.Generator().manual_seed(1)
-    grids, (H, W), N = O.grids_of(cfg), cfg.image_size, 2
-    low, high = torch.tensor(grids.fine.lower), torch.tensor(grids.fine.upper)
+    (cells, _), (H, W), N = O.grids(cfg), cfg.image_size, 2
+    low, high = torch.tensor(cells.lower), torch.tensor(cells.upper)
     clouds = [torch.cat([low + (high - low) * torch.rand(400, 3, generator=g), torch.rand(400, 2, generator=g)], 1) for _ in range(2 * B)]
     K, T = torch.tensor([[40.0, 0, W / 2], [0, 40, H / 2], [0, 0, 1]]), CAMERA[1].clone()
     back = T.clone()
     back[:2, :3] *= -1
-    solid = O.SPACES[cfg.format].solid
-    return {
+    solid, rest = LABEL_SETS[cfg.format].solid, slice(1, None)
+    batch = {
         "labelled": 1, "images": torch.rand(B, N, 3, H, W, generator=g), "K": K.expand(B, N, 3, 3).clone(),
         "T_ego_cam": torch.stack([T, back]).expand(B, N, 4, 4).clone(), "points": clouds[:B], "history": clouds[B:],
         "target2d": torch.randint(0, solid, (B, N, -(-H // 4), -(-W // 4)), generator=g).to(torch.uint8),
-        "target3d": torch.randint(0, solid, (B, *grids.cells.shape), generator=g).to(torch.uint8),
-        "truth": torch.randint(0, solid + 1, (1, *grids.fine.shape), generator=g).to(torch.uint8),
+        "target3d": torch.randint(0, solid, (B, *cells.shape), generator=g).to(torch.uint8),
+        "truth": torch.randint(0, solid + 1, (1, *cells.shape), generator=g).to(torch.uint8),
+        "sensor": torch.randint(0, 2, (B - 1, *cells.shape), generator=g).to(torch.uint8),
     }  # fmt: skip
-
-
-def test_the_logged_miou_of_the_semantic_branch_is_by_hand():
-    target = torch.tensor([0, 0, 1, 1, 255, 2], dtype=torch.uint8)
-    logits = F.one_hot(torch.tensor([0, 1, 1, 1, 3, 2]), 4).float()
-    semantic = O.Semantic(None, None, None, logits, O.Voxels(torch.arange(6), None, None, None, None, None, (6,)))
-    assert float(O.segmentation_miou(semantic, target)) == pytest.approx((1 / 2 + 2 / 3 + 1) / 3)
-    assert O.segmentation_miou(semantic, torch.full_like(target, 255)) == 0
+    return batch | {f"weak_{name}": batch[name][rest] for name in ("images", "points", "history")}
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(O.SPACES))
+@pytest.mark.parametrize("kind", list(LABEL_SETS))
 def test_the_network_keeps_the_protocol(kind):
-    cfg = small(kind, grid_stride={"occ3d": (10, 10, 4), "semantickitti": (16, 16, 8)}[kind], mamba_stride=(1, 1, 1))
-    classes = O.SPACES[kind].solid + 1
-    net, batch = O.build(cfg, classes, pretrained=False), make_batch(cfg)
-    features = net.voxels({name: batch[name] for name in ("images", "K", "T_ego_cam", "points")})  # history may lack
+    cfg, space = small(kind, grid_stride=COARSE[kind]), LABEL_SETS[kind]
+    net, batch = O.build(cfg, space.solid + 1, pretrained=False), make_batch(cfg)
+    batch = {name: batch[name] for name in ("images", "K", "T_ego_cam", "points")}  # history may lack
+    features = net.voxels(batch)
     assert features.shape == (2, net.channels, *net.grid.shape)
-    logits = net.head(features)
-    assert logits.shape == (2, classes, *net.grid.shape)
-    out = net({name: v for name, v in batch.items() if name != "history"})
-    known, occupancy = out["scores"][..., : classes - 1], out["scores"][..., classes - 1 :].mean(-1)
-    empty = 0 if kind == "semantickitti" else FREE
-    torch.testing.assert_close(logits.softmax(1)[:, empty], torch.sigmoid(-occupancy), rtol=1e-4, atol=1e-5)
-    first = 1 if kind == "semantickitti" else 0
-    torch.testing.assert_close(logits[:, first : first + classes - 1].movedim(1, -1), known, rtol=1e-4, atol=1e-4)
+    logits, inner = net.head(features), net(batch)["logits"]
+    assert logits.shape == (2, space.solid + 1, *net.grid.shape)
+    for k, id_ in enumerate(space.ids):
+        torch.testing.assert_close(logits[:, id_], inner[..., k], rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="classes"):
         O.build(cfg, 5)
-
-
-@pytest.mark.parametrize("changes", [
-    {"fusion": "concat"}, {"cross_plane": "add"}, {"cross_plane": "none"}, {"branches": "joint"}, {"inputs": "image"}, {"inputs": "lidar"},
-    {"img_lift": "features"}, {"img_lift": "scores"}, {"hit_flags": False}, {"geo_skip": False}, {"mamba_layout": "intra"},
-    {"mamba_layout": "cross"}, {"bidirectional": False}, {"expand": 2, "d_state": 3, "d_conv": 2},
-], ids=str)  # fmt: skip
-def test_every_arm_of_the_network_runs_and_differs(changes):
-    cfg = small(grid_stride=(10, 10, 4), mamba_stride=(1, 1, 1))
-    batch = make_batch(cfg)
-    scores = []
-    for one in (cfg, replace(cfg, **changes)):
-        torch.manual_seed(0)
-        scores.append(O.OccLE(one, pretrained=False)(batch)["scores"])
-    assert scores[1].isfinite().all() and not torch.equal(*scores)
-
-
-def test_hidden_inputs_are_not_seen():
-    cfg = small(grid_stride=(10, 10, 4), mamba_stride=(1, 1, 1))
-    batch = make_batch(cfg)
-    other = make_batch(cfg) | {"points": [p.flip(0)[:100] for p in batch["points"]]}
-    black = batch | {"images": batch["images"] * 0}
-    for inputs, changed in (("image", other), ("lidar", black)):
-        net = O.OccLE(replace(cfg, inputs=inputs), pretrained=False)
-        assert torch.equal(net(batch)["scores"], net(changed)["scores"])
-    net = O.OccLE(cfg, pretrained=False)
-    assert not torch.equal(net(batch)["scores"], net(other)["scores"]) and not torch.equal(net(batch)["scores"], net(black)["scores"])
-
-
-def test_the_joint_branch_has_as_many_parameters():
-    for kind in O.SPACES:
-        cfg = O.for_format(O.TINY, "tiny", kind)
-        count = [sum(p.numel() for p in O.OccLE(one, pretrained=False).parameters())
-                 for one in (cfg, O.matched_joint(replace(cfg, branches="joint")))]  # fmt: skip
-        assert abs(count[1] / count[0] - 1) < 0.05, count
 
 
 # --- 4  the 10 % protocol ---------------------------------------------------------------------------------------------
@@ -664,42 +506,15 @@ def test_every_tenth_frame_counted_on_from_scene_to_scene():
             O.choose_labelled(long, ratio, "frames", 0)
 
 
-def test_dev_frames_come_out_of_the_labelled_ones():
-    class Many:
-        tokens, scene_names, split, root = [f"t{k:03d}" for k in range(200)], ["s"] * 200, "train", "x"
-
-        def __len__(self):
-            return len(self.tokens)
-
-        def index(self, token):
-            return self.tokens.index(token)
-
-    lists = O.label_list(Many(), replace(O.Config(), label_ratio=0.1), 0, None)
-    frames = O.frames_of(lists, Many())
-    assert len(frames.labelled) == 18 and len(frames.dev) == 2 and len(frames.rest) == 180
-    assert not set(frames.labelled) & set(frames.dev) and all(i % 10 == 0 for i in (*frames.labelled, *frames.dev))
-    assert O.label_list(Many(), replace(O.Config(), choose="last"), 0, None)["dev"] == []
-    order = O.data_order(frames, replace(O.TINY, batch=2, batch_unlabelled=1), O.Run(0, 1, torch.device("cpu"), True), 0)
-    places = [order.sample(p) for step in range(30) for p in order.positions(step)]
-    assert {i for i, labelled in places if labelled} == set(frames.labelled) and not {i for i, _ in places} & set(frames.dev)
-    assert {i for i, labelled in places if not labelled} <= set(frames.rest)
-    alone = O.data_order(frames, replace(O.TINY, batch=2, batch_unlabelled=0), O.Run(0, 1, torch.device("cpu"), True), 0)
-    assert [alone.sample(p) for p in alone.positions(7)] == [order.sample(p) for p in order.positions(7)[:2]], "same exposures in both arms"
-
-
 def test_truth_of_an_unlabelled_frame_is_an_error_of_the_program(roots, labels):
-    cfg = small()
-    dataset = O.open_data(roots["occ3d"], None, None, cfg, labels["occ3d"].parent / "cache")
-    truth = O.Truth(dataset, cfg, (1,))
-    ids = truth(1)
-    assert ids.shape == (200, 200, 16) and np.array_equal(ids, dataset.labels(1)[0])
+    cfg, dataset = small(grid_stride=(1, 1, 1)), open_data("occ3d", roots["occ3d"], labels["occ3d"].parent / "cache")
+    samples = O.Samples(dataset, labels["occ3d"], [1], cfg)
+    assert np.array_equal(samples.truth(1).numpy(), dataset.labels(1)[0])
     with pytest.raises(RuntimeError, match="which has no label"):
-        truth(0)
-    seen = O.Truth(dataset, replace(cfg, train_mask="camera"), (1,))(1)
-    assert ((seen == 255) == ~dataset.labels(1)[1]).all()
+        samples.truth(0)
 
 
-@pytest.mark.parametrize("kind", list(O.SPACES))
+@pytest.mark.parametrize("kind", list(LABEL_SETS))
 def test_poisoned_unlabelled_truth_boxes_and_lidarseg_change_nothing(kind, roots, labels, trained, tmp_path):
     """The one labelled frame keeps its truth; everything else that is an annotation becomes garbage; weights stay bit-equal."""
     root = tmp_path / "poisoned"
@@ -734,13 +549,12 @@ def test_poisoned_unlabelled_truth_boxes_and_lidarseg_change_nothing(kind, roots
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("kind", list(O.SPACES))
+@pytest.mark.parametrize("kind", list(LABEL_SETS))
 def test_future_sweeps_are_never_read(kind, roots, tmp_path):
-    cfg = small(kind, n_sweeps=2)
-    before = O.read_inputs(O.open_data(roots[kind], None, None, cfg, tmp_path / "c"), 1, cfg)
+    before = O.inputs(open_data(kind, roots[kind], tmp_path / "c", n_sweeps=2)[1])
     root = tmp_path / "no-future"
     shutil.copytree(roots[kind], root)
-    dataset = O.open_data(root, None, None, cfg, tmp_path / "c")
+    dataset = open_data(kind, root, tmp_path / "c", n_sweeps=2)
     own = dataset.lidar_file(1)
     stamp = dataset.timestamp(1)
     removed = 0
@@ -755,74 +569,66 @@ def test_future_sweeps_are_never_read(kind, roots, tmp_path):
                 path.write_bytes(b"")
                 removed += 1
     assert removed >= 1
-    after = O.read_inputs(dataset, 1, cfg)
+    after = O.inputs(dataset[1])
     assert len(before["history"]) > 0 and all(torch.equal(before[name], after[name]) for name in before)
 
 
 # --- train, resume, eval ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(O.SPACES))
-def test_two_stages_leave_their_terms_and_an_interrupted_run_ends_bit_equal(kind, roots, labels, trained, tmp_path):
-    terms = [set(json.loads((trained[kind] / stage / "log.jsonl").read_text().splitlines()[-1])) for stage in ("1-branches", "2-fusion")]
-    assert terms[0] - {"step", "loss", "lr", "ms", "data", "gb", "miou_3d"} == {"2d", "3d", "geo", "semi"} and terms[1] - terms[0] == {"ce", "proj"}
-    if kind == "occ3d":
-        return
-    out = tmp_path / "x"
-    words = ["train", *flags(kind, roots, labels), "--out", out, "--steps", "6", "--label-ratio", "0.5"]
-    save = O.save_checkpoint
-    calls = []
+@pytest.mark.parametrize("stage", ["1-branches", "2-fusion"])
+def test_a_run_killed_in_either_stage_ends_bit_equal(stage, roots, labels, trained, tmp_path, monkeypatch):
+    kind, out = "semantickitti", tmp_path / "x"
+    terms = [set(json.loads((trained[kind] / s / "log.jsonl").read_text().splitlines()[-1])) for s in ("1-branches", "2-fusion")]
+    assert terms[0] - {"step", "loss", "lr", "ms", "data", "gb"} == {"2d", "3d", "geo", "semi"}
+    assert terms[1] - terms[0] == {"ce", "sem_scal", "geo_scal", "proj"}
+    args, log = ["train", *flags(kind, roots, labels), "--out", out, "--steps", "6", "--label-ratio", "0.5"], Session.log
 
-    def stop(folder, run_, net, optimizer, step, state):
-        save(folder, run_, net, optimizer, step, state)
-        calls.append(step)
-        if len(calls) == 4:  # in the middle of the second stage
+    def stop(self, step, *rest):
+        log(self, step, *rest)
+        if self.out.name == stage and step == 0:
             raise KeyboardInterrupt
 
-    O.save_checkpoint = stop
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(*words)
-    finally:
-        O.save_checkpoint = save
-    assert json.loads((out / "2-fusion" / "latest.json").read_text())["step"] < 4
-    run(*words)
-    ours, theirs = (load_file(next((folder / "2-fusion").glob("step_*")) / "model.safetensors") for folder in (out, trained[kind]))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    monkeypatch.setattr(Session, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(*args)
+    monkeypatch.setattr(Session, "log", log)
+    assert json.loads((out / stage / "latest.json").read_text())["step"] == 1
+    run(*args)
+    for part in ("1-branches", "2-fusion"):
+        ours, theirs = (next((folder / part).glob("step_*")) / "model.safetensors" for folder in (out, trained[kind]))
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(roots, labels, tmp_path):
     kind = "semantickitti"
-    words = ["train", *map(str, flags(kind, roots, labels)), "--steps", "2", "--label-ratio", "1", "--stages", "one", "--no-hit-flags"]
+    args = ["train", *map(str, flags(kind, roots, labels)), "--steps", "2", "--label-ratio", "1", "--branch-share", "0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "occle.py"]
-    done = subprocess.run([*torchrun, *words, "--out", str(tmp_path / "two")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    done = subprocess.run([*torchrun, *args, "--out", str(tmp_path / "two")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    run(*words, "--batch", "2", "--batch-unlabelled", "2", "--out", tmp_path / "one")
+    run(*args, "--batch", "2", "--batch-unlabelled", "2", "--out", tmp_path / "one")
     one, two = ([json.loads(line)["loss"] for line in (tmp_path / n / "2-fusion" / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-4)
 
 
-def test_one_frame_is_overfitted(roots, labels):
-    cfg = small(jitter=0.0, point_drop=0.0)
-    dataset = O.open_data(roots["occ3d"], None, None, cfg, labels["occ3d"].parent / "cache")
-    samples = O.Samples(dataset, labels["occ3d"], O.Truth(dataset, cfg, (0,)), cfg)
+def test_one_frame_is_overfitted(roots, labels, monkeypatch):
+    monkeypatch.setattr(O, "augment", lambda item, rng, strong: {name: item[name] for name in ("images", "points", "history")})
+    cfg, dataset = small(), open_data("occ3d", roots["occ3d"], labels["occ3d"].parent / "cache")
+    samples = O.Samples(dataset, labels["occ3d"], [0], cfg)
     torch.manual_seed(0)
-    net, batch = O.OccLE(cfg), O.stack_items([samples((0, True), np.random.default_rng(0))], torch.device("cpu"), 1)
-    weights = O.Weights(torch.ones(17), O.truth_weights(samples.truth, (0,), cfg))
-    optimizer = O.make_optimizer("muon", net, 2e-2, 2e-2, 0.0)
-    values, geometry = [], []
+    net, batch = O.OccLE(cfg), O.stack_items([samples((0, True), np.random.default_rng(0))], "cpu", 1)
+    weights = O.Weights(torch.ones(17), O.class_weights([batch["truth"]], 18))
+    optimizer, values = make_optimizer("muon", net, 2e-2, 2e-2, 0.0), []
     for _ in range(30):
-        out = net(batch)
-        terms = O.loss(out, batch, None, weights, O.SPACES["occ3d"], cfg)
+        terms = O.one_step(net, None, batch, 0, 30, weights, cfg, contextlib.nullcontext)
         total = sum(terms.values())
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        values.append(total.item())
-        geometry.append(terms["geo"].item())
-    assert values[-1] < values[0] / 2 and geometry[-1] < 0.95 * geometry[0]
-    assert O.segmentation_miou(out["semantic"], batch["target3d"]) > 0.2
+        values.append({name: term.item() for name, term in terms.items()})
+    for name, share in (("2d", 0.9), ("3d", 0.9), ("geo", 0.95), ("ce", 0.8)):
+        assert values[-1][name] < share * values[0][name], name
 
 
 def test_eval_writes_the_fields_tables_and_what_was_scored(roots, labels, trained, tmp_path, capsys):
@@ -858,57 +664,12 @@ def test_eval_scores_scene_completion_by_the_benchmarks_rule(roots, trained, tmp
         assert float(score(counts.sum(0), name)) == pytest.approx(metrics[name], rel=1e-6, abs=1e-9)
 
 
-def test_a_checkpoint_is_chosen_on_the_dev_frames(roots, labels, tmp_path):
-    out = tmp_path / "x"
-    run("train", *flags("occ3d", roots, labels), "--out", out, "--steps", "4", "--label-ratio", "1", "--choose", "dev", "--dev-share", "0.4",
-        "--occ-bias", "3")  # fmt: skip
-    lists = json.loads((out / "labelled.json").read_text())
-    assert len(lists["dev"]) == 1 and len(lists["labelled"]) == 2
-    state = json.loads(next((out / "2-fusion" / "best").glob("step_*/train_state.json")).read_text())
-    assert state["state"]["best"] > 0
-    run("eval", "--ckpt", out, "--cache", labels["occ3d"].parent / "cache", "--pictures", "1", "--no-rayiou", "--eval-frames", "1")
-
-
-def test_a_claim_declares_its_sign_runs_and_shares_the_first_stage(roots, labels, tmp_path, capsys):
-    words = ["ablate", "--claim", "c", "--seeds", "1", "--data-root", roots["semantickitti"], "--out", tmp_path / "fusion", "--steps", "2",
-             *SMALL, *SIZES["semantickitti"]]  # fmt: skip
-    run(*words)
-    claim, verdict = (json.loads((tmp_path / "fusion" / f"{n}.json").read_text()) for n in ("claim", "verdict"))
-    assert claim["expected"] == [{"better": "Dual Mamba", "worse": "concatenation", "metric": "miou"}]
-    assert verdict["comparisons"][0]["seeds"] == [0]
-    arms = tmp_path / "occle-arms-kitti"
-    assert len(list(arms.glob("branches-*/seed0/latest.json"))) == 1 and len(list(arms.glob("*/seed0/2-fusion/result.json"))) == 2
-    capsys.readouterr()
-    run(*words)
-    assert "2 of 2 runs are done" in capsys.readouterr().out
-
-
-def test_every_claim_of_the_issue_is_there_and_its_fields_exist():
-    assert list(O.LETTERS) == list("abcdefghijk") and set(O.LETTERS.values()) == set(O.CLAIMS)
-    fields = set(O.Config.__dataclass_fields__)
-    for claim in O.CLAIMS.values():
-        assert claim.pairs and {name for arm in claim.arms.values() for name in arm} <= fields
-    assert set(O.SECOND_STAGE) <= fields and O.ABLATION.keys() <= fields
-    arms = O.CLAIMS["labels"].arms
-    plain, supervised = arms["OccLE 10 %"], arms["supervised 10 %"]
-    assert plain == {} and not any(k in supervised for k in ("steps", "batch", "lr")), "same optimiser steps and labelled exposures"
-    assert arms["OccLE 1 %"] == {"label_ratio": 0.01} and arms["supervised 1 %"] == supervised | {"label_ratio": 0.01}
-
-
-@pytest.mark.parametrize("kind", list(O.SPACES))
+@pytest.mark.parametrize("kind", list(LABEL_SETS))
 def test_describe_paper(kind, capsys):
     run("describe", "--preset", "paper", "--format", kind)
     text = capsys.readouterr().out
-    grid = {"occ3d": "200x200x16", "semantickitti": "256x256x32"}[kind]
-    tokens = {"occ3d": 80000, "semantickitti": 262144}[kind]
-    assert f"label voxels {grid}" in text and f"Dual Mamba: {tokens} tokens" in text and "branches.semantic.encoder" in text
-
-
-def test_the_cost_of_dual_mamba_is_measured_and_drawn(tmp_path):
-    run("cost", "--out", tmp_path, "--tokens", "4096", "--device", "cpu")
-    value = json.loads((tmp_path / "cost.json").read_text())
-    assert [row["tokens"] for row in value["rows"]] == [1024, 4096] and value["ns_per_token"]["forward"] > 0
-    assert (tmp_path / "cost.png").read_bytes()[:4] == b"\x89PNG"
+    images, grid = {"occ3d": ("2x6x3x256x704", "200x200x16"), "semantickitti": ("2x1x3x370x1220", "256x256x32")}[kind]
+    assert f"images {images} -> logits on {grid}" in text and "branches.semantic" in text and "fusion.cross" in text
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -935,8 +696,8 @@ def nan(path):
 ], ids=["nan", "empty", "calib", "label", "invalid"])  # fmt: skip
 def test_broken_files_are_one_line(change, message, broken, labels, tmp_path, capsys):
     change(broken / "sequences" / "00")
-    words = [broken if w == "ROOT" else w for w in ["--data-root", "ROOT", "--labels", labels["semantickitti"], *SMALL, *SIZES["semantickitti"]]]
-    assert message in fails(capsys, "train", *words, "--out", tmp_path / "x", "--steps", "2", "--label-ratio", "0.5")
+    args = flags("semantickitti", {"semantickitti": broken}, labels)
+    assert message in fails(capsys, "train", *args, "--out", tmp_path / "x", "--steps", "2", "--label-ratio", "0.5")
 
 
 def test_point_labels_of_another_length_are_one_line(broken, tmp_path, capsys):
@@ -950,24 +711,27 @@ def test_nan_points_of_nuscenes_are_one_line(tiny_world, labels, tmp_path, capsy
     shutil.copytree(tiny_world, tmp_path / "b")
     for path in (tmp_path / "b").glob("samples/LIDAR_TOP/*"):
         nan(path)
-    words = [tmp_path / "b" if w is tiny_world else w for w in flags("occ3d", {"occ3d": tiny_world}, labels)]
-    line = fails(capsys, "train", *words, "--out", tmp_path / "x", "--steps", "2")
+    args = flags("occ3d", {"occ3d": tmp_path / "b"}, labels)
+    line = fails(capsys, "train", *args, "--out", tmp_path / "x", "--steps", "2")
     assert "nan or inf" in line and "LIDAR_TOP" in line
 
 
 def test_bad_lists_and_flags_are_one_line(kitti_world, labels, tmp_path, capsys):
-    base = ["train", "--data-root", kitti_world, "--labels", labels["semantickitti"], *SMALL, *SIZES["semantickitti"], "--out", tmp_path / "x"]
+    base = ["train", *flags("semantickitti", {"semantickitti": kitti_world}, labels), "--out", tmp_path / "x"]
     lists = tmp_path / "l.json"
     for value, message in (({"labelled": ["00/000777"]}, "00/000777"), ({"labelled": []}, "'labelled'"), ([1], "'labelled'"),
                            ({"labelled": ["00/000000", "00/000000"]}, "twice")):  # fmt: skip
         lists.write_text(json.dumps(value))
         assert message in fails(capsys, *base, "--label-list", lists)
+    lists.write_text(json.dumps({"labelled": ["00/000005", "00/000000"]}))
+    assert read_frame_list(lists, open_data("semantickitti", kitti_world)) == [0, 1]
     assert "--format occ3d" in fails(capsys, *base, "--format", "occ3d")
-    assert "does not divide" in fails(capsys, *base, "--grid-stride", "7", "8", "4")
-    assert "--sides 3" in fails(capsys, *base, "--sides", "3")
-    assert "--truth aggregate" in fails(capsys, "describe", "--truth", "aggregate", "--format", "occ3d")
-    assert "no label of this frame" in fails(capsys, *base[:3], "--labels", tmp_path, *base[5:], "--label-ratio", "0.5")
-    assert "--claim z" in fails(capsys, "ablate", "--claim", "z")
+    stride = base.index("--grid-stride")
+    assert "does not divide" in fails(capsys, *base[:stride], "--grid-stride", "7", *base[stride + 2 :])
+    elsewhere = [tmp_path if word is labels["semantickitti"] else word for word in base]
+    assert "no label of this frame" in fails(capsys, *elsewhere, "--label-ratio", "0.5")
+    with pytest.raises(InputError, match="--truth aggregate"):
+        open_dataset(ROOT, None, None, (8, 8), truth="aggregate")
 
 
 # --- real SemanticKITTI frames ----------------------------------------------------------------------------------------
@@ -975,9 +739,9 @@ def test_bad_lists_and_flags_are_one_line(kitti_world, labels, tmp_path, capsys)
 
 @pytest.fixture(scope="module")
 def real():
-    cfg = O.for_format(replace(O.TINY, truth="aggregate", n_sweeps=2), "tiny", "semantickitti")
-    cfg = replace(cfg, image_size=(96, 312), sem_channels=(8, 16), enc_channels=(8, 16), carve_rays=2000)
-    return O.open_data(REAL, None, "00", cfg, None), cfg
+    cfg = replace(O.PRESETS["tiny"], format="semantickitti", truth="aggregate", n_sweeps=2, **O.KITTI["tiny"] | {"image_size": (96, 312)})
+    cfg = replace(cfg, unet_channels=(8, 16))
+    return O.open_frames(cfg, REAL, None, "00", cfg.image_size), cfg
 
 
 @needs_real
@@ -990,10 +754,10 @@ def test_real_points_project_onto_what_they_are(real):
         points, ids = dataset.points(i), dataset.lidarseg(i)
         image = torch.from_numpy(dataset.images(i)[0])
         for label, values in green.items():
-            (view,) = O.see(torch.from_numpy(points[ids == label, :3]), torch.from_numpy(K), torch.from_numpy(T), dataset.image_size)
-            rgb = F.grid_sample(image[None], view.at[None, None], align_corners=False)[0, :, 0]  # (3, n)
-            values.append((rgb[1] - rgb[[0, 2]].mean(0)).mean().item())
-            assert len(view.seen) > 100
+            places = (torch.from_numpy(v) for v in (points[ids == label, :3], K, T))
+            rgb, seen = O.lift(image[None], *places, dataset.image_size)  # (n, 3)
+            values.append((rgb[:, 1] - rgb[:, [0, 2]].mean(1))[seen].mean().item())
+            assert seen.sum() > 100
     assert np.mean(green[15]) > np.mean(green[1]) + 0.01, green
 
 
@@ -1001,7 +765,7 @@ def test_real_points_project_onto_what_they_are(real):
 def test_real_scans_fill_the_packed_voxels(real):
     """Voxelised scan against voxels/*.bin, read as common.semantickitti explains: the trap is a stream one bit late."""
     dataset, _ = real
-    voxels = O.SemanticKITTI(REAL, "00", parts=())
+    voxels = semantickitti.SemanticKITTI(REAL, "00", parts=())
     for i in range(2):
         own = semantickitti.voxel_index(dataset.points(dataset.index(voxels.tokens[i])))
         filled = np.zeros(np.prod(voxels.grid.shape), bool)
@@ -1012,35 +776,35 @@ def test_real_scans_fill_the_packed_voxels(real):
 
 
 @needs_real
-def test_the_semantic_branch_learns_from_real_images_and_point_labels(real, tmp_path):
+def test_the_semantic_branch_learns_from_real_images_and_point_labels(real, tmp_path, monkeypatch):
+    monkeypatch.setattr(O, "augment", lambda item, rng, strong: {name: item[name] for name in ("images", "points", "history")})
     dataset, cfg = real
-    cfg = replace(cfg, jitter=0.0, point_drop=0.0)
-    O.make_labels(dataset, "lidar", replace(cfg, workers=0), tmp_path)
-    samples = O.Samples(dataset, tmp_path, O.Truth(dataset, cfg, ()), cfg)
-    item = samples((0, False), np.random.default_rng(0))
-    batch = O.with_views(O.stack_items([item], torch.device("cpu")), samples.grids)
+    make_labels(O.LABELS, dataset, "lidar", {}, cfg, tmp_path, workers=0)
+    samples = O.Samples(dataset, tmp_path, [], cfg)
+    batch = O.stack_items([samples((0, False), np.random.default_rng(0))], "cpu")
     torch.manual_seed(0)
-    net, weight = O.SemanticBranch(cfg, samples.grids), O.map_weights(tmp_path, dataset, cfg, 2)
-    optimizer = O.make_optimizer("muon", net, 1e-2, 1e-2, 0.0)
+    net, weight = O.SemanticBranch(cfg), O.class_weights([samples.pseudo_label(0)], 19)
+    optimizer = make_optimizer("muon", net, 1e-2, 1e-2, 0.0)
 
     scores = []
     for _ in range(25):
         out = net(batch)
-        scores.append(float(O.segmentation_miou(out, batch["target3d"])))
-        total = sum(O.segmentation_losses({"semantic": out}, batch, weight, cfg).values())
+        target = batch["target3d"].flatten()[out.voxels.cell]
+        scores.append((out.seg3d.argmax(-1) == target)[target != 255].float().mean().item())
+        total = sum(O.segmentation_losses(out, batch, weight).values())
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-    assert scores[0] < 0.15 and scores[-1] > scores[0] + 0.25, (scores[0], scores[-1])
+    assert scores[0] < 0.3 and scores[-1] > scores[0] + 0.3, (scores[0], scores[-1])
 
 
 @needs_real
 def test_aggregated_real_scans_are_a_truth(real):
-    dataset, cfg = real
-    ids = O.Truth(dataset, cfg, (4,))(4)
+    dataset, _ = real
+    space = LABEL_SETS["semantickitti"]
+    ids = voxel_truth(dataset, 4, space)
     classes = np.bincount(ids[ids < 19], minlength=19)
-    space = O.SPACES["semantickitti"]
     assert classes[space.classes.index("road")] > 3000 and classes[space.classes.index("vegetation")] > 3000
     one = dataset.aggregate(4, 0, 0)
     assert (ids < 19).sum() > 1.5 * (one > 0).sum(), "several scans fill more than one"
-    assert OCC3D_CLASSES[:FREE] == O.SPACES["occ3d"].classes and len(map_paths("x", "semantic", dataset.camera_files(0))) == 1
+    assert OCC3D_CLASSES[:FREE] == LABEL_SETS["occ3d"].classes and len(map_paths("x", "semantic", dataset.camera_files(0))) == 1

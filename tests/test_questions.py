@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 from collections import Counter
@@ -23,11 +22,8 @@ CELLS = {(kind, hop) for kind in ("exist", "count", "object", "status", "compari
 
 # --- an independent reader of the sentences and the tables -----------------------------------------------------------
 
-CLASS_OF = {
-    "barrier": "barrier", "bicycle": "bicycle", "bus": "bus", "car": "car",
-    "construction_vehicle": "construction vehicle", "motorcycle": "motorcycle", "pedestrian": "pedestrian",
-    "traffic_cone": "traffic cone", "trailer": "trailer", "truck": "truck",
-}  # fmt: skip
+NAMES = "barrier bicycle bus car construction_vehicle motorcycle pedestrian traffic_cone trailer truck".split()
+CLASS_OF = {name: name.replace("_", " ") for name in NAMES}
 STATUS_OF = {
     "vehicle.moving": "moving", "vehicle.stopped": "stopped", "vehicle.parked": "parked",
     "cycle.with_rider": "with rider", "cycle.without_rider": "without rider",
@@ -226,24 +222,6 @@ def test_every_answer_again_from_the_tables(tables):
     assert max(per_keyframe.values()) <= 20 and min(per_keyframe.values()) >= 10
 
 
-@pytest.mark.skipif("MINOCC_WORLD" not in os.environ, reason="MINOCC_WORLD names no world")
-def test_every_answer_of_a_given_world():
-    """MINOCC_WORLD=<folder that data.driving wrote>: its own question files, in full."""
-    root = Path(os.environ["MINOCC_WORLD"])
-    keyframes = keyframes_of(next(root.glob("v1.0-*")))
-    rows = [row for split in ("train", "val") for row in content(root, split)["questions"]]
-    for row in rows:
-        check(keyframes[row["sample_token"]], row)
-    assert {(row["template_type"], row["num_hop"]) for row in rows} == CELLS
-    cell = Counter((row["split"], row["template_type"], row["num_hop"], row["answer"]) for row in rows)
-    for split, kind, hop, answer in [key for key in cell if key[-1] in ("yes", "no")]:
-        assert abs(cell[split, kind, hop, "yes"] - cell[split, kind, hop, "no"]) <= 1
-    print(f"{len(rows)} questions about {len({row['sample_token'] for row in rows})} of {len(keyframes)} keyframes")
-    for kind, hop in sorted(CELLS):
-        given = Counter(row["answer"] for row in rows if (row["template_type"], row["num_hop"]) == (kind, hop))
-        print(f"  {kind} {hop}: " + ", ".join(f"{answer} {count}" for answer, count in given.most_common()))
-
-
 def test_form_of_the_files(tables):
     from nuscenes.utils.splits import mini_train, mini_val
 
@@ -269,7 +247,7 @@ def test_reader_returns_them(tables, tmp_path):
     assert sorted(found, key=key) == sorted(wanted, key=key)
 
 
-def test_same_seed_same_bytes(tables, tmp_path):
+def test_same_seed_same_bytes(tables, tiny_world, tmp_path):
     shutil.copytree(tables / "v1.0-mini", tmp_path / "v1.0-mini")
     paths = make_questions(tmp_path, "v1.0-mini", seed=3)
     for split, path in paths.items():
@@ -277,12 +255,7 @@ def test_same_seed_same_bytes(tables, tmp_path):
     main(["--data-root", str(tmp_path), "--seed", "4"])
     assert content(tmp_path, "train")["questions"] != content(tables, "train")["questions"]
     assert sorted(path.name for path in (tmp_path / "questions").iterdir()) == [path.name for path in paths.values()]
-
-
-def test_the_world_brings_its_questions(tiny_world, tmp_path):
-    """data.driving ends with them, made with its own seed (0 in conftest.py)."""
-    shutil.copytree(tiny_world / "v1.0-mini", tmp_path / "v1.0-mini")
-    for path in make_questions(tmp_path, "v1.0-mini", seed=0).values():
+    for path in make_questions(tmp_path, "v1.0-mini", seed=0).values():  # as data.driving does, with its own seed
         assert (tiny_world / "questions" / path.name).read_bytes() == path.read_bytes()
 
 
@@ -315,10 +288,10 @@ def test_words_alone_never_decide():
     """No comparison of statuses that the phrases fix; no object question that fits a single class."""
     rng = np.random.default_rng(8)
     chooser = Chooser(np.random.default_rng(9))
-    family = {"vehicle": "bus|car|construction vehicle|trailer|truck", "cycle": "bicycle|motorcycle",
-              "person": "pedestrian"}  # fmt: skip
-    fixed = {"vehicle": ("stopped", "parked"), "cycle": ("with rider", "without rider"),
-             "person": ("standing", "not standing")}  # fmt: skip
+    family = {"vehicle": "bus|car|construction vehicle|trailer|truck", "cycle": "bicycle|motorcycle"}
+    family |= {"person": "pedestrian"}
+    fixed = {"vehicle": ("stopped", "parked"), "cycle": ("with rider", "without rider")}
+    fixed |= {"person": ("standing", "not standing")}
     compared = 0
     for _ in range(40):
         for row in chooser.questions(build_graph(random_boxes(rng, 25))):
@@ -343,6 +316,9 @@ def test_words_alone_never_decide():
 
 
 def test_hidden_and_far_objects_do_not_exist():
+    rows = Chooser(np.random.default_rng(0)).questions(build_graph(random_boxes(np.random.default_rng(0), 0)))
+    found = {(row["template_type"], row["num_hop"], row["answer"]) for row in rows}  # nothing there
+    assert found == {("count", 0, "0"), ("exist", 0, "no")}
     far, hidden = ("truck", "vehicle.parked", 0, 40.1, 9), ("bus", "vehicle.parked", 10, 0, 0)
     graph = build_graph(place_box(("car", "vehicle.parked", 39.9, 0, 1), far, hidden))
     assert graph.name == ["car"] and graph.status == ["parked"]
@@ -378,12 +354,6 @@ def test_no_question_hangs_on_a_border():
     assert asked == {"back", "back left", "back right", "front right"}
 
 
-def test_nothing_there():
-    rows = Chooser(np.random.default_rng(0)).questions(build_graph(random_boxes(np.random.default_rng(0), 0)))
-    found = {(row["template_type"], row["num_hop"], row["answer"]) for row in rows}
-    assert found == {("count", 0, "0"), ("exist", 0, "no")}
-
-
 def test_other_versions_and_foreign_files_are_refused(tables, tmp_path):
     with pytest.raises(InputError, match="v1.0-test"):
         make_questions(tables, "v1.0-test")
@@ -397,10 +367,8 @@ def test_other_versions_and_foreign_files_are_refused(tables, tmp_path):
     assert not (tmp_path / "questions/NuScenes_train_questions.json").exists()
 
 
-def test_thirty_answers():
+def test_the_vocabulary_is_the_real_one():
     assert len(set(ANSWERS)) == len(ANSWERS) == 30
-
-
-@pytest.mark.skipif(not VOCABULARY.is_file(), reason="shared/real/nuscenes_qa is absent")
-def test_vocabulary_is_the_real_one():
+    if not VOCABULARY.is_file():
+        pytest.skip("shared/real/nuscenes_qa is absent")
     assert set(ANSWERS) == set(json.loads(VOCABULARY.read_text())[0])

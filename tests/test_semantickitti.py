@@ -324,6 +324,16 @@ def spoil(kind: str, root: Path) -> None:
             (folder / "poses.txt").write_text("1 0 0 0 0 1 0 0 0 0 1 0\n" * 6)
         case "bad pose":
             (folder / "poses.txt").write_text("1 0 0 0 0 1 0 0 0 0 1 zero\n" * 7)
+        case "no rotation":
+            (folder / "poses.txt").write_text("1 0 0 0 0 1 0 0 0 0 2 0\n" * 7)
+        case "mirror":
+            (folder / "poses.txt").write_text("1 0 0 0 0 1 0 0 0 0 -1 0\n" * 7)
+        case "flat Tr":
+            (folder / "calib.txt").write_text((folder / "calib.txt").read_text().replace(CALIB["Tr"], "0 " * 12))
+        case "no focal length":
+            (folder / "calib.txt").write_text((folder / "calib.txt").read_text().replace("P2: 700", "P2: 0"))
+        case "not text":
+            (folder / "poses.txt").write_bytes(b"\xff\xfe1 0 0")
         case "few times":
             (folder / "times.txt").write_text("0.0\n0.1\n")
 
@@ -338,7 +348,9 @@ def spoil(kind: str, root: Path) -> None:
     ("no voxel labels", "000005.label: voxel labels not found"), ("no image", "000005.png: image not found"),
     ("broken image", "000005.png: not a readable image"), ("other size", "10x10 px, expected 40x16"),
     ("few poses", "poses.txt: 6 poses, but scans go up to 000006.bin"), ("bad pose", "is not 12 numbers"),
-    ("few times", "times.txt: 2 times"),
+    ("few times", "times.txt: 2 times"), ("no rotation", "poses.txt: '1 0 0 0 0 1 0 0 0 0 2 0 ...' is no rotation"),
+    ("mirror", "is no rotation and translation"), ("flat Tr", "calib.txt: '0 0 0 0 0 0 0 0 0 0 0 0 ...' is no rotation"),
+    ("no focal length", "is no projection K [I | b] with positive focal lengths"), ("not text", "not a UTF-8 text"),
 ])  # fmt: skip
 def test_bad_files_are_one_line(kind, says, tmp_path):
     tree = make_tree(tmp_path, ("00",))
@@ -393,10 +405,12 @@ def test_check(tmp_path, capsys):
     assert "packed files 1 voxel late" in out and "kB" in out
     (tree / "sequences/08/image_2/000003.png").unlink()  # between frames with voxels: optional
     (tree / "sequences/08/times.txt").unlink()
+    (tree / "sequences/08/voxels/000005.occluded").unlink()  # no score needs it
+    (tree / "sequences/__MACOSX").mkdir()
     K.main(["check", "--data-root", str(tree)])
-    assert "3 of 4" not in capsys.readouterr().out
+    assert "2 sequences, 4 frames with voxels" in capsys.readouterr().out
     for name, says in (("image_2/000005.png", "000005.png: missing or empty; 1 required"),
-                       ("voxels/000005.occluded", "2 required"), ("calib.txt", "3 required")):  # fmt: skip
+                       ("voxels/000005.invalid", "2 required"), ("calib.txt", "3 required")):  # fmt: skip
         (tree / "sequences/08" / name).unlink()
         with pytest.raises(SystemExit) as stop:
             K.main(["check", "--data-root", str(tree)])

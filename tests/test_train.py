@@ -1,4 +1,5 @@
-"""Training's plumbing on a toy network: order of data, bit-equal resume, kill -9 at any moment, two processes.
+"""Training's plumbing on a toy network: order of data, bit-equal resume, kill -9 at any moment, two
+processes.
 
 Run as a script this file *is* the toy training, so that torchrun and SIGKILL meet the real thing:
     python tests/test_train.py OUT [--batch 2] [--dropout 0.1] [--kill-at STEP]
@@ -29,7 +30,7 @@ from common import train as T
 from common.engine import Session
 from common.files import InputError, read_json, write_json
 
-# --- the toy ----------------------------------------------------------------------------------------------------------
+# --- the toy ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,17 @@ class Killed(Exception):
 
 
 def toy_train(out: Path, cfg: Config = Config(), steps: int = 10, kill_at: int | None = None, hard: bool = False,
-              resume: bool = False, seed: int = 0, save_every: int = 5) -> list[float] | None:
-    """-> the losses of the steps it took; None if the run was finished. kill_at: dies in that step, after backward."""
+              resume: bool = False, seed: int = 0, save_every: int = 5, poison: str = "",
+              names: tuple[str, ...] = ()) -> list[float] | None:
+    """-> the losses of the steps it took; None if the run was finished. kill_at: dies in that step, after
+    backward.
+
+    poison: "loss" or "weight", not finite in step 7.
+    """
     torch.set_num_threads(1)
     args = SimpleNamespace(method="toy", preset="tiny", seed=seed, device="cpu", resume=resume)
-    run = Session(args, cfg, out, samples=13, batch=cfg.batch, steps=steps, source={"name": "toy", "root": Path("x")})
+    run = Session(args, cfg, out, samples=13, batch=cfg.batch, steps=steps, source={"name": "toy", "root": Path("x")},
+                  names=names)  # fmt: skip
     if run.finished:
         return None
     run.save_every = save_every
@@ -78,8 +85,12 @@ def toy_train(out: Path, cfg: Config = Config(), steps: int = 10, kill_at: int |
         loss = nn.functional.cross_entropy(model(batch["image"]), batch["label"])
         if cfg.dropout:  # the loop's own use of every generator
             loss = loss * (1 + 1e-2 * (random.random() + random.gauss(0, 1) + np.random.rand() + np.random.randn()))
+        if step == 7 and poison == "loss":
+            loss = loss * math.nan
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if step == 7 and poison == "weight":
+            net.head[2].bias.grad[0] = math.inf
         if step == kill_at:
             if hard:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -135,7 +146,7 @@ def straight(tmp_path_factory) -> tuple[Path, list[float]]:
     return out, toy_train(out)
 
 
-# --- data order -------------------------------------------------------------------------------------------------------
+# --- data order ---------------------------------------------------------------------------------------------
 
 
 def test_two_processes_share_the_order_of_the_doubled_batch():
@@ -192,7 +203,7 @@ def test_prefetch_raises_at_the_step_of_the_bad_item_and_leaves_no_thread(worker
     assert threading.active_count() == before
 
 
-# --- learning rate ----------------------------------------------------------------------------------------------------
+# --- learning rate ------------------------------------------------------------------------------------------
 
 
 def test_schedule_by_hand():
@@ -247,7 +258,7 @@ def test_the_encoder_of_a_wrapped_network_learns_at_its_own_rate():
     assert {rate[id(p)] for p in net["net"].parameters()} == {1e-3} and {rate[id(p)] for p in net["head"].parameters()} == {1e-2}
 
 
-# --- resume -----------------------------------------------------------------------------------------------------------
+# --- resume -------------------------------------------------------------------------------------------------
 
 
 def test_resume_is_bit_equal(straight, tmp_path, capsys):
@@ -307,7 +318,72 @@ def test_resume_flag(tmp_path, capsys):
         toy_train(tmp_path, steps=6)
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("poison, names, says", [
+    ("loss", (), "term 'ce' at step 8 (samples 1 11 "),
+    ("loss", tuple("abcdefghijklm"), "term 'ce' at step 8 (samples b l "),
+    ("weight", (), "term 'ce' at step 9 (samples "),  # the step after shows what the weight did
+])  # fmt: skip
+def test_a_nan_is_never_saved(poison, names, says, tmp_path):
+    """The line is due at steps 1 and 50 alone, the checkpoint at 5 and 10: the save looks at the loss
+    first.
+    """
+    arguments = {"cfg": Config(dropout=0.0), "poison": poison, "names": names, "steps": 10}
+    for _ in range(2):  # the same command again: from the good checkpoint, with the same end
+        with pytest.raises(InputError) as error:
+            toy_train(tmp_path, **arguments)
+        line = str(error.value)
+        assert says.split(" (")[0] in line and "the checkpoint of step 5 stays; lower the learning rate" in line
+        assert "\n" not in line and (not names or "(samples " in line and set(line.split("(samples ")[1][:3]) <= {*names, " "})
+        assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000005"]
+        assert all(v.isfinite().all() for name, v in tensors(tmp_path).items() if name.startswith("model"))
+    assert len(toy_train(tmp_path, Config(dropout=0.0), steps=10)) == 5  # what was saved is whole
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
+    save(tmp_path, 1)
+    net, optimizer = make_net(2.0)
+    for broken in (math.nan, math.inf):
+        with torch.no_grad():
+            net.weight[0, 0] = broken
+        with pytest.raises(InputError, match="weight is not finite after step 2: diverged, the checkpoint of step 1 stays"):
+            T.save_checkpoint(tmp_path, RUN, net, optimizer, 2, {})
+    nn.init.constant_(net.weight, 2.0)
+    optimizer.state[net.bias]["exp_avg"][0] = math.nan
+    with pytest.raises(InputError, match="exp_avg of the optimiser's parameter 1 is not finite"):
+        T.save_checkpoint(tmp_path, RUN, net, optimizer, 2, {})
+    assert loaded_value(tmp_path) == (1, 1.0)
+    net.register_buffer("mask", torch.tensor([-math.inf, 0.0]))  # a mask may be infinite
+    T.save_checkpoint(tmp_path, RUN, net, make_net(2.0)[1], 3, {})
+    weights = T._read(tmp_path / "step_000003/model.safetensors")
+    assert (tmp_path / "step_000003/model.safetensors").stat().st_mode & 0o077 == 0o666 & ~umask() & 0o077
+    T._save(tmp_path / "step_000003/model.safetensors", weights | {"weight": weights["weight"] * math.nan})
+    with pytest.raises(InputError, match="step_000003: weight holds nan; train again with another --out"):
+        T.load_checkpoint(tmp_path, net)
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("name, change, says", [
+    ("latest.json", [], "the value is a list, expected an object"),
+    ("latest.json", {"step": "5", "folder": "step_000005"}, "'step' is a text, expected a whole number"),
+    ("latest.json", {"step": 5, "folder": "../x"}, "names the folder ../x"),
+    ("config.json", {"method": "toy"}, "the value has no 'preset'"),
+    ("step_000005/train_state.json", {"step": 5, "groups": {}, "state": {}, "world": 1}, "'groups' has no 'param_groups'"),
+])  # fmt: skip
+def test_hand_edited_run_folders_are_one_line(name, change, says, tmp_path):
+    with pytest.raises(Killed):
+        toy_train(tmp_path, kill_at=6)
+    write_json(tmp_path / name, change)
+    with pytest.raises(InputError) as error:
+        toy_train(tmp_path)
+    assert f"{tmp_path / name}: " in str(error.value) and says in str(error.value)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 
 def make_net(value: float) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -455,7 +531,7 @@ def test_bad_checkpoints_are_one_line(tmp_path):
     assert "not valid JSON" in complaint(tmp_path)
 
 
-# --- two processes ----------------------------------------------------------------------------------------------------
+# --- two processes ------------------------------------------------------------------------------------------
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
@@ -473,7 +549,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         toy_train(tmp_path / "two", Config(batch=2, dropout=0.0))
 
 
-# --- log and result ---------------------------------------------------------------------------------------------------
+# --- log and result -----------------------------------------------------------------------------------------
 
 
 def test_log_line_has_the_house_format(capsys, tmp_path):
@@ -509,20 +585,23 @@ def test_log_averages_between_lines_and_drops_what_lies_past_the_resumed_step(tm
     state = log.state()
     assert state["train_s"] == 3.0 and rows[-1]["ms"] == 500 and 0.01 < state["peak_gb"] < 100
     assert T.Log(tmp_path, RUN, 8, 8, {"train_s": 100.0}).state()["train_s"] == 100
-    log.pause()
-    with pytest.raises(InputError, match="loss is nan at step 8"):
+    with pytest.raises(InputError, match="term 'loss' at step 8: diverged, nothing was saved"):
         log(7, {"loss": math.nan}, 1e-3)
 
 
-def test_pause_takes_evaluation_out_of_the_training_time(tmp_path, clock):
-    log = T.Log(tmp_path, RUN, steps=100)
-    clock.append(2.0)
-    log(0, {"loss": 1.0}, 1e-3)
-    assert log.state()["train_s"] == 2
-    clock.append(32.0)
-    log.pause()
-    clock.append(33.0)
-    assert log.state()["train_s"] == 3
+def test_mixed_order_gives_both_kinds_and_the_first_whatever_the_second():
+    labelled, rest = [0, 10, 20], [k for k in range(30) if k % 10]
+    order, alone = (T.MixedOrder.of(labelled, rest, 2, n, RUN, 0) for n in (1, 0))
+    places = [[o.sample(p) for p in o.positions(step)] for o in (order, alone) for step in range(30)]
+    assert all([known for _, known in step] == [True, True, False] for step in places[:30])
+    assert {i for step in places for i, known in step if known} == set(labelled)
+    assert {i for step in places[:30] for i, known in step if not known} <= set(rest)
+    assert places[30:] == [step[:2] for step in places[:30]], "the same exposures without the second kind"
+    draws = [o.generator(p).random() for o in (order, alone) for p in o.positions(7)[:2]]
+    assert draws[:2] == draws[2:] and order.batch == 3 and order.steps(2) == 20 and alone.steps(2) == 3
+    everything = T.MixedOrder.of(labelled, [], 1, 1, RUN, 0)
+    assert {everything.sample(p) for step in range(9) for p in everything.positions(step)} == {
+        (i, known) for i in labelled for known in (True, False)}
 
 
 def test_peak_memory_is_of_this_run(tmp_path):

@@ -1,7 +1,9 @@
-"""The driving world: the devkit on it, its masks against a slow oracle, its labels against its sensors, its bytes."""
+"""The driving world: its masks against a slow oracle, its labels against its sensors, its bytes.
+
+The devkit's own checks of its tables are in test_devkit.py.
+"""
 
 import hashlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -102,151 +104,26 @@ def test_kerb_is_a_vertical_face():
 
 # --- tables and the devkit --------------------------------------------------------------------------------------------
 
-def test_devkit_reads_a_complete_tree(tiny_world, devkit):
+def test_the_tree_is_complete_and_cameras_fire_in_the_real_order(tiny_world, devkit):
     assert sorted(s["name"] for s in devkit.scene) == ["scene-0061", "scene-0103"]
-    assert all(s["description"].startswith("Synthetic") for s in devkit.scene)
     tables = ("sample", "sensor", "calibrated_sensor", "log", "map", "lidarseg")
     assert [len(getattr(devkit, t)) for t in tables] == [6, 7, 14, 2, 2, 6]
     # per scene: 3 samples x (1 sweep + 6 images + 12 camera sweeps) + 2 LiDAR sweeps
     assert len(devkit.sample_data) == len(devkit.ego_pose) == 2 * (3 * 19 + 2)
     assert sorted(c["index"] for c in devkit.category) == list(range(32))
-    for row in devkit.sample_data:
-        path = tiny_world / row["filename"]
-        assert path.is_file() and len(row["token"]) == 32 and int(row["token"], 16)
-        if row["fileformat"] == "jpg":
-            assert cv2.imread(str(path)).shape == (row["height"], row["width"], 3) == (112, 200, 3)
+    assert all(len(row["token"]) == 32 and int(row["token"], 16) for row in devkit.sample_data)
+    assert {(row["height"], row["width"]) for row in devkit.sample_data} == {(112, 200), (0, 0)}
     for sample in devkit.sample:
-        assert set(sample["data"]) == {*CAMERAS, "LIDAR_TOP"}
-        assert devkit.get("sample_data", sample["data"]["LIDAR_TOP"])["timestamp"] == sample["timestamp"]
         times = {c: devkit.get("sample_data", sample["data"][c])["timestamp"] - sample["timestamp"] for c in CAMERAS}
         assert sorted(times, key=times.get) == ["CAM_FRONT_LEFT", *CAMERAS[:5]]
         assert -46_000 < min(times.values()) < max(times.values()) < 0
-    for row in devkit.lidarseg:
-        sweep = tiny_world / devkit.get("sample_data", row["sample_data_token"])["filename"]
-        assert (tiny_world / row["filename"]).stat().st_size * 20 == sweep.stat().st_size
 
 
-def test_chains(devkit):
-    """prev and next: sample, every sensor, every instance, in the order of time and back again."""
-    for table, key in (("sample", "scene_token"), ("sample_data", "calibrated_sensor_token"),
-                       ("sample_annotation", "instance_token")):
-        rows = getattr(devkit, table)
-        time = {r["token"]: r.get("timestamp") or devkit.get("sample", r["sample_token"])["timestamp"] for r in rows}
-        for group in {r[key] for r in rows}:
-            chain = [next(r for r in rows if r[key] == group and not r["prev"])]
-            while chain[-1]["next"]:
-                chain.append(devkit.get(table, chain[-1]["next"]))
-                assert chain[-1]["prev"] == chain[-2]["token"] and time[chain[-1]["token"]] > time[chain[-2]["token"]]
-            assert len(chain) == sum(r[key] == group for r in rows)
-    for instance in devkit.instance:
-        first = devkit.get("sample_annotation", instance["first_annotation_token"])
-        assert first["prev"] == "" and devkit.get("sample_annotation", instance["last_annotation_token"])["next"] == ""
-        own = [a for a in devkit.sample_annotation if a["instance_token"] == instance["token"]]
-        assert instance["nbr_annotations"] == len(own)
-
-
-def test_annotations(tiny_world, devkit):
-    """Counts by the devkit's own box test; attributes, visibility; boxes stand on the ground; speeds are plausible."""
-    from nuscenes.utils.data_classes import LidarPointCloud
-    from nuscenes.utils.geometry_utils import points_in_box
-
-    for sample in devkit.sample:
-        path, boxes, _ = devkit.get_sample_data(sample["data"]["LIDAR_TOP"])
-        cloud = LidarPointCloud.from_file(path).points[:3]
-        for box in boxes:
-            row = devkit.get("sample_annotation", box.token)
-            # float32 against float64 at the faces
-            assert abs(int(points_in_box(box, cloud).sum()) - row["num_lidar_pts"]) <= 1
-            assert row["visibility_token"] in "1234" and -0.01 < row["translation"][2] - row["size"][2] / 2 < 0.16
-            kind = row["category_name"].split(".")[0]
-            if kind == "vehicle":
-                assert len(row["attribute_tokens"]) == 1
-    seen = [a for a in devkit.sample_annotation if a["visibility_token"] == "4"]
-    hidden = [a for a in devkit.sample_annotation if a["num_lidar_pts"] == 0]
-    assert seen and hidden and {a["visibility_token"] for a in hidden} != {"4"}
-    moving = [a for a in devkit.sample_annotation if a["prev"] and any(
-        devkit.get("attribute", t)["name"] == "vehicle.moving" for t in a["attribute_tokens"])]
-    speeds = [np.linalg.norm(devkit.box_velocity(a["token"])[:2]) for a in moving]
-    assert len(speeds) > 3 and max(speeds) > 2 and max(speeds) < 20
-    parked = [a for a in devkit.sample_annotation if a["prev"] and any(
-        devkit.get("attribute", t)["name"] == "vehicle.parked" for t in a["attribute_tokens"])]
-    assert all(np.linalg.norm(devkit.box_velocity(a["token"])[:2]) == 0 for a in parked)
-
-
-def test_map_mask(devkit):
-    """Ego drives on the mask; the mask is not everywhere."""
-    for scene in devkit.scene:
-        mask = devkit.get("map", devkit.get("log", scene["log_token"])["map_token"])["mask"]
-        sample = devkit.get("sample", scene["first_sample_token"])
-        x, y, _ = sensor(devkit, sample["data"]["LIDAR_TOP"])[1][:3, 3]
-        assert mask.is_on_mask(x, y).all() and 0.02 < (mask.mask() > 0).mean() < 0.6
-
-
-def test_points_project_onto_the_right_pixels(tiny_world, devkit):
-    """The devkit's own projection, through both ego poses: a point's depth is within the range of its pixel's
-    neighbours.
-    """
-    total = good = 0
-    errors = []
-    for sample in devkit.sample[::2]:
-        for camera in CAMERAS:
-            uv, depth, _ = devkit.explorer.map_pointcloud_to_image(sample["data"]["LIDAR_TOP"], sample["data"][camera])
-            name = Path(devkit.get("sample_data", sample["data"][camera])["filename"]).stem
-            exact = read_map(tiny_world, "depth", camera, name).astype(np.float32) / 256
-            u, v = uv[0].astype(int), uv[1].astype(int)
-            far = np.where(exact == 0, 1e3, exact)
-            low, high = cv2.erode(far, np.ones((3, 3)))[v, u], cv2.dilate(far, np.ones((3, 3)))[v, u]
-            ok = (depth > low - 0.15 - 0.02 * depth) & (depth < high + 0.15 + 0.02 * depth)
-            total, good = total + len(ok), good + ok.sum()
-            errors.append(np.abs(exact[v, u] - depth))
-    assert total > 20_000 and good / total > 0.98                      # the rest: movers, at two times; thin poles
-    assert np.median(np.concatenate(errors)) < 0.06
-
-
-def test_detection_scores_its_own_annotations(devkit, tmp_path):
-    """nuscenes.eval.detection, given the annotations that have a LiDAR point: AP 1 for every class that is there."""
-    from nuscenes.eval.common.config import config_factory
-    from nuscenes.eval.detection.evaluate import DetectionEval
-    from nuscenes.eval.detection.utils import category_to_detection_name
-
-    attribute = {"car": "vehicle.parked", "pedestrian": "pedestrian.standing", "bicycle": "cycle.without_rider"}
-    results = {}
-    for sample in devkit.sample:
-        results[sample["token"]] = []
-        for token in sample["anns"]:
-            a = devkit.get("sample_annotation", token)
-            name = category_to_detection_name(a["category_name"])
-            if name and a["num_lidar_pts"]:
-                own = [devkit.get("attribute", t)["name"] for t in a["attribute_tokens"]]
-                results[sample["token"]].append({
-                    **{key: a[key] for key in ("sample_token", "translation", "size", "rotation")},
-                    "velocity": np.nan_to_num(devkit.box_velocity(token)[:2]).tolist(), "detection_name": name,
-                    "detection_score": 1.0, "attribute_name": own[0] if own else attribute.get(name, "")})
-    val = [s["token"] for s in devkit.sample if devkit.get("scene", s["scene_token"])["name"] == "scene-0103"]
-    meta = {"use_camera": True, "use_lidar": False, "use_radar": False, "use_map": False, "use_external": False}
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps({"meta": meta, "results": {t: results[t] for t in val}}))
-    config = config_factory("detection_cvpr_2019")
-    metrics = DetectionEval(devkit, config, str(path), "mini_val", str(tmp_path), verbose=False).evaluate()[0]
-    there = {r["detection_name"] for t in val for r in results[t]}
-    ap = {name: np.mean(list(v.values())) for name, v in metrics.serialize()["label_aps"].items()}
-    scored = {name for name in there if ap[name] > 0}                  # what lies within the class's range
-    assert len(scored) >= 4 and all(ap[name] > 0.99 for name in scored)
-
-
-def test_futures_are_the_poses(devkit):
-    """PredictHelper's future of an agent is where its later annotations are."""
-    from nuscenes.prediction import PredictHelper
-
-    helper = PredictHelper(devkit)
-    checked = 0
-    for a in devkit.sample_annotation:
-        if a["next"] and not a["prev"]:
-            future = helper.get_future_for_agent(a["instance_token"], a["sample_token"], seconds=1,
-                                                 in_agent_frame=False)
-            assert np.allclose(future[0], devkit.get("sample_annotation", a["next"])["translation"][:2])
-            checked += 1
-    assert checked > 10
+def test_boxes_stand_on_the_ground_and_hidden_ones_are_there(devkit):
+    for row in devkit.sample_annotation:
+        assert -0.01 < row["translation"][2] - row["size"][2] / 2 < 0.16
+    hidden = {a["visibility_token"] for a in devkit.sample_annotation if a["num_lidar_pts"] == 0}
+    assert any(a["visibility_token"] == "4" for a in devkit.sample_annotation) and hidden - {"4"}
 
 
 def test_reader_agrees(tiny_world):

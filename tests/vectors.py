@@ -22,7 +22,7 @@ NOT_USED = (
     "ssc_losses: context prior (crp_*), KL_sep",
     "render_curves_rope: sfc16_hilbert_batched (a dummy)",
     "nuscenes_geometry: slerp*, quat_mul_ab, box_*, vp_*, inst_* (the devkit does it)",
-    "robot_flow: GR00T's rot6d_rows_groot, openvla_bin_*",
+    "robot_flow: rotations but axis-angle, grippers, openvla_bin_*, the sampler, time_mean, time_var, att_2d",
     "planning_openloop: *_agentdriver_* (its variants of UniAD's and ST-P3's rules)",
     "language_metrics: drivelm_match",
 )

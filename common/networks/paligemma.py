@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from common import worlds
 from common.files import InputError, read_image, read_json
 from common.networks.tinyvlm import Sizes, tiny_processor, tiny_vlm
+from common.pretrained import load_pretrained, loading
 
 # --- sizes --------------------------------------------------------------------------------------------------
 
@@ -86,33 +87,20 @@ def load_host(vlm: str, sentences: Sequence[str] = (), folder: Path | None = Non
 
     folder: architecture and processor that `save_host` wrote; the weights then come with a checkpoint.
     """
-    from safetensors import SafetensorError
     from transformers import AutoProcessor, PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     if folder is None and vlm in SIZES and not SIZES[vlm][1]:
         return random_host(SIZES[vlm][0], sentences)
     name = str(folder or (pretrained_host(vlm, sentences) if vlm in SIZES else vlm))
-    is_path = folder is not None or name.startswith((".", "/", "~")) or name.count("/") != 1
-    if is_path and not Path(name).is_dir():
-        raise InputError(f"--vlm {name}: no such folder; give a folder saved by transformers, a hub id, or "
-                         "tiny")
-    try:
-        local = Path(name).is_dir()  # a folder that lacks something is not looked for on the hub
-        config = PaliGemmaConfig.from_pretrained(name, local_files_only=local)
-        processor = AutoProcessor.from_pretrained(name, local_files_only=local)
-        if local and "text_config" not in read_json(Path(name) / "config.json"):
-            raise ValueError("config.json names no text_config")  # transformers would build its 3B default
-        if folder is not None:
-            return Host(PaliGemmaForConditionalGeneration(config), processor)
-        weights = {"dtype": torch.float32, "use_safetensors": True}
-        return Host(PaliGemmaForConditionalGeneration.from_pretrained(name, **weights), processor)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
-        raise InputError(f"--vlm {name}: {reason}; it needs a PaliGemma 2's config, processor and "
-                         "model.safetensors") from error
+    if Path(name).is_dir():
+        with loading("--vlm", name):
+            if "text_config" not in read_json(Path(name) / "config.json", dict):
+                raise ValueError("config.json names no text_config")  # transformers would build its own 3B
+    if folder is not None:
+        config, processor = load_pretrained("--vlm", name, PaliGemmaConfig, AutoProcessor)
+        return Host(PaliGemmaForConditionalGeneration(config), processor)
+    kinds = PaliGemmaForConditionalGeneration, AutoProcessor
+    return Host(*load_pretrained("--vlm", name, *kinds, remedy=", or tiny", dtype=torch.float32))
 
 
 def check_host(host: Host, vlm: str, image_size: int, images: int) -> None:

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.backbones import conv_norm_relu
-from common.files import InputError
+from common.files import InputError, reason
 from common.geometry import fourier, pixel_centers
 from common.networks.transformer import Attention, mlp
+from common.pretrained import load_pretrained
 
 
 class Sizes(NamedTuple):
@@ -163,11 +164,9 @@ def _tokenizer(name: str) -> Callable:
 
         try:
             _TOKENIZERS[name] = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
-            raise InputError(
-                f"--vlm {name}: no tokenizer there ({reason}); save PaliGemma's into the same folder"
-            ) from error
+        except Exception as error:  # of a damaged file: whatever its reader raises
+            problem = f"no tokenizer there ({reason(error)}); save PaliGemma's into the same folder"
+            raise InputError(f"--vlm {name}: {problem}") from error
     return _TOKENIZERS[name]
 
 
@@ -268,7 +267,7 @@ class Pi0(nn.Module):
 
         self.sizes, self.pi05, self.weights = sizes, adarms, vlm
         if vlm and not torch.empty(0).is_meta:
-            self.net = _pretrained(PI0ForConditionalGeneration, vlm)
+            (self.net,) = load_pretrained("--vlm", vlm, PI0ForConditionalGeneration)
             c, vision = self.net.config, self.net.config.vlm_config.vision_config
             theirs = {"chunk": c.chunk_size, "image_size": vision.image_size, "patch": vision.patch_size}
             if differ := {k: v for k, v in theirs.items() if getattr(sizes, k) != v}:
@@ -361,20 +360,6 @@ def pi0_settings(sizes: Sizes) -> dict:
     return dict(vlm_config=vlm, dit_config=dit, chunk_size=sizes.chunk, max_state_dim=sizes.state_dim,
                 max_action_dim=sizes.action_dim, num_inference_steps=sizes.flow_steps,
                 min_period=sizes.min_period)
-
-
-def _pretrained(kind: type, name: str) -> nn.Module:
-    # torch lists its constructors at the first use of `with torch.device`, and transformers swaps one while
-    # it loads: listed then, torch.linspace would ignore every `with torch.device` that follows
-    with torch.device("cpu"):
-        torch.empty(0)
-    try:
-        return kind.from_pretrained(name, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
-        raise InputError(
-            f"--vlm {name}: {reason}; give a hub id, or a folder with config.json and model.safetensors"
-        ) from error
 
 
 # --- pi0.5 --------------------------------------------------------------------------------------------------

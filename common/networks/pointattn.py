@@ -18,7 +18,8 @@ from common.files import InputError
 from common.geometry import farthest_point_sample
 from common.networks.transformer import Attention, Block, mlp
 
-POINTS = {"tiny": 128, "paper": 2048}  # of a partial cloud and of its completion; PointAttN: 2048
+# points of a partial cloud and of its completion, by common.networks.pi0.SIZES; PointAttN: 2048
+POINTS = {"tiny": 128, "libero": 2048, "paper": 2048}
 
 
 class CrossBlock(nn.Module):
@@ -88,7 +89,7 @@ def pretrain(args: Any, cfg: Any, out: Path, demos: Demonstrations, points: int)
     """
     if not demos.known_shapes:
         if not (out / "latest.json").is_file():
-            raise InputError(f"--completion pointattn: the shapes of {demos.root}'s objects are not known here; "
+            raise InputError(f"--completion pointattn: {demos.root}'s shapes are not known here; "
                              f"use --completion mirror, or copy a tabletop run's folder completion to {out}")
         return
     run = Session(args, cfg, out, samples=len(demos), batch=16, steps=400, source={"root": demos.root},

@@ -1,6 +1,6 @@
 """CLIP behind one small interface (Radford et al., ICML 2021), and the tiny one that data/tinyclip.py trains.
 
-    clip = load("data/worlds/tinyclip")           # or a hub id or folder of any CLIPModel: openai/clip-vit-base-patch16
+    clip = load("data/worlds/tinyclip")           # or a hub id or folder of any CLIPModel
     encode_text(clip, ["a tall yellow vehicle"])  # (1, D) unit vectors
     encode_images(clip, images)                   # (n, D) of whole crops
     patch_features(clip, images)                  # (n, rows, columns, D) of patches, in the same space
@@ -17,17 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import InputError
+from common.files import InputError, read_text
 from common.nuscenes import OCC3D_CLASSES
+from common.pretrained import load_pretrained
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own, of RGB in [0, 1]
+# CLIP's own, of RGB in [0, 1]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEMPLATES = (  # ViLD's, as POP-3D and MaskCLIP's users take them
-    "a photo of a {}.", "This is a photo of a {}", "There is a {} in the scene", "There is the {} in the scene",
-    "a photo of a {} in the scene", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
-    "This is a photo of a small {}.", "This is a photo of a medium {}.", "This is a photo of a large {}.",
-    "There is a small {} in the scene.", "There is a medium {} in the scene.", "There is a large {} in the scene.",
-)  # fmt: skip
-CROP = 32  # [px] of the tiny CLIP's images
+    "a photo of a {}.",
+    "This is a photo of a {}",
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    *(f"a photo of a {size} {{}}." for size in ("small", "medium", "large")),
+    *(f"This is a photo of a {size} {{}}." for size in ("small", "medium", "large")),
+    *(f"There is a {size} {{}} in the scene." for size in ("small", "medium", "large")),
+)
 SEED_OFFSET = 700_000_001  # seeds of the worlds that the tiny encoders learn from: none that anybody types
 
 
@@ -44,27 +49,18 @@ class Clip(NamedTuple):
 
 def load(name: Path | str, device: torch.device | str = "cpu") -> Clip:
     """A folder, or a hub id (downloaded only if it is not in the local cache). InputError in one line."""
-    from transformers import AutoConfig, AutoTokenizer, CLIPModel
+    from transformers import AutoTokenizer, CLIPModel
 
     name = str(name)
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise InputError(f"--clip {name}: no such folder; give a hub id such as openai/clip-vit-base-patch16, or a folder")
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "clip":
-            raise InputError(f"--clip {name}: a model of type '{config.model_type}', expected 'clip'")
-        model, tokenizer = CLIPModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise InputError(f"--clip {name}: cannot be loaded ({reason}); give a folder with a CLIPModel, or a hub id online") from error
+    model, tokenizer = load_pretrained("--clip", name, CLIPModel, AutoTokenizer, model_type="clip")
+    config = model.config
     vision = config.vision_config
-    return Clip(model.to(device).eval().requires_grad_(False), tokenizer, name, vision.image_size, vision.patch_size, config.projection_dim)
+    model = model.to(device).eval().requires_grad_(False)
+    return Clip(model, tokenizer, name, vision.image_size, vision.patch_size, config.projection_dim)
 
 
 def unknown_words(clip: Clip, text: str) -> list[str]:
-    """Words of a text that the tokenizer has no meaning for (a byte-pair tokenizer has some for every
-    word).
-    """
+    """Words of a text that the tokenizer has no meaning for; a byte-pair tokenizer has one for every word."""
     unknown = getattr(clip.tokenizer, "unk_token_id", None)
     if getattr(clip.tokenizer, "eos_token_id", None) == unknown:  # OpenAI's: its <unk> is the end of the text
         return []
@@ -75,18 +71,19 @@ def unknown_words(clip: Clip, text: str) -> list[str]:
 @torch.inference_mode()
 def encode_text(clip: Clip, texts: list[str]) -> Tensor:
     """-> (n, D) unit vectors."""
-    tokens = clip.tokenizer(texts, padding=True, truncation=True, max_length=clip.model.config.text_config.max_position_embeddings,
-                            return_tensors="pt")  # fmt: skip
-    device = clip.model.logit_scale.device
-    out = clip.model.get_text_features(input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device))
-    return F.normalize(getattr(out, "pooler_output", out).float(), dim=-1).clone()  # transformers 5 returns an object
+    longest = clip.model.config.text_config.max_position_embeddings
+    tokens = clip.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    read = {name: tokens[name].to(clip.model.device) for name in ("input_ids", "attention_mask")}
+    out = clip.model.get_text_features(**read)
+    out = getattr(out, "pooler_output", out)  # transformers 5 returns an object
+    return F.normalize(out.float(), dim=-1).clone()
 
 
-def ensemble(clip: Clip, words: list[str], templates: tuple[str, ...] = TEMPLATES) -> Tensor:
-    """One class's words -> (D,): each prompt normalised, averaged over templates and words, normalised again
-    (ViLD).
+def ensemble(clip: Clip, words: list[str]) -> Tensor:
+    """One class's words -> (D,): the prompts' unit vectors, averaged over words and templates (ViLD), of
+    length 1.
     """
-    prompts = [template.format(word) for word in words for template in templates]
+    prompts = [template.format(word) for word in words for template in TEMPLATES]
     return F.normalize(encode_text(clip, prompts).mean(0), dim=-1)
 
 
@@ -102,9 +99,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def read_both(model: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalised pixels (n, 3, h, w) -> class token (n, D) and patches (n, P, D), projected and of unit
-    length.
-    """
+    """Normalised pixels (n, 3, h, w) -> class token (n, D) and patches (n, P, D), of unit length."""
     vision = model.vision_model
     x = vision.pre_layrnorm(vision.embeddings(pixels, interpolate_pos_encoding=True))
     for layer in vision.encoder.layers[:-1]:
@@ -121,14 +116,14 @@ def read_both(model: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
 @torch.inference_mode()
 def encode_images(clip: Clip, images: Tensor) -> Tensor:
     """(n, 3, h, w) RGB in [0, 1], resized to the model's size -> (n, D) unit vectors."""
-    images = F.interpolate(images, (clip.size, clip.size), mode="bilinear", align_corners=False, antialias=True)
+    size = clip.size, clip.size
+    images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
     return read_both(clip.model, normalise(images))[0].clone()
 
 
 @torch.inference_mode()
 def patch_features(clip: Clip, images: Tensor) -> Tensor:
-    """(n, 3, h, w) RGB in [0, 1] -> (n, rows, columns, D) unit vectors, one a patch of the image resized to
-    whole patches.
+    """(n, 3, h, w) RGB in [0, 1], resized to whole tiles -> (n, rows, columns, D) unit vectors, one a patch.
 
     An image is read in tiles of the model's own size, as if each were a crop: its position embedding fits,
     and the cost is linear in the pixels. Real CLIPs are read the same way.
@@ -139,57 +134,34 @@ def patch_features(clip: Clip, images: Tensor) -> Tensor:
     n, _, a, _, b, _ = tiles.shape
     tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (n a b, 3, s, s)
     side = clip.size // clip.patch
-    features = torch.cat([read_both(clip.model, normalise(part))[1] for part in tiles.split(256)])  # (n a b, side^2, D)
+    features = torch.cat([read_both(clip.model, normalise(part))[1] for part in tiles.split(256)])
     features = features.view(n, a, b, side, side, -1).permute(0, 1, 3, 2, 4, 5)
     return features.reshape(n, a * side, b * side, -1).clone()
-
-
-# --- the tiny CLIP ------------------------------------------------------------------------------------------
-
-
-def make_tokenizer(words: set[str]):
-    """A word-level tokenizer: lower case, punctuation apart, <unk> for all other words."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<start>", "<unk>", "<end>"]
-    vocabulary = {word: i for i, word in enumerate([*special, *sorted(words)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokenizer.post_processor = processors.TemplateProcessing("<start> $A <end>", None, [("<start>", 1), ("<end>", 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", unk_token="<unk>", eos_token="<end>")
-
-
-def tiny_model(words: int, dim: int = 64):
-    """An untrained CLIPModel of about half a million parameters."""
-    from transformers import CLIPConfig, CLIPModel
-
-    text = dict(vocab_size=words, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, projection_dim=dim, pad_token_id=0, bos_token_id=1, eos_token_id=3)  # fmt: skip
-    vision = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, image_size=CROP, patch_size=8,
-                  projection_dim=dim)  # fmt: skip
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim))
 
 
 # --- files of words -----------------------------------------------------------------------------------------
 
 
 def read_words(path: Path | str) -> dict[str, list[str]]:
-    """Lines "class: word, word" -> {Occ3D class: words}. InputError: unknown class, a class twice, empty or
-    double words.
+    """Lines "class: word, word" -> {Occ3D class: words}.
+
+    InputError: an unknown class, a class twice, empty or double words.
     """
     path, words = Path(path), {}
     if not path.is_file():
-        raise InputError(f"{path}: file not found; such a file has lines like 'trailer: a long vehicle without windows'")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+        raise InputError(
+            f"{path}: file not found; such a file has lines like 'trailer: a long vehicle without windows'"
+        )
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         line = line.split("#")[0].strip()
         if not line:
             continue
         name, colon, rest = line.partition(":")
         name, where = name.strip(), f"{path}:{number}"
         if name not in OCC3D_CLASSES[:-1]:
-            raise InputError(f"{where}: '{name}' is not an Occ3D class; one of {', '.join(OCC3D_CLASSES[:-1])}")
+            raise InputError(
+                f"{where}: '{name}' is not an Occ3D class; one of {', '.join(OCC3D_CLASSES[:-1])}"
+            )
         if name in words:
             raise InputError(f"{where}: '{name}' a second time; give each class one line")
         parts = [part.strip() for part in rest.split(",")]
@@ -199,7 +171,9 @@ def read_words(path: Path | str) -> dict[str, list[str]]:
         for k, part in enumerate(parts):
             if part.lower() in known or part.lower() in [p.lower() for p in parts[:k]]:
                 other = known.get(part.lower(), name)
-                raise InputError(f"{where}: the prompt '{part}' is already there for '{other}'; prompts must differ")
+                raise InputError(
+                    f"{where}: the prompt '{part}' is already there for '{other}'; prompts must differ"
+                )
         words[name] = parts
     if not words:
         raise InputError(f"{path}: no line 'class: word' in it")

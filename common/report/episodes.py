@@ -58,9 +58,7 @@ FLAGS = {"env": Flag("environment to play in", Literal[ENVIRONMENTS], "tabletop"
 
 
 def rules_of(args: SimpleNamespace, chunk: int) -> Rules:
-    """The flags above as Rules. Raises InputError if nothing is played, or plans of `chunk` steps are too
-    short.
-    """
+    """The flags above as Rules. Raises InputError if nothing is played, or `chunk` steps are too few."""
     if args.episodes + args.clean < 1:
         raise InputError("--episodes 0 --clean 0: nothing to evaluate")
     if args.replan > chunk:
@@ -134,8 +132,7 @@ def degraded(o: Observation, env: Environment, rules: Rules, seed: int) -> Obser
 
 def rollout(plan: Plan, envs: list[Environment], listed: Listed, rules: Rules, *, watch: Callable
             | None = None, clock: list[float] | None = None, title: str = "episodes") -> list[Episode]:
-    """Play the episodes, len(envs) side by side: plan, execute `replan` steps, look again. An abort is a
-    failure.
+    """Play the episodes, len(envs) side by side: plan, execute `replan` steps, look. An abort is a failure.
 
     watch(k, observation, mark): called at each plan of episode k, mark() -> Marks or None. clock: receives
     seconds an observation of each plan.
@@ -187,8 +184,7 @@ def random_plan(width: int, chunk: int) -> Plan:
 
 def controls(plan: Plan, envs: list[Environment], listed: Listed, rules: Rules, *, reads_depth: bool,
              watch: Callable | None = None) -> tuple[dict[str, float], list[Episode]]:
-    """Success of luck, of the blind policy and, in the tabletop world, of the scripted expert on the same
-    episodes.
+    """Success of luck, of the blind policy and (tabletop) of the scripted expert on the same episodes.
 
     reads_depth: also with the other camera poses and with noisy depth (tabletop). -> metrics, luck's
     episodes.
@@ -282,9 +278,7 @@ def write(out: Path, episodes: list[Episode], metrics: dict[str, float], rules: 
 
 def report(plan: Plan, envs: list[Environment], rules: Rules, *, out: Path, version: str, policy: str,
            run: dict[str, Any], cost: dict[str, float], pictures: int = 4, reads_depth: bool = False) -> None:
-    """The verb eval: play all episodes and the controls, write result.json, by_scene.npz and GIFs, print the
-    table.
-    """
+    """The verb eval: play episodes and controls, write result.json, by_scene.npz, GIFs, print a table."""
     env, clock = envs[0], []
     listed = episode_list(env, rules)
     film = to_film(env, listed, pictures)

@@ -23,12 +23,13 @@ from tqdm import tqdm
 from common.files import InputError, write_npz
 from common.geometry import OCC3D, SEMANTICKITTI
 from common.labels import read_label
-from common.metrics import OccupancyMeter, constant_prediction, protocol_line, ssc_confusion, ssc_scores_of
+from common.metrics import (OccupancyMeter, constant_prediction, protocol_line, shown, ssc_confusion,
+                            ssc_scores_of)
 from common.nuscenes import FREE, Frame, NuScenesOccupancy
 from common.report.pictures import OCC3D_STYLE, SSC_STYLE, chosen, draw, draw_curves
 from common.semantickitti import CLASSES as SSC_CLASSES
 from common.semantickitti import SemanticKITTI
-from common.train import write_result
+from common.train import joined, sum_over_ranks, write_result
 from common.worlds import is_world
 
 Truth = Callable[[int], tuple[np.ndarray, ...]]  # i -> ids and the masks that the meter takes
@@ -113,9 +114,10 @@ class SscMeter:
         scores, count = self.scores(), sum(self.frames.values())
         print(f"{title}\n===> per class IoU of {count} samples:")
         for name, value in zip(SSC_CLASSES[1:], scores["per_class"][1:]):
-            print(f"===> {name} - IoU = {100 * value:.2f}")
-        print(f"===> mIoU of {count} samples: {100 * scores['miou']:.2f}")
-        print("completion " + "  ".join(f"{k} {100 * scores[k]:.2f}" for k in ("iou", "precision", "recall")))
+            print(f"===> {name} - IoU = {shown(100 * value)}")
+        print(f"===> mIoU of {count} samples: {shown(100 * scores['miou'])}")
+        rest = (f"{name} {shown(100 * scores[name])}" for name in ("iou", "precision", "recall"))
+        print("completion " + "  ".join(rest))
 
     def save(self, path: Path | str) -> None:
         """by_scene.npz: the counts, and the sums of `miou` and `iou` (intersection, union).
@@ -188,20 +190,34 @@ def constant_ssc(train_set: SemanticKITTI, train_truth: Truth, test_set: Semanti
 def evaluate(predict: Predict, dataset: NuScenesOccupancy | SemanticKITTI, indices: list[int], truth: Truth,
              images: str = "own", rayiou: bool = False,
              save: Path | None = None) -> "OccupancyMeter | SscMeter":
-    """Predict and score the frames `indices`; -> the meter.
+    """Predict and score the frames `indices`, under torchrun a share on each process; -> the meter of all.
 
     images: "own"; "shuffled" gives each frame the images of the one half the list away with its own
     calibration; "black" gives none. save: folder for <token>.npz with key `pred`, exactly what was scored.
     """
-    meter = SscMeter() if isinstance(dataset, SemanticKITTI) else OccupancyMeter()
-    for k, i in enumerate(tqdm(indices, f"eval, {images} images", unit="frame", leave=False)):
+    meter, run = SscMeter() if isinstance(dataset, SemanticKITTI) else OccupancyMeter(), joined()
+    mine = range(run.rank, len(indices), run.world)
+    for k in tqdm(mine, f"eval, {images} images", unit="frame", leave=False):
+        i = indices[k]
         frame = with_images(dataset, indices, k, images)
         ids = predict(frame)
         rays = {"origins": dataset.ray_origins(i)} if rayiou else {}
         meter.add(ids, *truth(i), group=frame.scene, **rays)
         if save is not None:
             write_npz(save / f"{frame.token}.npz", pred=ids)
+    if run.world > 1:
+        merge(meter, list(dict.fromkeys(dataset.scene_names[i] for i in indices)), rayiou)
     return meter
+
+
+def merge(meter: "OccupancyMeter | SscMeter", groups: list[str], rays: bool) -> None:
+    """Give every process the counts of all, scene by scene in one order. All processes call it."""
+    shapes = {"counts": (20, 20) if isinstance(meter, SscMeter) else (4, FREE + 1, FREE + 1), "frames": ()}
+    for name, shape in (shapes | ({"rays": (5, FREE)} if rays else {})).items():
+        mine, none = getattr(meter, name), torch.zeros(shape, dtype=torch.int64)
+        stacked = torch.stack([torch.as_tensor(mine.get(group, none)).long() for group in groups])
+        total = sum_over_ranks(stacked, joined())
+        setattr(meter, name, dict(zip(groups, total if shape else total.tolist(), strict=True)))
 
 
 def with_images(dataset: Any, indices: list[int], k: int, images: str) -> Frame:
@@ -244,24 +260,26 @@ def report(predict: Predict, *, dataset: NuScenesOccupancy | SemanticKITTI, trai
         for images in ("shuffled", "black") if len(indices) > 1 else ("black",):
             scores = evaluate(predict, dataset, indices, of, images).metrics()
             metrics |= {f"{images}_{name}": scores[name] for name in (score, score[1:]) if name in scores}
-        if train_set is not None and train_set.gts is not None:
+        if train_set is not None and train_set.gts is not None and joined().is_main:
             metrics |= (constant_ssc(train_set, truth(train_set), dataset, indices, of) if ssc
                         else constant_scores(train_set, dataset, indices, of))
 
+    if not joined().is_main:  # one process writes
+        return metrics
     data = describe_dataset(dataset, len(indices))
-    shown = against or ("ground truth" if ssc else "Occ3D ground truth")
-    protocol = protocol | {"truth": shown} | RULES["ssc" if ssc else "occ3d"]
+    against_what = against or ("ground truth" if ssc else "Occ3D ground truth")
+    protocol = protocol | {"truth": against_what} | RULES["ssc" if ssc else "occ3d"]
     cost = {"params": params, "steps": state["step"]} | {name: state[name] for name in ("train_s", "peak_gb")}
     meter.save(out / "by_scene.npz")
     write_result(out, method=run["method"], preset=run["preset"], seed=run["seed"], dataset=data,
                  protocol=protocol, metrics=metrics, per_class=meter.per_class(), cost=cost)
-    rules = {"train_mask": protocol["mask_train"], "note": f"against {shown}"}
+    rules = {"train_mask": protocol["mask_train"], "note": f"against {against_what}"}
     if ssc:
         rules |= {"grid": "256x256x32 at 0.2 m", "eval_mask": protocol["mask_eval"],
                   "classes": "classes 1..19, absent ones as 0"}
     line = protocol_line(*data.values(), **rules)
     if known is not None:
-        print(f"{line}\n{score} {100 * metrics[score]:.2f}")
+        print(f"{line}\n{score} {shown(100 * metrics.get(score, math.nan))}")
         return metrics
 
     title, style = f"{run['method']}, {data['split']}", SSC_STYLE if ssc else OCC3D_STYLE
@@ -286,10 +304,10 @@ def print_controls(metrics: dict[str, float], score: str = "miou_camera",
     print(f"\nmIoU and IoU, {rule}, same frames:")
     for label, prefix in (("this network", ""), ("constant predictor", "constant_"),
                           ("its images shuffled", "shuffled_"), ("its images black", "black_")):
-        if prefix + score in metrics:
-            value, iou = metrics[prefix + score], metrics.get(prefix + score[1:], math.nan)
-            ratio = f"{value / constant:6.2f} x constant" if constant > 0 else ""
-            print(f"  {label:20}{100 * value:7.2f}{ratio:17}{100 * iou:8.2f}")
+        if prefix + score in metrics or not prefix:
+            value, iou = (metrics.get(prefix + name, math.nan) for name in (score, score[1:]))
+            ratio = f"{value / constant:6.2f} x constant" if constant > 0 and math.isfinite(value) else ""
+            print(f"  {label:20}{shown(100 * value):>9}{ratio:17}{shown(100 * iou):>9}")
 
 
 def print_cost(cost: dict[str, float], begun: float, paths: list[Path]) -> None:

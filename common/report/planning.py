@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common import viz, worlds
 from common.audit import planning_truth
-from common.files import InputError, read_image, read_json, write_npz
+from common.files import InputError, misfit, read_image, read_json, write_npz
 from common.geometry import OCC3D
 from common.metrics import OccupancyMeter, PlanningMeter, box_corners, protocol_line, qa_scores
 from common.nuscenes import CAMERAS, Future, NuScenesOccupancy, find_root, find_version
@@ -464,7 +464,9 @@ def constant_answers(train_set: NuScenesOccupancy, questions: list[dict]) -> dic
     best = best_constants([row for i in range(len(train_set)) for row in train_set.questions(i) or []])
     scores = Scores()
     scores.questions = [row | {"pred": best.get(row["template_type"], "")} for row in questions]
-    return {f"constant_{name}": value for name, value in scores.qa().items()}
+    found = {f"constant_{name}": value for name, value in scores.qa().items()}
+    kinds = [found[f"constant_qa_{kind}"] for kind in TYPES if f"constant_qa_{kind}" in found]
+    return found | {"constant_qa_types": float(np.mean(kinds))}
 
 
 def save_scenes(path: Path, occupancy: OccupancyMeter, sums: dict[str, np.ndarray]) -> None:
@@ -581,9 +583,11 @@ def read_asked(images: Sequence[str] | None, question: str | None, drivelm: Path
         if len(images) != len(CAMERAS):
             raise InputError(f"--images: {len(images)} files, expected {len(CAMERAS)} ({', '.join(CAMERAS)})")
         return [Asked("", [Path(path) for path in images], [(question, "")])]
-    scenes, asked = read_json(drivelm), []
-    if not isinstance(scenes, dict) or any("key_frames" not in scene for scene in scenes.values()):
-        raise InputError(f"{drivelm}: not DriveLM's form (scene -> key_frames -> image_paths, QA)")
+    frame = {"image_paths?": {str: str}, "QA?": {str: [{"Q?": str}]}}
+    asked: list[Asked] = []
+    scenes = read_json(drivelm)
+    if fault := misfit(scenes, {str: {"key_frames": {str: frame}}}):
+        raise InputError(f"{drivelm}: not DriveLM's form (scene -> key_frames -> image_paths, QA): {fault}")
     for token, frame in (pair for scene in scenes.values() for pair in scene["key_frames"].items()):
         paths = frame.get("image_paths", {})
         if missing := [name for name in CAMERAS if name not in paths]:

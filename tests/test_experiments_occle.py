@@ -1,0 +1,97 @@
+"""OccLE's experiments: claims, rivals and missing parts, the shared first stage, the cost of Dual Mamba."""
+
+import json
+from dataclasses import replace
+
+import commands
+import pytest
+import torch
+from test_occle import COARSE, kitti_world, make_batch, one_thread, small, words  # noqa: F401
+from test_occle import NARROW, SIZES
+
+import occle as O
+from common import cli
+from experiments import occle as X
+
+run, fails = commands.of(O)
+
+
+def test_claims_cover_the_paper():
+    assert [claim.sentence[1] for claim in X.CLAIMS.values()] == list("abcdefghijk")
+    assert [name for name, claim in X.CLAIMS.items() if claim.seeds == 3] == ["labels", "share", "fusion", "projection"]
+    fields = cli.to_dict(O.Config()).keys()
+    for claim in X.CLAIMS.values():
+        for arm in claim.arms.values():
+            assert {k for k in arm if k not in fields} <= {"variant"} and arm.get("variant", "occle") in X.FIRST | X.SECOND
+    arms = X.CLAIMS["labels"].arms
+    assert arms["OccLE 10 %"] == {} and not {"steps", "batch", "lr"} & arms["supervised 10 %"].keys(), "same steps and exposures"
+    assert {p[2] for p in X.on_kitti(X.CLAIMS["semi"]).pairs if len(p) > 2} == {"iou"}
+
+
+@pytest.mark.parametrize("variant", ["occle", "addition", "concatenation", "joint", "image", "LiDAR"])
+def test_every_network_runs_learns_and_has_its_teacher(variant):
+    cfg = small(grid_stride=COARSE["occ3d"])
+    network, batch = (X.FIRST | X.SECOND)[variant].get("network", O.OccLE), make_batch(cfg)
+    torch.manual_seed(0)
+    net = network(cfg, pretrained=False)
+    teacher = O.Teacher(net.branches, 0.9)
+    terms = O.one_step(net, teacher, batch, 0, 9, O.Weights(torch.ones(17), torch.ones(18)), cfg, torch.no_grad)
+    assert all(term.isfinite() for term in terms.values())
+    first, black = net(batch)["logits"], net(batch | {"images": batch["images"] * 0})["logits"]
+    empty = net(batch | {"points": [p[:5] for p in batch["points"]]})["logits"]
+    assert torch.equal(first, black) == (variant == "LiDAR") and torch.equal(first, empty) == (variant == "image")
+    weak = {name: batch[f"weak_{name}"] for name in ("images", "points", "history")} | {n: batch[n][1:] for n in ("K", "T_ego_cam")}
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.branch(weak).occupancy, net.branches.geometric(weak).occupancy)
+
+
+def test_the_joint_network_has_as_many_parameters():
+    for kind in SIZES:
+        cfg = replace(O.PRESETS["tiny"], format=kind, **(O.KITTI["tiny"] if kind == "semantickitti" else {}))
+        count = [sum(p.numel() for p in network(cfg, pretrained=False).parameters()) for network in (O.OccLE, X.JointOccLE)]
+        assert abs(count[1] / count[0] - 1) < 0.05, count
+
+
+def test_each_part_of_the_semi_supervision_is_left_out():
+    cfg = small(grid_stride=COARSE["occ3d"])
+    batch, net = make_batch(cfg), O.OccLE(cfg, pretrained=False)
+    batch["sensor"][0, :10] = 255
+
+    def targets(t=0, **parts):
+        return X.Part(net.branches, 0.9, **parts)(batch, t, 10)
+
+    whole, plain = targets(), O.Teacher(net.branches, 0.9)(batch, 0, 10)
+    assert all(torch.equal(a, b) for a, b in zip(whole, plain, strict=True))
+    assert ((targets(teacher=False)[1] == 0) == (batch["sensor"] == 255)).all()
+    for told, name in ((1, "hits"), (0, "rays")):
+        kept = targets(teacher=False, **{name: False})[1] > 0
+        assert (kept == ((batch["sensor"] != 255) & (batch["sensor"] != told))).all()
+    unknown = batch["sensor"] == 255
+    assert targets(ramp=False)[1][unknown].max() == 1 > targets()[1][unknown].max()
+    assert (targets(threshold=False, ramp=False)[1] > 0).all() and not (whole[1] > 0).all()
+    teacher, old = X.Part(net.branches, 0.9, warmup=False), net.branches.geometric.widen.weight.clone()
+    net.branches.geometric.widen.weight.data += 1
+    teacher.update(net.branches, 0)
+    torch.testing.assert_close(teacher.branch.widen.weight, old + 0.1)
+
+
+def test_a_claim_shares_the_first_stage_and_goes_on(kitti_world, tmp_path, capsys):  # noqa: F811
+    args = ["ablate", "--claim", "c", "--seeds", "1", "--format", "semantickitti", "--data-root", kitti_world, "--workers", "1",
+            "--out", tmp_path / "fusion", "--steps", "2", *words(**NARROW, **SIZES["semantickitti"])]  # fmt: skip
+    run(*args)
+    claim = json.loads((tmp_path / "fusion" / "claim.json").read_text())
+    assert claim["expected"] == [{"better": "Dual Mamba", "worse": "concatenation", "metric": "miou"}]
+    assert len(list((tmp_path / "arms").glob("branches-*/seed0/latest.json"))) == 1
+    results = [json.loads(path.read_text()) for path in (tmp_path / "arms").glob("*/seed0/result.json")]
+    assert len(results) == 2 and all(r["cost"]["steps"] == 2 and "constant_miou" in r["metrics"] for r in results)
+    capsys.readouterr()
+    run(*args)
+    assert "2 of 2 runs are done" in capsys.readouterr().out
+    assert "--claim z" in fails(capsys, "ablate", "--claim", "z", "--data-root", kitti_world)
+
+
+def test_the_cost_of_dual_mamba_is_measured_and_drawn(tmp_path):
+    run("ablate", "--claim", "cost", "--out", tmp_path, "--tokens", "4096", "--device", "cpu", "--data-root", tmp_path)
+    value = json.loads((tmp_path / "cost.json").read_text())
+    assert [row["tokens"] for row in value["rows"]] == [1024, 4096] and value["ns_per_token"]["forward"] > 0
+    assert (tmp_path / "cost.png").read_bytes()[:4] == b"\x89PNG"
