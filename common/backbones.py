@@ -100,7 +100,8 @@ class ConvBackbone(nn.Module):
 class ImageEncoder(nn.Module):
     """Images in [0, 1] -> features at 1/4 resolution; ImageNet normalisation inside.
 
-    name: "conv", "street" or "street-depth" (common/networks/street.py), a hub id such as microsoft/resnet-101 or facebook/dinov2-base, or a local folder of transformers.
+    name: "conv", "street" or "street-depth" (common/networks/street.py), a hub id such as microsoft/resnet-101 or
+    facebook/dinov2-base, or a local folder of transformers.
     pretrained False: random weights, the architecture from this file (or the local folder's config.json).
     """
 

@@ -1,18 +1,16 @@
-"""Pre-trains the miniature image encoder that stands for ImageNet, CLIP and metric depth models on the
-worlds.
+"""Pre-trains the miniature image encoder: it stands for ImageNet and metric depth models on the worlds.
 
-    python -m data.foundation --out data/worlds/foundation                      # pictures, both encoders: minutes
-    python -m data.foundation --out data/worlds/foundation --ship common/weights  # and puts them into the repository
+    python -m data.foundation --out data/worlds/foundation                        # pictures and both encoders
+    python -m data.foundation --out data/worlds/foundation --ship common/weights  # and into the repository
 
-WHAT IT SEES    Single photographs by a car's six cameras in streets of *other* worlds: their seed differs from any
-    world that is trained or evaluated on, and no scene, object or calibration carries over.
-WHAT IT LEARNS  One convolutional encoder at a quarter of the resolution, several 1x1 heads over it: the class of
-    each cell; centre and extent of each object in the picture; the words for what a cell shows. The variant
-    `street` knows this alone (semantics and words: what ImageNet, CLIP and PaliGemma know), `street-depth`
-    learns the metric depth of each cell too, as a distribution over 32 bins (what a metric depth model
-    knows). Nothing is learned of a second camera, of time, or of what is hidden.
-WHAT IS KEPT    The encoder and its heads in half precision, and a card: command, seed, commit, time, scores on
-    fresh pictures.
+WHAT IT SEES    Single photographs by a car's six cameras in streets of *other* worlds. Their seed differs
+    from any world that is trained or evaluated on. No scene, object or calibration carries over.
+WHAT IT LEARNS  One convolutional encoder at a quarter of the resolution, several 1x1 heads over it: the class
+    of each cell; centre and extent of each object. The variant `street` knows this alone (what ImageNet and
+    PaliGemma know). `street-depth` learns the metric depth of each cell too, as a distribution over 32 bins
+    (what a metric depth model knows). Nothing is learned of a second camera, of time, or of what is hidden.
+WHAT IS KEPT    The encoder and its heads in half precision, and a card: command, seed, commit, time, scores
+    on fresh pictures.
 """
 
 import argparse
@@ -43,7 +41,7 @@ class Pictures(NamedTuple):
     images: np.ndarray  # (n, H, W, 3) uint8
     classes: np.ndarray  # (n, h, w) uint8 Occ3D id, sky: 17
     depth: np.ndarray  # (n, h, w) float16 z-depth [m], 0: sky
-    objects: np.ndarray  # (m, 6) float32: picture, Occ3D id, centre u, v, extent in u, v [px of the kept picture]
+    objects: np.ndarray  # (m, 6) float32: picture, Occ3D id, centre u, v, extent in u, v [px as kept]
 
 
 def make_pictures(rigs: int, seed: int) -> Pictures:
@@ -86,10 +84,8 @@ def load_pictures(folder: Path, rigs: int, seed: int) -> Pictures:
     return Pictures(**read_npz(path, {name: (None, None) for name in Pictures._fields}))
 
 
-def object_targets(pictures: Pictures, rows: np.ndarray, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """-> centre heat map (n, 10, h, w) in [0, 1], extent (n, 2, h, w) as log of cells, and where it is
-    known.
-    """
+def object_targets(pictures: Pictures, rows: np.ndarray, shape: tuple[int, int]) -> list[Tensor]:
+    """-> centre heat map (n, 10, h, w) in [0, 1], extent (n, 2, h, w) as log of cells, where it is known."""
     n, (h, w) = len(rows), shape
     heat, extent, known = torch.zeros(n, 10, h, w), torch.zeros(n, 2, h, w), torch.zeros(n, 1, h, w)
     y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
@@ -98,30 +94,29 @@ def object_targets(pictures: Pictures, rows: np.ndarray, shape: tuple[int, int])
             if not 1 <= kind <= 10:
                 continue
             cu, cv, su, sv = u / STRIDE, v / STRIDE, du / STRIDE, dv / STRIDE
-            spread = torch.exp(-((x - cu) / max(0.5, su / 6)) ** 2 / 2 - ((y - cv) / max(0.5, sv / 6)) ** 2 / 2)
+            far = ((x - cu) / max(0.5, su / 6)) ** 2 + ((y - cv) / max(0.5, sv / 6)) ** 2
             i, j = min(h - 1, int(cv)), min(w - 1, int(cu))
-            heat[k, int(kind) - 1] = torch.maximum(heat[k, int(kind) - 1], spread)
+            heat[k, int(kind) - 1] = torch.maximum(heat[k, int(kind) - 1], (-far / 2).exp())
             heat[k, int(kind) - 1, i, j] = 1
             extent[k, :, i, j] = torch.tensor([su, sv]).clamp_min(0.25).log()
             known[k, 0, i, j] = 1
-    return heat, extent, known
+    return [heat, extent, known]
 
 
 def centre_loss(logits: Tensor, heat: Tensor) -> Tensor:
-    """CenterNet's focal loss: (1 - p)^2 log p at centres, (1 - y)^4 p^2 log(1 - p) elsewhere, over their
-    number.
-    """
+    """CenterNet's focal loss: (1 - p)^2 log p at centres, (1 - y)^4 p^2 log(1 - p) elsewhere, per centre."""
     p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)
     there = heat == 1
     loss = torch.where(there, (1 - p) ** 2 * p.log(), (1 - heat) ** 4 * p**2 * (1 - p).log())
     return -loss.sum() / there.sum().clamp_min(1)
 
 
-def losses(out: dict[str, Tensor], classes: Tensor, depth: Tensor, objects: tuple[Tensor, Tensor, Tensor],
+def losses(out: dict[str, Tensor], classes: Tensor, depth: Tensor, objects: list[Tensor],
            weight: Tensor) -> dict[str, Tensor]:
     """Each head's loss. classes (n, h, w), depth (n, h, w) [m], objects: `object_targets`, weight (18,)."""
     heat, extent, known = objects
-    terms = {"class": F.cross_entropy(out["class"], classes, weight), "centre": 0.1 * centre_loss(out["centre"], heat),
+    terms = {"class": F.cross_entropy(out["class"], classes, weight),
+             "centre": 0.1 * centre_loss(out["centre"], heat),
              "extent": 0.1 * ((out["extent"] - extent).abs() * known).sum() / known.sum().clamp_min(1)}
     if "depth" in out:
         bins = torch.where(depth > 0, depth_bin(depth), -1)
@@ -129,7 +124,8 @@ def losses(out: dict[str, Tensor], classes: Tensor, depth: Tensor, objects: tupl
     return terms
 
 
-def train(pictures: Pictures, depth: bool, steps: int, seed: int, batch: int = 12, rate: float = 1e-2) -> StreetEncoder:
+def train(pictures: Pictures, depth: bool, steps: int, seed: int, batch: int = 12,
+          rate: float = 1e-2) -> StreetEncoder:
     """Learns from all but the last tenth of the pictures, which only measure."""
     torch.manual_seed(seed)
     rng, shown = np.random.default_rng(seed), len(pictures.images) - len(pictures.images) // 10
@@ -165,7 +161,8 @@ def score(net: StreetEncoder, pictures: Pictures, first: int) -> dict[str, float
         x = torch.from_numpy(pictures.images[k]).permute(2, 0, 1)[None].float() / 255
         out = net.heads(net(x))
         y, z = torch.from_numpy(pictures.classes[k]).long(), torch.from_numpy(pictures.depth[k]).float()
-        confusion += torch.bincount((18 * y + out["class"][0].argmax(0)).flatten(), minlength=324).view(18, 18)
+        pairs = (18 * y + out["class"][0].argmax(0)).flatten()
+        confusion += torch.bincount(pairs, minlength=324).view(18, 18)
         if "depth" in out:
             near += int(((out["depth"][0].argmax(0) - depth_bin(z)).abs()[z > 0] <= 1).sum())
             counted += int((z > 0).sum())
@@ -199,10 +196,11 @@ def main() -> None:
         begun, name = time.time(), f"street{'-depth' * depth}"
         net = train(pictures, depth, args.steps, args.seed)
         seconds, scores = time.time() - begun, score(net, pictures, first)
-        card = {"name": name, "command": f"python -m data.foundation --rigs {args.rigs} --steps {args.steps} --seed {args.seed}",
-                "commit": commit(), "train_s": round(seconds), "pictures": first, "scores": scores,
+        options = f"--rigs {args.rigs} --steps {args.steps} --seed {args.seed}"
+        card = {"name": name, "command": f"python -m data.foundation {options}", "commit": commit(),
+                "train_s": round(seconds), "pictures": first, "scores": scores,
                 "parameters": sum(p.numel() for p in net.parameters()), "licence": "Apache-2.0",
-                "seen": "single photographs of streets of other worlds: classes, objects" + ", metric depth" * depth}
+                "seen": "photographs of streets of other worlds: classes, objects" + ", metric depth" * depth}
         for folder in filter(None, (args.out, args.ship)):
             save_street(folder / f"{name}.safetensors", net)
             write_json(folder / f"{name}.json", card)

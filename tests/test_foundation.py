@@ -1,4 +1,6 @@
-"""The miniature foundation encoders: shipped weights know fresh pictures, remaking them starts the same way."""
+"""The miniature foundation encoders: shipped weights know fresh pictures, remaking them starts the same
+way.
+"""
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ def pictures():
 
 @pytest.mark.parametrize("name", ["street", "street-depth"])
 def test_shipped_weights_know_fresh_pictures(name, pictures):
-    card, scores = read_json(street.WEIGHTS / f"{name}.json"), foundation.score(street.load_street(name), pictures, 0)
+    card = read_json(street.WEIGHTS / f"{name}.json")
+    scores = foundation.score(street.load_street(name), pictures, 0)
     assert scores.keys() == card["scores"].keys()
     assert scores["miou_2d"] > 0.6 * card["scores"]["miou_2d"]  # twelve pictures: not all classes show
     if name == "street-depth":
@@ -34,12 +37,13 @@ def test_remaking_starts_the_same_way(pictures):
 
 def test_pictures_hold_what_they_show(pictures):
     n, (h, w) = 12, (28, 50)
-    assert pictures.images.shape == (n, 112, 200, 3) and pictures.classes.shape == pictures.depth.shape == (n, h, w)
+    assert pictures.images.shape == (n, 112, 200, 3)
+    assert pictures.classes.shape == pictures.depth.shape == (n, h, w)
     assert ((pictures.depth > 0) | (pictures.classes == 17)).all()  # only the sky has no depth
     kinds, rows = pictures.objects[:, 1].astype(int), pictures.objects[:, 0].astype(int)
-    u, v = (np.clip(pictures.objects[:, a] / street.STRIDE, 0, top - 1).astype(int) for a, top in ((2, w), (3, h)))
+    u, v = (np.clip(pictures.objects[:, a] / 4, 0, top - 1).astype(int) for a, top in ((2, w), (3, h)))
     thing = (kinds >= 1) & (kinds <= 10) & (pictures.objects[:, 4:].min(1) > 6)
-    assert (pictures.classes[rows, v, u] == kinds)[thing].mean() > 0.6  # the middle of most boxes shows the object
+    assert (pictures.classes[rows, v, u] == kinds)[thing].mean() > 0.6  # most boxes' middles show the object
 
 
 def test_an_encoder_of_a_method_starts_from_them():

@@ -1,14 +1,12 @@
-"""The miniature foundation encoder of the synthetic street: weights in common/weights, made by
-data/foundation.py.
+"""The miniature foundation encoder of the synthetic street: weights in common/weights, by data/foundation.py.
 
-    street         classes, objects and words of single pictures: what ImageNet, CLIP and PaliGemma stand for
-    street-depth   the same and metric depth, as a distribution over 32 bins: what a metric depth model stands for
+    street         classes and objects of single pictures: what ImageNet and PaliGemma stand for
+    street-depth   the same and metric depth, as 32 bins: what a metric depth model stands for
 """
 
 import math
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,9 +38,7 @@ class StreetEncoder(nn.Module):
         return self.backbone((images - 0.45) / 0.25)
 
     def heads(self, features: Tensor) -> dict[str, Tensor]:
-        """features -> class (B, 18, h, w), centre (B, 10, h, w), extent (B, 2, h, w), maybe depth (B, 32, h,
-        w).
-        """
+        """features -> class (B, 18, h, w), centre (B, 10, ..), extent (B, 2, ..), maybe depth (B, 32, ..)."""
         return {name: head(features) for name, head in self.read.items()}
 
 
@@ -53,9 +49,7 @@ def save_street(path: Path, net: StreetEncoder) -> None:
 
 
 def load_street(name: str, pretrained: bool = True) -> StreetEncoder:
-    """street or street-depth -> the network, with its weights if `pretrained`. InputError if they are not
-    there.
-    """
+    """street or street-depth -> the network, with its weights if `pretrained`. InputError without a file."""
     if not pretrained:
         return StreetEncoder(name.endswith("depth"))
     path = WEIGHTS / f"{name}.safetensors"
