@@ -155,7 +155,7 @@ def make_labels(
         1 if labeler == "foundation" else min(workers, len(jobs))
     )  # foundation: one set of models in memory
     with tqdm(total=total, desc="labels", unit="keyframe") as bar:
-        for job, count in zip(jobs, _each(_label_scene, jobs, processes), strict=True):
+        for job, count in zip(jobs, each(_label_scene, jobs, processes), strict=True):
             written += count
             bar.update(len(job[3]))
     print(
@@ -164,7 +164,7 @@ def make_labels(
     )
 
 
-def _each(function: Callable, jobs: list, processes: int) -> Iterator:
+def each(function: Callable, jobs: list, processes: int) -> Iterator:
     """function(job) of every job, in order; in spawned processes, since torch's threads do not survive a
     fork.
     """
@@ -221,14 +221,18 @@ def labels_note(folder: Path) -> str:
 
 
 def class_weights(targets: Iterable[Tensor | np.ndarray], classes: int = 18, rule: str = "sqrt") -> Tensor:
-    """-> (classes,) weights by the frequency of the targets' ids, mean 1 over the classes present, 0 for
-    absent ones; 255 ignored.
-
-    rule: sqrt, freq^-0.5; log, MonoScene's 1 / log(freq + .001).
-    """
+    """The `weights_of` the targets' ids; 255 ignored."""
     count = np.zeros(classes)
     for target in tqdm(targets, "class weights", leave=False):
         count += np.bincount(np.asarray(target).ravel(), minlength=IGNORE + 1)[:classes]
+    return weights_of(count, rule)
+
+
+def weights_of(count: np.ndarray, rule: str = "sqrt") -> Tensor:
+    """How often each id occurs -> its weight, mean 1 over the classes present, 0 for absent ones.
+
+    rule: sqrt, freq^-0.5; log, MonoScene's 1 / log(freq + .001).
+    """
     weight = 1 / (np.log(np.maximum(count, 2) + 0.001) if rule == "log" else np.sqrt(np.maximum(count, 1)))
     weight = np.where(count > 0, weight, 0)
     return torch.from_numpy(weight / weight[weight > 0].mean() if weight.any() else weight).float()

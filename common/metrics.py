@@ -6,7 +6,7 @@
     constant_prediction, count_labels        what a model must beat: each voxel's most frequent training class
     ssc_scores                               SemanticKITTI scene completion
     planning_scores, PlanningMeter           open-loop planning: UniAD, ST-P3, VAD
-    qa_scores, openset_scores, libero_plus_average
+    qa_scores, openset_scores, counted_openset_scores, libero_plus_average
     python -m common.metrics audit --pred P --data-root D    anybody's predictions, every protocol (common/audit.py)
 
 Tensors in (numpy arrays too), plain floats out; scores are fractions, the printed lines are percent. Sums are integers
@@ -677,14 +677,18 @@ def openset_scores(score, unknown) -> dict[str, float]:
         raise ValueError(f"{len(score)} scores for {len(unknown)} labels")
     if score.isnan().any():
         raise ValueError(f"{int(score.isnan().sum())} of {len(score)} scores are NaN")
-    positive = int(unknown.sum())
-    if positive in (0, len(score)):
+    place = score.unique(return_inverse=True)[1]
+    return counted_openset_scores(place[unknown].bincount(minlength=len(score)), place[~unknown].bincount(minlength=len(score)))
+
+
+def counted_openset_scores(unknown: Tensor, known: Tensor) -> dict[str, float]:
+    """The same of how many unknown and known elements (n,) have each of n scores in ascending order."""
+    true, false = unknown.flip(0).cumsum(0).double(), known.flip(0).cumsum(0).double()
+    there = (unknown + known).flip(0) > 0
+    true, false = true[there], false[there]
+    if not len(true) or not true[-1] or not false[-1]:
         return {"auroc": NAN, "aupr": NAN, "fpr95": NAN}
-    score, order = score.sort(descending=True)
-    last = torch.cat([score[1:] != score[:-1], score.new_ones(1, dtype=torch.bool)])  # last of each run of equal scores
-    true = unknown[order].cumsum(0)[last].double()
-    false = torch.arange(1, len(score) + 1, device=score.device)[last] - true
-    recall, fallout, precision = true / positive, false / (len(score) - positive), true / (true + false)
+    recall, fallout, precision = true / true[-1], false / false[-1], true / (true + false)
     zero = recall.new_zeros(1)
     gain = torch.diff(recall, prepend=zero)
     return {

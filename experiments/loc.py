@@ -40,7 +40,7 @@ from experiments.runner import Claim, main, once, write_quality
 
 SHARED = {"steps": 180, "n_sweeps": 90}  # config fields of every arm
 FLAGS = {
-    "form": cli.Flag("terms of the language head", Literal["contrast", "cosine", "mse"], "contrast"),
+    "form": cli.Flag("terms of the language head", Literal["contrast", "cosine", "mse", "v2v"], "contrast"),
     "naming": cli.Flag("k nearest points, or a voxel's own", Literal["knn", "own"], "knn"),
     "score": cli.Flag("whose unknown score counts", Literal["both", "language", "occupancy"], "both"),
     "frame-stride": cli.Flag("every n-th keyframe is learned from", int, 4, least=1),
@@ -131,7 +131,29 @@ def mse_terms(f: Tensor, batch: dict, text: Tensor, cfg: loc.Config) -> dict[str
     return {"dcl": cfg.lambda_dcl * pixel_mse(f[:, S:], batch["image_feature"], batch["image_weight"])}
 
 
-FORMS = {"contrast": loc.dense_contrast, "cosine": cosine_terms, "mse": mse_terms}
+def voxel_to_voxel(f: Tensor, label: Tensor, weight: Tensor, tau: float = loc.TAU) -> Tensor:
+    """(5) supervised contrast among a keyframe's sampled voxels: positives share the label.
+
+    f (B, S, D), label (B, S), weight (B, S).
+    """
+    f, valid = F.normalize(f, dim=-1), weight > 0
+    other = valid[:, None, :] & ~torch.eye(f.shape[1], dtype=torch.bool, device=f.device)  # (B, S, S) a != i
+    logits = (f @ f.transpose(1, 2) / tau).masked_fill(~other, -1e4)  # -inf has no gradient
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    positive = other & (label[:, :, None] == label[:, None, :])
+    count = positive.sum(-1)
+    value = -torch.where(positive, log_p, 0.0).sum(-1) / count.clamp_min(1)
+    return loc.weighted_mean(value, weight * (count > 0))
+
+
+def voxel_terms(f: Tensor, batch: dict, text: Tensor, cfg: loc.Config) -> dict[str, Tensor]:
+    """(4), (5) at half its weight, and (6)."""
+    label, weight = batch["cell_class"], batch["cell_weight"]
+    more = cfg.lambda_dcl / 2 * voxel_to_voxel(f[:, : label.shape[1]], label, weight)
+    return loc.dense_contrast(f, batch, text, cfg) | {"v2v": more}
+
+
+FORMS = {"contrast": loc.dense_contrast, "cosine": cosine_terms, "mse": mse_terms, "v2v": voxel_terms}
 
 
 def own_points(scene: Scene, now: Now, index: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
