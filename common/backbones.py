@@ -127,7 +127,9 @@ class ImageEncoder(nn.Module):
             self.neck = UpNeck(fine, coarse, channels, "instance" if norm == "batch" else norm)
         if self.frozen and self.neck is None:
             raise InputError(f"--backbone {name}+frozen: it has no weights but random ones; let it learn")
-        self.backbone.requires_grad_(not self.frozen)
+        if self.frozen:
+            self.backbone.requires_grad_(False)
+        self.learned = "encoder.backbone" if name in STREET else "encoder"  # what starts from weights, in a network
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         """A frozen backbone keeps its batch statistics too."""
@@ -138,9 +140,11 @@ class ImageEncoder(nn.Module):
     def see(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Images (n, 3, H, W) -> what the backbone makes of them, before the neck."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            if isinstance(self.neck, nn.Conv2d):  # the street's encoder normalises for itself
+                return self.backbone(images)
             x, (h, w) = (images - self.mean) / self.std, images.shape[-2:]
-            if not isinstance(self.neck, UpNeck):
-                return self.backbone(images if self.neck else x)  # the street's encoder normalises for itself
+            if self.neck is None:
+                return self.backbone(x)
             whole = [max(1, round(s / self.patch)) * self.patch for s in (h, w)]
             if whole != [h, w]:
                 x = F.interpolate(x, whole, mode="bilinear", align_corners=False)

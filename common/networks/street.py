@@ -73,24 +73,29 @@ class WordTower(nn.Module):
         return F.normalize(x + self.mix(x), dim=-1)
 
 
-class StreetEncoder(nn.Module):
-    """(B, 3, H, W) in [0, 1] -> features (B, 64, H/4, W/4); `heads` reads them, `text` reads words.
+class PlacedBackbone(ConvBackbone):
+    """The pyramid over five channels: each pixel's place beside its colours; the ground's depth is its row."""
 
-    The network gets the place of each pixel beside its colours: the ground's depth follows from its row.
-    """
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised -> (B, C, H/4, W/4)."""
+        v, u = (torch.linspace(-1, 1, n, device=images.device, dtype=images.dtype) for n in images.shape[-2:])
+        place = torch.stack(torch.meshgrid(v, u, indexing="ij")).expand(len(images), -1, -1, -1)
+        return super().forward(torch.cat([images, place], 1))
+
+
+class StreetEncoder(nn.Module):
+    """(B, 3, H, W) in [0, 1] -> features (B, 64, H/4, W/4); `heads` reads them, `text` reads words."""
 
     def __init__(self, depth: bool, vocabulary: list[str] = ()):
         super().__init__()
-        self.backbone = ConvBackbone(CHANNELS, "group", WIDTHS, c_in=5)
+        self.backbone = PlacedBackbone(CHANNELS, "group", WIDTHS, c_in=5)
         sizes = {"class": 18, "centre": 10, "extent": 2, "words": DIM} | ({"depth": BINS} if depth else {})
         self.read = nn.ModuleDict({name: nn.Conv2d(CHANNELS, n, 1) for name, n in sizes.items()})
         nn.init.constant_(self.read["centre"].bias, -4.6)
         self.text = WordTower(list(vocabulary))
 
     def forward(self, images: Tensor) -> Tensor:
-        v, u = (torch.linspace(-1, 1, n, device=images.device) for n in images.shape[-2:])
-        place = torch.stack(torch.meshgrid(v, u, indexing="ij")).expand(len(images), -1, -1, -1)
-        return self.backbone(torch.cat([(images - 0.45) / 0.25, place], 1))
+        return self.backbone((images - 0.45) / 0.25)
 
     def heads(self, features: Tensor) -> dict[str, Tensor]:
         """-> class (B, 18, h, w), centre (10), extent (2), words (64) and, of street-depth, depth (32)."""
