@@ -133,8 +133,7 @@ class RayFrames(E.Keyframes):
         super().__init__(dataset, labels, cfg)
         self.maps, self.past = make_labeler("files", dataset, maps=labels / "maps"), past
 
-    def freeze(self, encoder: torch.nn.Module) -> None:
-        """Rendering warps images, so a step reads images."""
+    views = property(lambda self: None, lambda self, value: None)  # rendering warps images: no cached features
 
     def __call__(self, i: int, rng: np.random.Generator) -> dict[str, Tensor]:
         item = super().__call__(i, rng) | {"raw": torch.as_tensor(self.dataset[i].images)}
