@@ -105,9 +105,9 @@ def photograph_street(seed: int, street: int, rigs: int) -> Pictures:
             photo = photograph(place, t, K, T, DRAWN, rng, True)
             region, said = np.zeros(photo.semantic[cells].shape, np.uint8), []
             kinds = np.unique(photo.semantic[cells])
-            things = [(photo.instance == i, i) for i in np.unique(photo.instance)[1:]]
+            standing = [(photo.instance == i, i) for i in np.unique(photo.instance)[1:]]
             surfaces = [((photo.semantic == kind) & (photo.instance == 0), 0) for kind in kinds[kinds < 255]]
-            for mask, instance in surfaces + things:
+            for mask, instance in surfaces + standing:
                 kind = int(np.bincount(photo.semantic[mask], minlength=1).argmax())
                 if mask[cells].sum() >= 2 and len(said) < 255:
                     model = models[instance - 1] if instance else None
@@ -351,13 +351,14 @@ def main() -> None:
     print(f"{len(pictures.images)} photographs, {len(pictures.objects)} objects: {time.time() - begun:.0f} s")
     first = len(pictures.images) - len(pictures.images) // 10
     for name in [args.only] if args.only else ["street", "street-depth"]:
-        begun = time.time()
+        begun, spent = time.time(), time.process_time()
         net = train(pictures, name.endswith("depth"), args.steps, args.seed)
-        seconds, scores = time.time() - begun, score(net, pictures, first)
+        cpu, seconds = time.process_time() - spent, time.time() - begun
+        scores = score(net, pictures, first)
         options = f"--rigs {args.rigs} --steps {args.steps} --seed {args.seed}"
         seen = "photographs of streets of other worlds: classes, objects, captions"
         card = {"name": name, "command": f"python -m data.foundation {options}", "commit": commit(),
-                "train_s": round(seconds), "pictures": first, "scores": scores,
+                "train_s": round(seconds), "train_cpu_s": round(cpu), "pictures": first, "scores": scores,
                 "parameters": sum(p.numel() for p in net.parameters()), "licence": "Apache-2.0",
                 "seen": seen + ", metric depth" * name.endswith("depth"),
                 "not_seen": "a second camera, time, what is hidden" + ", depth" * (name == "street")}
