@@ -85,9 +85,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import cli, verbs
-from common.backbones import conv_norm_relu
+from common.backbones import conv_norm_relu, encoder_rate
 from common.engine import Session
 from common.files import InputError, read_json, read_npz, short_hash, write_npz
+from common.frozen import frozen_views
 from common.geometry import OCC3D, coarsen
 from common.labelers import rasterize
 from common.labels import IGNORE, LabelMaker, each, read_label, weights_of
@@ -154,7 +155,7 @@ class Config:
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
         network_preset="tiny", image_size=(112, 200), backbone="conv", occ_hidden=0, lang_kernel=1, clip=None,
-        clip_dim=64, clip_image=(224, 400), dcl_samples=64, image_samples=512, lambda_dcl=0.5, lambda_img=0.5,
+        clip_dim=64, clip_image=(112, 200), dcl_samples=64, image_samples=512, lambda_dcl=0.5, lambda_img=0.5,
         lambda_depth=0.3, optimizer="muon", steps=360, lr=1e-2, weight_decay=0.6, warmup=20, jitter=1.0,
         amp="off"),
     "base": Config(network_preset="base", batch=2, steps=60_000, warmup=3000),  # one 24 GB GPU
@@ -362,10 +363,10 @@ def open_prompts(cfg: Config, root: Path, run: Run) -> Prompts:
     return Prompts(words, clip, text, known_ids, novel, novel_ids, described, key)
 
 
-def lift(patches: Tensor, centers: np.ndarray, frame: Frame | dict, occlusion: float = 0.0) -> Tensor:
+def lift(patches: Tensor, centers: np.ndarray, item: dict, size: tuple[int, int],
+         occlusion: float = 0.0) -> Tensor:
     """patches (6, h, w, D), centers (S, 3) [m] ego -> g (S, D): the patch that shows each, or zeros."""
-    K, T_ego_cam = (np.asarray(frame[name]) for name in ("K", "T_ego_cam"))
-    size = frame["images"].shape[-2:]
+    K, T_ego_cam = (np.asarray(item[name]) for name in ("K", "T_ego_cam"))  # of images of `size`
     camera, row, column = best_pixels(centers, K, T_ego_cam, size, patches.shape[1:3], occlusion)
     camera, row, column = (torch.from_numpy(x).to(patches.device) for x in (camera, row, column))
     return patches[camera, row, column] * (camera >= 0)[:, None]
@@ -396,8 +397,9 @@ def name_heldout(keyframes: Keyframes, indices: list[int]) -> None:
         occupied = np.argwhere(semantics < FREE)
         heap = ndimage.label(np.isin(semantics, prompts.words.novel), np.ones((3, 3, 3), bool))[0]
         heap, centers = heap[tuple(occupied.T)], voxel_centers(occupied)
-        frame, T_global_ego = inputs(dataset[i]), dataset.calibration(i)[2]
-        g = lift(keyframes.patches(frame["images"]), centers, frame, occlusion=0.25).cpu()
+        K, T_ego_cam, T_global_ego = dataset.calibration(i)
+        item = {"K": K, "T_ego_cam": T_ego_cam}
+        g = lift(keyframes.patches(i), centers, item, keyframes.cfg.image_size, occlusion=0.25).cpu()
         places = np.floor(move(T_global_ego, centers) / 0.8).astype(np.int64)  # two voxels
         now, track = {}, np.full(len(occupied), -1)
         for h in range(1, heap.max(initial=0) + 1):
@@ -498,7 +500,8 @@ def run_heads(net: Loc, frame: Frame, prompts: Prompts, how: How,
     known = scores[:-1].flatten(1)[:, cells].t().softmax(-1) if net.known > 1 else None
     f = F.normalize(net.language(features, cells[None])[0], dim=-1)
     centers = voxel_centers(wanted.nonzero().cpu().numpy(), net.stride)
-    g = lift(read_patches(prompts.clip, item["images"], how.clip_image), centers, item)
+    patches = read_patches(prompts.clip, item["images"], how.clip_image)
+    g = lift(patches, centers, item, item["images"].shape[-2:])
     a = net.image_weight if how.image_weight is None else how.image_weight
     return Heads(occupied, cells, known, {"": F.normalize(f + a * g, dim=-1), "_f": f, "_g": g})
 
@@ -600,7 +603,7 @@ class Keyframes:
 
     def __init__(self, dataset: NuScenesOccupancy, labels: Path, frames, prompts: Prompts, named: Path | None,
                  net: Loc, cfg: Config):
-        self.dataset, self.labels, self.frames, self.named = dataset, labels, frames, named
+        self.dataset, self.labels, self.frames, self.named, self.views = dataset, labels, frames, named, None
         self.prompts, self.cfg, self.free = prompts, cfg, len(prompts.words.known)
         self.stride, self.shape, self.known = net.stride, net.grid.shape, net.known
         self.place = np.full(256, IGNORE, np.uint8)  # Occ3D id -> place among the known; held out: ignored
@@ -633,23 +636,24 @@ class Keyframes:
 
     def __call__(self, k: int, rng: np.random.Generator) -> dict[str, Tensor]:
         cfg, i = self.cfg, self.frames[k]
-        item, target = inputs(self.dataset[i]), self.target(i)
+        K, T_ego_cam, _ = map(torch.as_tensor, self.dataset.calibration(i))
+        item, target = {"K": K, "T_ego_cam": T_ego_cam}, self.target(i)
         points = self.dataset.points(i)[:, :3].astype(np.float64)
-        patches = self.patches(item["images"])
-        if rng.random() < cfg.jitter:
+        shown, patches = self.views(i) if self.views else inputs(self.dataset[i]), self.patches(i)
+        if rng.random() < cfg.jitter and not self.views:
             brightness, contrast = float(rng.uniform(0.7, 1.3)), float(rng.uniform(-0.1, 0.1))
-            item["images"] = (item["images"] * brightness + contrast).clamp(0, 1)
+            shown["images"] = (shown["images"] * brightness + contrast).clamp(0, 1)
         h, w = (-(-s // 4) for s in cfg.image_size)  # of the features
         K = item["K"].numpy() * np.array([w / cfg.image_size[1], h / cfg.image_size[0], 1])[:, None]
         depth = rasterize(points, np.zeros(len(points), np.uint8), K, item["T_ego_cam"].numpy(), h, w)[1]
         cells, label, weight = self.sample_classes(target, rng)
         seen, feature, known = self.sample_pixels(points, target, patches, item, rng)
         place = np.stack(np.unravel_index(cells, self.shape), 1)
-        item["cell_image"] = lift(patches, voxel_centers(place, self.stride), item)
+        shown["cell_image"] = lift(patches, voxel_centers(place, self.stride), item, cfg.image_size)
         arrays = {"depth": depth, "cells": np.concatenate([cells, seen]), "cell_class": label,
                   "cell_weight": weight, "image_feature": feature, "image_weight": known}
-        item["target"] = self.occupancy(target)
-        return item | {name: torch.from_numpy(array) for name, array in arrays.items()}
+        shown["target"] = self.occupancy(target)
+        return shown | {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def cell_of(self, index: np.ndarray) -> np.ndarray:
         """Voxel index (V, 3) -> flat cell (V,)."""
@@ -693,8 +697,9 @@ class Keyframes:
         feature[:n] = patches[camera[chosen], row[chosen], column[chosen]]
         return cells, feature, weight
 
-    def patches(self, images: Tensor) -> Tensor:
-        """A keyframe's images -> CLIP's patch features (6, rows, columns, D)."""
+    def patches(self, i: int) -> Tensor:
+        """CLIP's patch features (6, rows, columns, D) of keyframe i."""
+        images = torch.from_numpy(self.dataset.images(i))
         return read_patches(self.prompts.clip, images, self.cfg.clip_image)
 
 
@@ -780,12 +785,15 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, frames=No
     if cfg.holdout_mode == "nearest":
         named = (shared or args.out) / f"nearest-{prompts.key}{'-gt' * cfg.gt}"
     keyframes = Keyframes(dataset, labels, frames, prompts, named, net, cfg)
-    if run.is_main:
-        target_weights(keyframes, args.workers)  # names held-out objects for the other ranks too
-    barrier(run.run)
+    if not run.is_main:
+        barrier(run.run)  # the first rank names held-out objects for all
     class_weight = target_weights(keyframes, args.workers).to(run.device)
-    optimizer = make_optimizer(cfg.optimizer, net, cfg.lr, cfg.lr, cfg.weight_decay, encoder="net.encoder")
+    if run.is_main:
+        barrier(run.run)
+    rates = encoder_rate(cfg.backbone, cfg.lr), cfg.lr
+    optimizer = make_optimizer(cfg.optimizer, net, *rates, cfg.weight_decay, "encoder.backbone")
     model = run.attach(net, optimizer, find_unused=True)  # the wrapped network's own head is not used
+    keyframes.views = frozen_views(getattr(net.net, "encoder", None), dataset, labels)
     for step, batch in run.batches(keyframes, args.workers, partial(collate, device=run.device)):
         lr = set_lr(optimizer, schedule(step, run.steps, "cosine", cfg.warmup))
         with run.autocast():

@@ -36,7 +36,7 @@ from common.report.openset import hide_classes
 from common.report.pictures import OCC3D_STYLE, SSC_STYLE
 from common.semantickitti import SemanticKITTI
 from common.worlds import is_world, make
-from experiments.runner import Claim, main, once, write_quality
+from experiments.runner import Claim, main, once, start_claim, write_quality
 
 SHARED = {"steps": 180, "n_sweeps": 90}  # config fields of every arm
 FLAGS = {
@@ -98,6 +98,7 @@ CLAIMS = {
         {"with image term": SELF, "text only": SELF | {"lambda_img": 0.0}},
         tuple(("with image term", "text only", m) for m in ("unknown_miou", "miou_camera", "scene_auroc")),
         note=LATER, seeds=1),
+    "start": start_claim(),
 }
 STEPS = {  # of the labels, for label-quality
     "single sweep": SPARSE | {"fuse": False}, "fused": SPARSE, "+ Poisson": {"knn_k": 1}, "+ KNN": {},
@@ -191,7 +192,8 @@ def run_arm(cfg: loc.Config, args: SimpleNamespace) -> Path:
     dataset = open_split(args.data_root, args.version, None, cfg.image_size, args.cache)
     frames = range(0, len(dataset), args.frame_stride)
     labels = labels_of(dataset, "lidar" if cfg.mode == "supervised" else "world", cfg, args, only=frames)
-    own = {"out": run, "ckpt": run, "split": None, "labels": None, "save_pred": None, "rayiou": False}
+    own = {"out": run, "ckpt": run, "split": None, "labels": None, "save_pred": None, "rayiou": False,
+           "image_weight": None, "known_by": "occupancy"}
     args = SimpleNamespace(**vars(args) | own | {"pictures": 0})
     loc.train(cfg, dataset, labels, args, frames=frames, contrast=FORMS[args.form], shared=labels)
     args.run = read_json(run / "config.json")

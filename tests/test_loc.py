@@ -26,7 +26,7 @@ from common.labels import label_path, read_label
 from common.networks import lss, tinyclip
 from common.nuscenes import OCC3D_CLASSES, NuScenesOccupancy
 from common.report import openset
-from data.tinyclip import make_tokenizer, tiny_model
+from small_clip import save_small_clip
 from experiments import loc as X
 from experiments import runner
 
@@ -55,11 +55,7 @@ def untrained_clip(folder: Path) -> Path:
     lists = [tinyclip.read_words(path) for path in sorted((ROOT / "data" / "openset").glob("*.txt"))]
     texts = [*tinyclip.TEMPLATES, "tall", *(w for words in lists for given in words.values() for w in given)]
     words = {word for text in texts for word in re.findall(r"[a-z0-9]+|[.,]", text.lower())}
-    tokenizer = make_tokenizer(words)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tiny_model(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_small_clip(folder, words)
     return folder
 
 
@@ -377,7 +373,7 @@ def two_keyframes(base, tmp_path, monkeypatch, views) -> list[np.ndarray]:
     keyframes.prompts = keyframes.prompts._replace(text=torch.eye(K, 64))
     calls, pose = iter(views), dataset.calibration(0)
     monkeypatch.setattr(dataset, "calibration", lambda i: pose)  # the car stands
-    monkeypatch.setattr(keyframes, "patches", lambda images: next(calls).expand(6, 4, 8, 64))
+    monkeypatch.setattr(keyframes, "patches", lambda i: next(calls).expand(6, 4, 8, 64))
     keyframes.named = tmp_path / "named"
     L.name_heldout(keyframes, [0, 1])
     return [keyframes.target(i)[120:124, 98:102, 3:6] for i in range(2)]
@@ -395,8 +391,8 @@ def test_a_patch_is_lifted_to_the_voxels_that_it_shows():
     patches = torch.zeros(1, 3, 5, 4)
     patches[0, 1, 2] = torch.tensor([0, 0, 1.0, 0])  # the middle of the image
     K, T = camera()
-    frame = {"images": torch.zeros(1, 3, 60, 100), "K": K[None], "T_ego_cam": T[None]}
-    g = L.lift(patches, np.array([[10.0, 0, 0], [10, 4, 0], [-10, 0, 0]]), frame)
+    frame = {"K": K[None], "T_ego_cam": T[None]}
+    g = L.lift(patches, np.array([[10.0, 0, 0], [10, 4, 0], [-10, 0, 0]]), frame, (60, 100))
     assert g[0].tolist() == [0, 0, 1, 0] and not g[1:].any()  # beside it; behind the camera
 
 
@@ -466,7 +462,7 @@ def test_one_keyframe_is_overfitted(base):
     text = F.normalize(torch.randn(keyframes.free, 64, generator=generator), dim=-1)
     patches = torch.zeros(6, 8, 16, 64)
     patches[..., :6] = torch.eye(6)[:, None, None]
-    keyframes.patches = lambda images: patches
+    keyframes.patches = lambda i: patches
     torch.manual_seed(0)
     net, cfg = L.Loc(keyframes.cfg), keyframes.cfg
     batch = L.collate([keyframes(0, np.random.default_rng(0))], torch.device("cpu"))
@@ -614,10 +610,9 @@ def test_query_writes_a_picture_and_a_page(base, trained, capsys, monkeypatch):
 
 def test_a_clip_that_does_not_fit_the_checkpoint_is_one_line(base, trained, tmp_path, capsys):
     tokenizer = tinyclip.load(base.cfg.clip).tokenizer
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        tiny_model(len(tokenizer), dim=32).save_pretrained(tmp_path / "narrow")
-        tiny_model(len(tokenizer)).save_pretrained(tmp_path / "other")
+    known = set(tokenizer.get_vocab()) - {"<pad>", "<start>", "<unk>", "<end>"}
+    save_small_clip(tmp_path / "narrow", known, dim=32)
+    save_small_clip(tmp_path / "other", known, seed=1)
     words = ["eval", "--ckpt", trained, "--cache", base.cache, "--clip"]
     for name, complaint in (("narrow", "32 dimensions"), ("other", "are not those of the checkpoint")):
         tokenizer.save_pretrained(tmp_path / name)
