@@ -52,8 +52,7 @@ ASSUMPTIONS    All unpublished; the flag or the line that changes it stands besi
     * the language head's gradient does not enter the trunk                          --lang-grad
     * t_c is the mean over LOcc's query words in ViLD's 14 templates                 --vocabulary
     * unknown score: mean of both heads' 1 - max known probability                   unknown_score
-    * known classes are named by the occupancy head                                  --known-by
-    * with novel prompts a voxel is novel if its best prompt is                      --delta
+    * a voxel is novel if its best prompt is, else the occupancy head names it       --known-by
     * voxels that no ray met are not supervised, nor a column's lowest free one      surely_free
     * optimiser and schedule are LOcc's                                              --lr --steps
 DEVIATIONS
@@ -64,7 +63,7 @@ DEVIATIONS
 
 CLAIMS         the paper's, without public numbers: experiments/loc.py; ours are in RESULTS.md
     a contrast > distillation (unknown mIoU, diversity)   b labels + ground truth > labels   c dense > sparse
-    d wrapping keeps known classes, adds open set   e two heads > each alone   f image term on > off
+    d wrapping keeps known classes, adds open set  e two heads > each   f image term on > off   g f + g > f, g
 """
 
 from __future__ import annotations
@@ -74,6 +73,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -128,7 +128,6 @@ class Config:
     vocabulary: str = "data/openset/vocabulary.txt"  # class: query words; LOcc's table
     holdout: str = "data/openset/rare.txt"  # held-out classes, a file; assumption
     holdout_mode: Literal["nearest", "ignore"] = "nearest"  # a held-out object in training; assumption
-    delta: float = 0.0  # (7): novel only where the unknown score reaches it; 0: prompts decide; assumption
     # labels
     fuse: bool = True  # Sec. 2.2; off: each keyframe's own sweep alone
     n_sweeps: int = 0  # sweeps of a scene that are fused, keyframes first; 0: all, SurroundOcc's code
@@ -355,27 +354,24 @@ def open_prompts(cfg: Config, root: Path, run: Run) -> Prompts:
     if clip.dim != cfg.clip_dim:
         raise InputError(f"--clip {name}: its space has {clip.dim} dimensions, this configuration's language "
                          f"head {cfg.clip_dim}; use the CLIP of the checkpoint, or --clip-dim {clip.dim}")
+    prompts = {**words.names, **(words.described if unseen else {})}
+    if strange := {word for given in prompts.values() for text in given
+                   for word in tinyclip.unknown_words(clip, text)}:
+        print(f"note: {name} does not know {', '.join(sorted(strange))}; no prompt has it", file=sys.stderr)
     text = prompt_table(clip, words.known, words.names)
     described = prompt_table(clip, words.novel, words.described)
     novel = described if unseen else prompt_table(clip, words.novel, words.names)
     known_ids, novel_ids = (torch.tensor(ids, device=run.device) for ids in (words.known, words.novel))
-    key = short_hash((text * 1000).round().int().tolist())
-    return Prompts(words, clip, text, known_ids, novel, novel_ids, described, key)
+    return Prompts(words, clip, text, known_ids, novel, novel_ids, described,
+                   key=short_hash((text * 1000).round().int().tolist()))
 
 
-def lift(patches: Tensor, centers: np.ndarray, item: dict, size: tuple[int, int],
-         occlusion: float = 0.0) -> Tensor:
+def lift(patches: Tensor, centers: np.ndarray, item: dict, size: tuple, occlusion: float = 0.0) -> Tensor:
     """patches (6, h, w, D), centers (S, 3) [m] ego -> g (S, D): the patch that shows each, or zeros."""
     K, T_ego_cam = (np.asarray(item[name]) for name in ("K", "T_ego_cam"))  # of images of `size`
     camera, row, column = best_pixels(centers, K, T_ego_cam, size, patches.shape[1:3], occlusion)
     camera, row, column = (torch.from_numpy(x).to(patches.device) for x in (camera, row, column))
     return patches[camera, row, column] * (camera >= 0)[:, None]
-
-
-def read_patches(clip: tinyclip.Clip, images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (6, 3, H, W), read at `size` -> CLIP's patch features (6, rows, columns, D), unit vectors."""
-    images = F.interpolate(images.to(clip.model.device), size, mode="bilinear", align_corners=False)
-    return tinyclip.patch_features(clip, images)
 
 
 def voxel_centers(index: np.ndarray, stride: tuple[int, ...] = (1, 1, 1)) -> np.ndarray:
@@ -417,9 +413,8 @@ def name_heldout(keyframes: Keyframes, indices: list[int]) -> None:
         found[i] = index[track >= 0].astype(np.int32), track[track >= 0]
     label = np.full(len(sums), IGNORE, np.uint8)
     if sums:
-        seen = torch.stack(sums).norm(dim=-1) > 0
         p = (F.normalize(torch.stack(sums), dim=-1) @ prompts.text.cpu().t() / TAU).softmax(-1).max(-1)
-        sure = (seen & (p.values >= SURE)).numpy()
+        sure = (p.values >= SURE).numpy()
         label[sure] = np.array(prompts.words.known, np.uint8)[p.indices.numpy()[sure]]
     for i, (index, track) in found.items():
         write_npz(keyframes.named_path(i), index=index, label=label[track])
@@ -465,14 +460,8 @@ class How(NamedTuple):
     """How voxels are named."""
 
     clip_image: tuple[int, int]  # [px] at which CLIP reads the images
-    delta: float = 0.0  # novel only where the unknown score reaches it
     image_weight: float | None = None  # a of (7); none: the one that training chose
     known_by: str = "occupancy"  # the head that names known classes
-
-
-def how_of(cfg: Config, args) -> How:
-    """Of the configuration and the command line."""
-    return How(cfg.clip_image, cfg.delta, args.image_weight, args.known_by)
 
 
 class Heads(NamedTuple):
@@ -500,7 +489,7 @@ def run_heads(net: Loc, frame: Frame, prompts: Prompts, how: How,
     known = scores[:-1].flatten(1)[:, cells].t().softmax(-1) if net.known > 1 else None
     f = F.normalize(net.language(features, cells[None])[0], dim=-1)
     centers = voxel_centers(wanted.nonzero().cpu().numpy(), net.stride)
-    patches = read_patches(prompts.clip, item["images"], how.clip_image)
+    patches = tinyclip.patch_features(prompts.clip, item["images"].to(device), how.clip_image)
     g = lift(patches, centers, item, item["images"].shape[-2:])
     a = net.image_weight if how.image_weight is None else how.image_weight
     return Heads(occupied, cells, known, {"": F.normalize(f + a * g, dim=-1), "_f": f, "_g": g})
@@ -517,8 +506,7 @@ def unknown_score(heads: Heads, text: Tensor) -> dict[str, Tensor]:
 def decide(heads: Heads, prompts: Prompts, novel: bool, how: How, kind: str = "") -> Tensor:
     """(7) class (S,) of each cell: the occupancy head's best, or (self-supervised) the best known prompt.
 
-    novel: a held-out class where the best of all prompts is one and the unknown score reaches `delta`.
-    kind: which of the heads' features is asked.
+    novel: a held-out class where the best of all prompts is one. kind: which of the features is asked.
     """
     alike = heads.features[kind] @ prompts.text.t()
     by_language = heads.known is None or how.known_by == "language"
@@ -526,8 +514,7 @@ def decide(heads: Heads, prompts: Prompts, novel: bool, how: How, kind: str = ""
     if not novel:
         return label
     other = heads.features[kind] @ prompts.novel_text.t()
-    reached = unknown_score(heads, prompts.text)["both"] >= how.delta
-    return torch.where((other.amax(-1) > alike.amax(-1)) & reached, prompts.novel[other.argmax(-1)], label)
+    return torch.where(other.amax(-1) > alike.amax(-1), prompts.novel[other.argmax(-1)], label)
 
 
 def to_voxels(values: Tensor, heads: Heads, empty: float) -> Tensor:
@@ -552,8 +539,7 @@ def answer(net: Loc, prompts: Prompts, how: How, frame: Frame, voxels: np.ndarra
     rows = to_voxels(torch.arange(len(heads.cells), device=heads.cells.device), heads, -1).cpu()
     rows = rows[torch.from_numpy(voxels)]  # (M,)
     text, f = torch.cat([prompts.text, prompts.novel_text]), heads.features
-    unknown = unknown_score(heads, prompts.text)
-    return openset.Answer({head: score.cpu()[rows] for head, score in unknown.items()},
+    return openset.Answer({name: u.cpu()[rows] for name, u in unknown_score(heads, prompts.text).items()},
                           {kind: (f[kind] @ text.t()).cpu()[rows] for kind in f},
                           (f[""] @ prompts.described.t()).cpu()[rows], f[""].cpu()[rows],
                           {kind: to_ids(heads, prompts, True, how, kind) for kind in f})
@@ -699,8 +685,8 @@ class Keyframes:
 
     def patches(self, i: int) -> Tensor:
         """CLIP's patch features (6, rows, columns, D) of keyframe i."""
-        images = torch.from_numpy(self.dataset.images(i))
-        return read_patches(self.prompts.clip, images, self.cfg.clip_image)
+        images = torch.from_numpy(self.dataset.images(i)).to(self.prompts.text.device)
+        return tinyclip.patch_features(self.prompts.clip, images, self.cfg.clip_image)
 
 
 def inputs(frame: Frame) -> dict[str, Tensor]:
@@ -743,10 +729,8 @@ def target_weights(keyframes: Keyframes, workers: int = 1) -> Tensor:
 
     Held-out objects are named on the way, scene by scene in `workers` processes.
     """
-    scenes: dict[str, list[int]] = {}
-    for i in keyframes.frames:
-        scenes.setdefault(keyframes.dataset.scene_names[i], []).append(i)
-    jobs = [(keyframes, indices) for indices in scenes.values()]
+    scenes = groupby(keyframes.frames, keyframes.dataset.scene_names.__getitem__)
+    jobs = [(keyframes, list(indices)) for _, indices in scenes]
     parallel = workers if keyframes.prompts.text.device.type == "cpu" and len(keyframes.frames) > 200 else 1
     bar = tqdm(each(prepare_scene, jobs, parallel), "training targets", len(jobs), unit="scene", leave=False)
     cells, named = (sum(parts) for parts in zip(*bar, strict=True))
@@ -838,7 +822,7 @@ def evaluate(cfg: Config, args, known: dict[str, float] | None = None) -> None:
     """
     net, out, state = verbs.load(Loc, cfg, args)
     prompts, dataset, train_set = prompts_of(cfg, args), open_frames(cfg, args), verbs.open_train(cfg, args)
-    words, data, how = prompts.words, args.run["data"], how_of(cfg, args)
+    words, data, how = prompts.words, args.run["data"], How(cfg.clip_image, args.image_weight, args.known_by)
     held_out = f"{', '.join(OCC3D_CLASSES[c] for c in words.novel)} ({Path(cfg.holdout).name})"
     language = cfg.clip or f"tiny CLIP, {cfg.language}"
     a = net.image_weight if how.image_weight is None else how.image_weight
@@ -861,7 +845,7 @@ def query(cfg: Config, args) -> None:
     """The verb query: which occupied voxels of all keyframes are most like a free text: PNG and HTML."""
     net, out, _ = verbs.load(Loc, cfg, args)
     prompts, dataset, text = prompts_of(cfg, args), open_frames(cfg, args), " ".join(args.text.split())
-    how = how_of(cfg, args)
+    how = How(cfg.clip_image, args.image_weight, args.known_by)
     if strange := tinyclip.unknown_words(prompts.clip, text):
         if len(strange) == len(text.split()):
             raise InputError(f"--text '{text}': {prompts.clip.name} knows none of these words; describe it "
@@ -901,8 +885,8 @@ def main() -> None:
         "eval": evaluate,
         "query": query,
         "predict": lambda cfg, args: verbs.predict_frames(
-            Loc, partial(predict, prompts=prompts_of(cfg, args), how=how_of(cfg, args)), cfg, args,
-            open_frames),
+            Loc, partial(predict, prompts=prompts_of(cfg, args),
+                         how=How(cfg.clip_image, args.image_weight, args.known_by)), cfg, args, open_frames),
         "describe": lambda cfg, args: verbs.describe(Loc, cfg, args, partial(cells_of, cfg)),
     }, verbs={
         "query": ("find the voxels that a text means: PNG and HTML",

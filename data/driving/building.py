@@ -16,7 +16,8 @@ from common.files import InputError, read_json, write_json
 
 def describe_world(settings: NamedTuple) -> dict:
     """What world.json says."""
-    return {**settings._asdict(), "image": f"{settings.image[1]}x{settings.image[0]}", "generator": "data.driving"}
+    kept = {name: value for name, value in settings._asdict().items() if name != "decoys" or value}
+    return {**kept, "image": f"{settings.image[1]}x{settings.image[0]}", "generator": "data.driving"}
 
 
 def claim_folder(out: Path, settings: NamedTuple) -> bool:
