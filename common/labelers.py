@@ -97,9 +97,8 @@ def map_paths(folder: Path | str, kind: str, camera_files: list[str]) -> list[Pa
 
 
 def read_map(path: Path, bits: int) -> np.ndarray:
-    """One PNG -> (h, w) uint8 or uint16. InputError if it is missing, broken, or has other channels or
-    other bits.
-    """
+    """One PNG -> (h, w) uint8 or uint16. InputError if it is missing, broken, or has other channels or other
+    bits."""
     with open_image(path, "map") as image:
         if bits == 16:
             return grey16(image)
@@ -121,8 +120,7 @@ def read_stack(paths: list[Path], bits: int, shape: tuple[int, int] | None = Non
 
 def read_maps(folder: Path | str, camera_files: list[str], image_shape: tuple[int, int]) -> Maps:
     """One keyframe in the maps format. `image_shape` (H, W): its aspect ratio must be the maps' within 2
-    %.
-    """
+    %."""
     semantic = read_semantic(folder, camera_files, range(FREE), FREE)
     h, w = semantic.shape[1:]
     if abs(w * image_shape[0] / (h * image_shape[1]) - 1) > 0.02:
@@ -134,12 +132,10 @@ def read_maps(folder: Path | str, camera_files: list[str], image_shape: tuple[in
     return Maps(semantic, depth * np.float32(1 / DEPTH_SCALE))
 
 
-def read_semantic(
-    folder: Path | str, camera_files: list[str], classes: range, none: int, kind: str = "semantic"
-) -> np.ndarray:
+def read_semantic(folder: Path | str, camera_files: list[str], classes: range, none: int,
+                  kind: str = "semantic") -> np.ndarray:
     """One keyframe's `kind` maps -> (N, h, w) uint8; InputError on an id that is neither of `classes` nor
-    `none`.
-    """
+    `none`."""
     paths = map_paths(folder, kind, camera_files)
     semantic = read_stack(paths, 8)
     for path, values in zip(paths, semantic, strict=True):
@@ -150,9 +146,8 @@ def read_semantic(
     return semantic
 
 
-def write_semantic(
-    folder: Path | str, camera_files: list[str], maps: np.ndarray, kind: str = "semantic"
-) -> None:
+def write_semantic(folder: Path | str, camera_files: list[str], maps: np.ndarray,
+                   kind: str = "semantic") -> None:
     """Writes one keyframe's (N, h, w) values as `kind` maps, each file whole or not at all."""
     from PIL import Image
 
@@ -164,8 +159,7 @@ def write_semantic(
 
 def quantize(depth: np.ndarray) -> np.ndarray:
     """[m] -> uint16 counts of the maps format. Depths beyond DEPTH_MAX become it; negative and nan become 0
-    (none).
-    """
+    (none)."""
     counts = np.rint(np.clip(np.nan_to_num(depth, nan=0, posinf=DEPTH_MAX), 0, DEPTH_MAX) * DEPTH_SCALE)
     return counts.astype(np.uint16)
 
@@ -253,9 +247,8 @@ class Lidar:
             labels = labels[keep]
         h, w = (max(1, round(self.scale * n)) for n in dataset.image_shape)
         K, T_ego_cam, _ = dataset.calibration(i)
-        semantic, depth, seen = rasterize(
-            points, labels, scale_K(K, dataset.image_size, (h, w)), T_ego_cam, h, w
-        )
+        semantic, depth, seen = rasterize(points, labels, scale_K(K, dataset.image_size, (h, w)), T_ego_cam,
+                                          h, w)
         kept = seen if self.seen_only else np.ones(len(points), bool)
         return Maps(semantic, depth, points[kept], labels[kept])
 
@@ -302,15 +295,8 @@ def fit_ground(points: np.ndarray, seed: int, rounds: int = 256) -> tuple[float,
     return tuple(float(value) for value in plane)
 
 
-def rasterize(
-    points: np.ndarray,
-    labels: np.ndarray,
-    K: np.ndarray,
-    T_ego_cam: np.ndarray,
-    h: int,
-    w: int,
-    none: int = FREE,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rasterize(points: np.ndarray, labels: np.ndarray, K: np.ndarray, T_ego_cam: np.ndarray, h: int, w: int,
+              none: int = FREE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """points (M, 3) [m] ego, labels (M,), K (N, 3, 3), T_ego_cam (N, 4, 4) -> semantic (N, h, w) uint8
     (`none` where no point is), depth (N, h, w) float32 [m] of the nearest point in each pixel, seen (M,)
     bool: inside at least one image."""
@@ -373,15 +359,8 @@ class Foundation:
     device           torch device; None: cuda if there is one
     """
 
-    def __init__(
-        self,
-        dataset: NuScenesOccupancy,
-        grounding: str | None = None,
-        sam: str | None = None,
-        depth: str | None = None,
-        cache_maps: Path | str | None = None,
-        device: str | None = None,
-    ):
+    def __init__(self, dataset: NuScenesOccupancy, grounding: str | None = None, sam: str | None = None,
+                 depth: str | None = None, cache_maps: Path | str | None = None, device: str | None = None):
         self.dataset, self.device = dataset, _device(device)
         names = {"grounding": grounding or GROUNDING, "sam": sam or SAM, "depth": depth or METRIC_DEPTH}
         self.note = f"2D maps by {names['grounding']} + {names['sam']}, depth by {names['depth']}"
@@ -419,8 +398,7 @@ class Foundation:
 
     def detect(self, images: list[np.ndarray]) -> list[tuple[torch.Tensor, list[float], list[int]]]:
         """-> per image: boxes (n, 4) xyxy [px], n scores and n ids of the detections whose phrase has a
-        class.
-        """
+        class."""
         found = [(torch.zeros(0, 4), [], []) for _ in images]
         for prompt in PROMPTS:
             results = find_boxes(*self.grounding, images, prompt)
@@ -435,14 +413,12 @@ class Foundation:
 
 def phrase_ids(phrases: list[str]) -> list[int | None]:
     """Decoded phrases -> Occ3D ids; None for a phrase that is not in the dictionary (such as two words in
-    one).
-    """
+    one)."""
     return [PHRASES.get(phrase.replace(".", "").strip().lower()) for phrase in phrases]
 
 
-def find_boxes(
-    model, processor, images: list[np.ndarray], text: str, threshold: float = BOX_THRESHOLD
-) -> list[dict]:
+def find_boxes(model, processor, images: list[np.ndarray], text: str,
+               threshold: float = BOX_THRESHOLD) -> list[dict]:
     """GroundingDINO on images (H, W, 3) uint8 RGB of one size -> per image a dict of boxes (n, 4) xyxy [px],
     scores (n,) and n text_labels.
 
@@ -452,15 +428,13 @@ def find_boxes(
     with torch.inference_mode():
         outputs = model(**inputs)
     sizes = [image.shape[:2] for image in images]
-    return processor.post_process_grounded_object_detection(
-        outputs, inputs.input_ids, threshold=threshold, text_threshold=TEXT_THRESHOLD, target_sizes=sizes
-    )
+    return processor.post_process_grounded_object_detection(outputs, inputs.input_ids, threshold=threshold,
+                                                            text_threshold=TEXT_THRESHOLD, target_sizes=sizes)
 
 
 def sam_masks(model, processor, image: np.ndarray, boxes: torch.Tensor):
     """SAM on an image (H, W, 3) uint8 RGB: yields the mask (H, W) bool of each of the boxes (n, 4) xyxy
-    [px].
-    """
+    [px]."""
     if not len(boxes):
         return
     inputs = processor(images=image, input_boxes=[boxes.tolist()], return_tensors="pt")
@@ -623,9 +597,8 @@ class Segmenter:
     Raises InputError if the model cannot be had, or if no class of it has a name.
     """
 
-    def __init__(
-        self, dataset, names: dict[str, int], none: int, model: str | None = None, device: str | None = None
-    ):
+    def __init__(self, dataset, names: dict[str, int], none: int, model: str | None = None,
+                 device: str | None = None):
         self.dataset, self.device, name = dataset, _device(device), model or SEGMENTER
         self.model, self.processor = _load_segmenter(name, not model, self.device)
         known = self.model.config.id2label
@@ -655,13 +628,8 @@ class Segmenter:
 
 @functools.lru_cache(maxsize=1)
 def _load_segmenter(name: str, local_only: bool, device):
-    from transformers import (
-        MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForSemanticSegmentation,
-        AutoModelForUniversalSegmentation,
-    )
+    from transformers import (MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING, AutoConfig, AutoImageProcessor,
+                              AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation)
 
     (config,) = load_pretrained("--segmenter", name, AutoConfig, local_only=local_only)
     universal = type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
@@ -681,15 +649,8 @@ class OpenVocabulary:
     Where masks overlap the largest box score wins (`paint`). Elsewhere `none`.
     """
 
-    def __init__(
-        self,
-        dataset,
-        prompts: dict[int, tuple[str, ...]],
-        none: int,
-        grounding: str | None = None,
-        sam: str | None = None,
-        device: str | None = None,
-    ):
+    def __init__(self, dataset, prompts: dict[int, tuple[str, ...]], none: int, grounding: str | None = None,
+                 sam: str | None = None, device: str | None = None):
         self.dataset, self.prompts, self.none, device = dataset, prompts, none, _device(device)
         names = grounding or GROUNDING, sam or SAM2
         self.grounding = _load_grounding(names[0], not grounding, device)
@@ -802,24 +763,11 @@ class TwoSources:
     whole. Raises InputError as the labelers do.
     """
 
-    def __init__(
-        self,
-        name: str,
-        dataset,
-        labels,
-        unaligned: dict[str, tuple[tuple[str, ...], str | None]],
-        *,
-        stride: int = 2,
-        primary_level: str = "mild",
-        auxiliary_level: str = "mild",
-        correlation: float = 0.8,
-        seed: int = 0,
-        segmenter: str | None = None,
-        grounding: str | None = None,
-        sam: str | None = None,
-        maps: str | None = None,
-        auxiliary_maps: str | None = None,
-    ):
+    def __init__(self, name: str, dataset, labels, unaligned: dict[str, tuple[tuple[str, ...], str | None]],
+                 *, stride: int = 2, primary_level: str = "mild", auxiliary_level: str = "mild",
+                 correlation: float = 0.8, seed: int = 0, segmenter: str | None = None,
+                 grounding: str | None = None, sam: str | None = None, maps: str | None = None,
+                 auxiliary_maps: str | None = None):
         self.dataset, self.labels, self.stride = dataset, labels, 1 if name == "lidar" else stride
         self.unaligned = [labels.of_name(c) for c in unaligned]
         if name == "world":

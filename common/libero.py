@@ -245,8 +245,7 @@ def _libero_package(data_root: Path | None) -> Path:
 
 def _read_pixels(context, width: int, height: int, depth: bool = False, segmentation: bool = False):
     """robosuite 1.4.0's read_pixels with the segmentation's ids in int32: in uint8 they overflow under numpy
-    2.
-    """
+    2."""
     import mujoco
 
     picture = np.empty((height, width, 3), np.uint8)
@@ -323,8 +322,7 @@ class Libero:
 
     def _build(self, task: str, seed: int) -> None:
         """The task's scene, reset. seed places what the stored states do not hold: cabinets, stoves (openpi's
-        7 for 0).
-        """
+        7 for 0)."""
         from libero.libero.envs import OffScreenRenderEnv
 
         bddl = self.files(task)[0]
@@ -465,8 +463,7 @@ class LiberoPlus(Libero):
 
     def files(self, task: str) -> tuple[Path, Path]:
         """See Libero. Layouts have initial states of their own; everything else starts from the base
-        task's.
-        """
+        task's."""
         if task not in self.categories:
             raise InputError(f"task '{task}': not of LIBERO-Plus; as {self.tasks[0]}")
         suite, name = task.split("/")
@@ -591,8 +588,7 @@ def convert_libero(suite: str, demos: Path | str, out: Path | str, data_root: Pa
 
 def check_libero(root: Path) -> None:
     """Read every definition and its states, print what is there. Raises InputError, naming what is
-    missing.
-    """
+    missing."""
     suites = sorted(p.name for p in (root / "bddl_files").glob("*") if p.is_dir())
     for suite in suites:
         tasks = sorted((root / "bddl_files" / suite).glob("*.bddl"))

@@ -273,17 +273,9 @@ def constant_prediction(class_counts) -> np.ndarray:
     return best
 
 
-def protocol_line(
-    dataset: str,
-    version: str,
-    split: str,
-    frames: int,
-    grid: str = "200x200x16 at 0.4 m",
-    train_mask: str = "none",
-    eval_mask: str = "camera",
-    classes: str = "17 classes, free not among them",
-    note: str = "",
-) -> str:
+def protocol_line(dataset: str, version: str, split: str, frames: int, grid: str = "200x200x16 at 0.4 m",
+                  train_mask: str = "none", eval_mask: str = "camera",
+                  classes: str = "17 classes, free not among them", note: str = "") -> str:
     """The line that goes with every number: where it was measured, and what was counted."""
     where = f"{dataset} {version} {split}, {frames} frames, grid {grid}"
     what = f"mask: train {train_mask}, eval {eval_mask}; mean over {classes}"

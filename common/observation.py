@@ -55,8 +55,7 @@ class Environment(Protocol):
 
     def step(self, action: np.ndarray, look: bool = True) -> Outcome:
         """One control step of (D,) numbers; look False: no pictures. NaN aborts; a wrong number:
-        InputError.
-        """
+        InputError."""
 
     def close(self) -> None:
         """Frees the simulator."""
@@ -111,8 +110,7 @@ def check_observation(o: Observation, where: str = "observation") -> Observation
 
 def mirror_intrinsics(K: np.ndarray, width: int) -> np.ndarray:
     """K (..., 3, 3) of pictures -> that of the same pictures with their columns reversed (rotate_180's): u ->
-    W - u.
-    """
+    W - u."""
     flip = np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]])
     return flip @ K
 

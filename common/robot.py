@@ -162,8 +162,7 @@ class RoboTwin:
 
     def _settings(self, name: str, config: str) -> dict:
         """What setup_demo wants: the task's configuration with its embodiment; depth and hands are switched
-        on.
-        """
+        on."""
         import yaml
 
         def load(path: str) -> dict:

@@ -334,17 +334,9 @@ class SemanticKITTI:
     classes, palette = CLASSES, PALETTE
     history = 0  # earlier scans that `[i]` gives; set it after opening
 
-    def __init__(
-        self,
-        root: Path | str,
-        split: str | None = None,
-        image_size: tuple[int, int] | None = None,
-        cache: Path | str | None = None,
-        parts: tuple[str, ...] = PARTS,
-        keyframes: str = "voxels",
-        cameras: tuple[str, ...] = CAMERAS,
-        truth: str = "files",
-    ):
+    def __init__(self, root: Path | str, split: str | None = None, image_size: tuple[int, int] | None = None,
+                 cache: Path | str | None = None, parts: tuple[str, ...] = PARTS, keyframes: str = "voxels",
+                 cameras: tuple[str, ...] = CAMERAS, truth: str = "files"):
         self._arguments = (root, split, image_size, cache, parts, keyframes, cameras, truth)
         self.root, self.split = find_root(root), split or "train"
         if unknown := set(parts) - set(PARTS):

@@ -213,8 +213,7 @@ class Finder(nn.Module):
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, V, 3, H, W) in [-1, 1]; ids, mask (B, L) -> logits (B, V, 2, h, w), tokens (B, 2V,
-        C).
-        """
+        C)."""
         near = self.near(images.flatten(0, 1))  # (B V, c, h, w)
         far = F.interpolate(self.far(near), near.shape[-2:], mode="bilinear", align_corners=False)
         features = self.mix(torch.cat([near, far], 1)).unflatten(0, images.shape[:2])  # (B, V, c, h, w)
@@ -367,8 +366,7 @@ def pi0_settings(sizes: Sizes) -> dict:
 
 class TimeNorm(nn.Module):
     """adaRMS (pi0.5): an RMS norm, scaled and shifted by the flow time's embedding; `gate` gates its
-    branch.
-    """
+    branch."""
 
     def __init__(self, norm: nn.Module, width: int, time: dict[str, Tensor]):
         super().__init__()

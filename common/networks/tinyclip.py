@@ -81,8 +81,7 @@ def encode_text(clip: Clip, texts: list[str]) -> Tensor:
 
 def ensemble(clip: Clip, words: list[str]) -> Tensor:
     """One class's words -> (D,): the prompts' unit vectors, averaged over words and templates (ViLD), of
-    length 1.
-    """
+    length 1."""
     prompts = [template.format(word) for word in words for template in TEMPLATES]
     return F.normalize(encode_text(clip, prompts).mean(0), dim=-1)
 
