@@ -86,11 +86,6 @@ def ensemble(clip: Clip, words: list[str]) -> Tensor:
     return F.normalize(encode_text(clip, prompts).mean(0), dim=-1)
 
 
-def fingerprint(clip: Clip) -> list[float]:
-    """Tells one model from another, whatever its folder is called."""
-    return ensemble(clip, ["object"]).half().tolist()
-
-
 def normalise(images: Tensor) -> Tensor:
     """(n, 3, h, w) RGB in [0, 1] -> CLIP's input."""
     mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (MEAN, STD))

@@ -299,7 +299,8 @@ def targets(root: Path) -> list[Target]:
 
     data = nuscenes.NuScenesOccupancy(tree, split="all", cache=cache)
     use(data)
-    scene, token, seg = data.scene_names[0], data.tokens[0], f"{data.lidar_token(0)}_lidarseg.bin"
+    scene, token = data.scene_names[0], data.tokens[0]
+    seg = Path(data._table["sample_lidarseg"][data._rows[0]].decode()).name
     add("tables", 8, open_tables, *sorted((tree / "v1.0-mini").glob("*.json")))
     opened = partial(nuscenes.NuScenesOccupancy, tree, split="all", cache=cache)
     add("cache", 2, lambda _: opened(), next(cache.glob("nuscenes*/meta.json")))
