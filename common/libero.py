@@ -139,9 +139,12 @@ def read_init_states(path: Path | str) -> np.ndarray:
                                        else "numpy.core.multiarray")._reconstruct
         allowed = [np.ndarray, np.dtype, type(np.dtype("float64")), type(np.dtype("float32"))]
         allowed += [(make, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-        problem = "not a torch file of one array: cut short, or a pickle of something else, never loaded"
+        problem = "not a torch file of one array of numbers, so not loaded"
         with reading(path, problem), torch.serialization.safe_globals(allowed):
-            states = np.asarray(torch.load(path, map_location="cpu", weights_only=True), np.float64)
+            try:
+                states = np.asarray(torch.load(path, map_location="cpu", weights_only=True), np.float64)
+            except Exception as error:  # torch's own text says how to load it all the same
+                raise ValueError("cut short, or a pickle of something else") from error
     states = states[None] if states.ndim == 1 else states  # LIBERO-Plus's layouts have one each
     if states.ndim != 2 or not len(states):
         raise InputError(f"{path}: initial states of shape {states.shape}, expected (N, D)")
