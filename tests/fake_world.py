@@ -12,8 +12,7 @@ YAW = (0, -55, -110, 180, 110, 55)  # [deg] of the six cameras
 
 class FakeWorld:
     """The part of NuScenesOccupancy that labelers use: a road with kerbs, walls and boxes, ray-cast
-    exactly.
-    """
+    exactly."""
 
     def __init__(self, root, scenes=1, frames=2, shape=(40, 72), step=0.0, boxes=12):
         self.root, self.image_shape, self.image_size, self.step = Path(root), shape, shape, step

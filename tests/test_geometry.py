@@ -11,26 +11,9 @@ from torch.autograd import gradcheck
 from vectors import SHARED, load
 
 from common import geometry
-from common.geometry import (
-    OCC3D,
-    SEMANTICKITTI,
-    VoxelGrid,
-    cast_rays,
-    farthest_point_sample,
-    hilbert_code,
-    hilbert_order,
-    invert,
-    knn,
-    pixel_centers,
-    project,
-    rope,
-    rope_3d,
-    scale_intrinsics,
-    transform,
-    traversed,
-    unproject,
-    z_code,
-)
+from common.geometry import (OCC3D, SEMANTICKITTI, VoxelGrid, cast_rays, farthest_point_sample, hilbert_code,
+                             hilbert_order, invert, knn, pixel_centers, project, rope, rope_3d,
+                             scale_intrinsics, transform, traversed, unproject, z_code)
 from common.nuscenes import pose_matrix
 from data.driving.sensors import quaternion
 

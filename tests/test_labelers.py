@@ -432,8 +432,7 @@ def test_the_dictionary_is_occnerfs():
 
 def test_metric3d_is_padded_cropped_and_scaled_by_the_focal_length(photos, tmp_path):
     """A stand-in that answers with its red input channel: the recipe around it must give that channel,
-    scaled.
-    """
+    scaled."""
     (tmp_path / "hubconf.py").write_text(
         "import torch\n"
         "class Red(torch.nn.Module):\n"

@@ -10,18 +10,8 @@ from torch.autograd import gradcheck
 from vectors import load
 
 from common import losses
-from common.losses import (
-    cross_entropy,
-    cxcywh_to_xyxy,
-    dice_loss,
-    focal_cost,
-    generalized_box_iou,
-    geo_scal,
-    lovasz_softmax,
-    mask_cross_entropy,
-    sem_scal,
-    sigmoid_focal_loss,
-)
+from common.losses import (cross_entropy, cxcywh_to_xyxy, dice_loss, focal_cost, generalized_box_iou,
+                           geo_scal, lovasz_softmax, mask_cross_entropy, sem_scal, sigmoid_focal_loss)
 
 DENSE = (cross_entropy, lovasz_softmax, geo_scal, sem_scal)
 T = torch.from_numpy

@@ -56,10 +56,8 @@ def test_vectors_occ3d_confusions(case):
     for name, mask in MASKED.items():
         camera, lidar = v[f"{case}_mask_camera"], v[f"{case}_mask_lidar"]
         masks = {"none": None, "camera": camera, "lidar": lidar, "both": camera & lidar}[mask]
-        total = sum(
-            M.occupancy_confusion(pred, gt, None if masks is None else masks[k])
-            for k, (pred, gt) in enumerate(zip(v[f"{case}_pred"], v[f"{case}_gt"]))
-        )
+        total = sum(M.occupancy_confusion(pred, gt, None if masks is None else masks[k]) for k,
+                    (pred, gt) in enumerate(zip(v[f"{case}_pred"], v[f"{case}_gt"])))
         v.exact(f"{case}_hist_{name}", total)
         assert torch.equal(total, meter.confusion(mask)) and total.dtype == torch.int64
 

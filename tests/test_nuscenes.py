@@ -811,13 +811,11 @@ def test_bad_label_files(copy, tmp_path):
     path = copy / "gts" / data.scene_names[0] / data.tokens[0] / "labels.npz"
     grid = np.zeros((200, 200, 16), np.uint8)
     good = {"semantics": grid, "mask_camera": grid, "mask_lidar": grid}
-    for change, message in (
-        ({"semantics": grid[:100]}, "'semantics' has shape"),
-        ({"semantics": grid.astype(np.int64)}, "'semantics' has dtype int64"),
-        ({"mask_camera": grid.astype(np.float32)}, "'mask_camera' has dtype float32"),
-        ({"semantics": grid + 40}, "ids above 17"),
-        ({"mask_lidar": None}, "no array 'mask_lidar'"),
-    ):
+    for change, message in (({"semantics": grid[:100]}, "'semantics' has shape"),
+                            ({"semantics": grid.astype(np.int64)}, "'semantics' has dtype int64"),
+                            ({"mask_camera": grid.astype(np.float32)}, "'mask_camera' has dtype float32"),
+                            ({"semantics": grid + 40}, "ids above 17"),
+                            ({"mask_lidar": None}, "no array 'mask_lidar'")):
         np.savez(path, **{key: value for key, value in (good | change).items() if value is not None})
         with pytest.raises(InputError, match=message):
             data[0]
