@@ -122,9 +122,8 @@ def make_labels(maker: LabelMaker, dataset: Any, labeler: str, options: dict[str
     if path.is_file():
         old = read_json(path, dict)
         if differ := [name for name in wanted if old.get(name) != wanted[name]]:
-            raise InputError(
-                f"{path}: made with another {', '.join(differ)}; choose another folder or delete this one"
-            )
+            raise InputError(f"{path}: made with another {', '.join(differ)}; choose another folder or "
+                             "delete this one")
     else:
         write_json(path, wanted)
     scenes: dict[str, list[int]] = {}
@@ -147,10 +146,8 @@ def make_labels(maker: LabelMaker, dataset: Any, labeler: str, options: dict[str
         for job, count in zip(jobs, _each(_label_scene, jobs, processes), strict=True):
             written += count
             bar.update(len(job[3]))
-    print(
-        f"labels: {total} keyframes of {len(jobs)} scenes, {written} new, "
-        f"{time.time() - begun:.0f} s -> {out}"
-    )
+    print(f"labels: {total} keyframes of {len(jobs)} scenes, {written} new, {time.time() - begun:.0f} s -> "
+          f"{out}")
 
 
 def _each(function: Callable, jobs: list, processes: int) -> Iterator:

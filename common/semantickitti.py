@@ -381,16 +381,14 @@ class SemanticKITTI:
         else:
             chosen = list(dict.fromkeys(name.strip() for name in self.split.split(",")))
             if unknown := [name for name in chosen if name not in here]:
-                raise InputError(
-                    f"sequence or split '{unknown[0]}' is not in {self.root}, which has scans of "
-                    f"{', '.join(here) or 'no sequence'}; splits are {', '.join(SPLITS)} and all"
-                )
+                raise InputError(f"sequence or split '{unknown[0]}' is not in {self.root}, which has scans "
+                                 f"of {', '.join(here) or 'no sequence'}; splits are {', '.join(SPLITS)} and "
+                                 "all")
         if not chosen:
             homes = [name for name, members in SPLITS.items() if set(members) & set(here)]
-            raise InputError(
-                f"{self.root}: split '{self.split}' holds no sequence of this tree, which has scans of "
-                f"{', '.join(here) or 'none'}; use --split {' or '.join(homes + ['all'])}"
-            )
+            raise InputError(f"{self.root}: split '{self.split}' holds no sequence of this tree, which has "
+                             f"scans of {', '.join(here) or 'none'}; use --split "
+                             f"{' or '.join(homes + ['all'])}")
         return chosen
 
     def _open(self, name: str, folder: Path) -> _Sequence:

@@ -388,8 +388,7 @@ def test_of_two_boxes_on_one_object_a_robots_masks_keep_the_first(monkeypatch):
     """The second view has no boxes, and no masks."""
     masks = torch.zeros(3, 20, 20, dtype=torch.bool)
     masks[0, 2:10, 2:10], masks[1, 2:10, 2:11], masks[2, 12:18, 12:18] = True, True, True
-    for name in ("_load_grounding", "_load_sam"):
-        monkeypatch.setattr(labelers, name, lambda *_: ("model", "processor"))
+    monkeypatch.setattr(labelers, "_load", lambda *_: ("model", "processor"))
     asked = []
 
     def boxes(model, processor, images, text, threshold):

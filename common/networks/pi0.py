@@ -259,10 +259,8 @@ class Pi0(nn.Module):
             from transformers import PI0Config, PI0ForConditionalGeneration
         except (ImportError, RuntimeError) as error:
             reason = str(error).splitlines()[0][:100]
-            raise InputError(
-                f"transformers cannot import PI0 here ({reason}); a torchvision that does not fit this torch "
-                "is the usual reason: pip uninstall torchvision"
-            ) from error
+            raise InputError(f"transformers cannot import PI0 here ({reason}); a torchvision that does not "
+                             "fit this torch is the usual reason: pip uninstall torchvision") from error
 
         self.sizes, self.pi05, self.weights = sizes, adarms, vlm
         if vlm and not torch.empty(0).is_meta:

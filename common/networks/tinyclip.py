@@ -143,9 +143,8 @@ def read_words(path: Path | str) -> dict[str, list[str]]:
     """
     path, words = Path(path), {}
     if not path.is_file():
-        raise InputError(
-            f"{path}: file not found; such a file has lines like 'trailer: a long vehicle without windows'"
-        )
+        raise InputError(f"{path}: file not found; such a file has lines like 'trailer: a long vehicle "
+                         "without windows'")
     for number, line in enumerate(read_text(path).splitlines(), 1):
         line = line.split("#")[0].strip()
         if not line:
@@ -153,9 +152,8 @@ def read_words(path: Path | str) -> dict[str, list[str]]:
         name, colon, rest = line.partition(":")
         name, where = name.strip(), f"{path}:{number}"
         if name not in OCC3D_CLASSES[:-1]:
-            raise InputError(
-                f"{where}: '{name}' is not an Occ3D class; one of {', '.join(OCC3D_CLASSES[:-1])}"
-            )
+            raise InputError(f"{where}: '{name}' is not an Occ3D class; one of "
+                             f"{', '.join(OCC3D_CLASSES[:-1])}")
         if name in words:
             raise InputError(f"{where}: '{name}' a second time; give each class one line")
         parts = [part.strip() for part in rest.split(",")]
@@ -165,9 +163,8 @@ def read_words(path: Path | str) -> dict[str, list[str]]:
         for k, part in enumerate(parts):
             if part.lower() in known or part.lower() in [p.lower() for p in parts[:k]]:
                 other = known.get(part.lower(), name)
-                raise InputError(
-                    f"{where}: the prompt '{part}' is already there for '{other}'; prompts must differ"
-                )
+                raise InputError(f"{where}: the prompt '{part}' is already there for '{other}'; prompts must "
+                                 "differ")
         words[name] = parts
     if not words:
         raise InputError(f"{path}: no line 'class: word' in it")
