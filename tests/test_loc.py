@@ -442,8 +442,7 @@ def weights(folder: Path) -> dict:
 
 def test_poisoned_held_out_classes_leave_training_bit_equal(base, tmp_path):
     """Their labels (any of the held-out ids), names and descriptions change; not a bit of the weights
-    does.
-    """
+    does."""
     words, rng, changed = L.read_vocabulary(base.cfg), np.random.default_rng(0), 0
     held = tuple(OCC3D_CLASSES[c] for c in words.novel)
     for name, poison in (("clean", False), ("poisoned", True)):
