@@ -61,7 +61,6 @@ def ground_truth(dataset: NuScenesOccupancy | SemanticKITTI, labels: Path | None
     truth.
     """
     if labels is not None:
-
         def of_label(i: int) -> tuple[np.ndarray, ...]:
             semantics, camera, lidar = read_label(labels, dataset, i, "mask_camera", "mask_lidar")
             return semantics, camera > 0, lidar > 0
@@ -223,8 +222,7 @@ def merge(meter: "OccupancyMeter | SscMeter", groups: list[str], rays: bool) -> 
 
 def with_images(dataset: Any, indices: list[int], k: int, images: str) -> Frame:
     """Frame indices[k] with its own images, those of the frame half the list away (shuffled), or black
-    ones.
-    """
+    ones."""
     frame = dataset[indices[k]]
     if images == "shuffled":
         return frame._replace(images=dataset[indices[(k + len(indices) // 2) % len(indices)]].images)
