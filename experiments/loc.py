@@ -109,6 +109,7 @@ CLAIMS = {
         tuple(("f + g", rival, m) for rival in ("f", "g") for m in BOTH),
         note="One training a seed. f: the language head's; g: the frozen pixel feature lifted into the "
         "voxel, the teacher's merit; f + g: norm(f + a g), a by known naming in training."),
+    "start": start_claim(),
 }
 STEPS = {  # of the labels, for label-quality
     "single sweep": SPARSE | {"fuse": False}, "fused": SPARSE, "+ Poisson": {"knn_k": 1}, "+ KNN": {},
