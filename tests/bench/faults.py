@@ -68,7 +68,8 @@ METHODS = ("easyocc", "occle", "loc", "occvla", "threedvla", "data")
 KINDS = {"kill": 30, "random": 15, "full": 14, "readonly": 8, "taken": 3, "second": 6, "nan": 8, "rank": 4,
          "damage": 12}  # and how often
 OFTEN = {"labels": 6, "train": 6, "predict": 4}  # likewise of the commands; all others: 2
-VOLATILE = re.compile(rb'"(train_s|peak_gb|ms|gb|data|replan_ms|written)": ("[^"]*"|\[[^]]*\]|[-+.\de]+)')
+VOLATILE = re.compile(
+    rb'"(train_s|peak_gb|ms|gb|data|replan_ms|written|commit)": ("[^"]*"|\[[^]]*\]|[-+.\de]+)')
 DURABLE = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate"}
 
 
@@ -402,7 +403,8 @@ class Lab:
         if way == "tmpfs":
             room += sum(1 + path.stat().st_size // 4096 for path in self.out.rglob("*"))
             self.out.mkdir(exist_ok=True)
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4096 * room}", "none", self.out], check=True)
+            words = ["mount", "-t", "tmpfs", "-o", f"size={4096 * room}", "none", self.out]
+            subprocess.run(words, check=True)
         try:
             if way == "tmpfs" and case.start:
                 shutil.copytree(self.root / "whole" / case.start, self.out, dirs_exist_ok=True)
