@@ -136,7 +136,7 @@ def cases(root: Path) -> list[Case]:
     city = f"--out {out} --scenes 2 --keyframes 1 --image 100x56 --workers"
     makers = {"driving": f"{city} 2", "kitti": f"{city} 1 --format semantickitti", "tinyvlm": f"{out}/vlm",
               "tabletop": f"--out {out} --demos 1 --tasks lift_cube can_in_basket --image 32 --workers 2",
-              "tinyclip": f"--out {out}/clip --crops 30 --steps 2"}
+              "tinyclip": f"--out {out}/clip.safetensors --hide data/openset/rare.txt --rigs 1 --steps 2"}
     return found + [Case(f"data {name}", name, line.split()) for name, line in makers.items()]
 
 
