@@ -236,7 +236,7 @@ def hold(folder: Path | str) -> None:
 
     The claim is a lock of the system on the folder itself: it leaves no file, and none is stale.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))  # resolve() raises RuntimeError at links in a circle
     if folder in _HELD:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ def hold(folder: Path | str) -> None:
 
 def release(folder: Path | str) -> None:
     """Give up the claim of `hold`."""
-    handle = _HELD.pop(Path(folder).resolve(), None)
+    handle = _HELD.pop(Path(os.path.realpath(folder)), None)
     if handle is not None:
         os.close(handle)
 

@@ -68,9 +68,10 @@ from tests.bench.fuzz import damage  # noqa: E402
 METHODS = ("easyocc", "occle", "loc", "occvla", "threedvla", "data")
 KINDS = {"kill": 30, "random": 15, "full": 14, "readonly": 8, "taken": 3, "second": 6, "nan": 8, "rank": 4,
          "damage": 12}  # and how often
-OFTEN = {"labels": 6, "train": 6, "predict": 4}  # likewise of the commands; all others: 2
-VOLATILE = re.compile(
-    rb'"(train_s|peak_gb|ms|gb|data|replan_ms|written|commit)": ("[^"]*"|\[[^]]*\]|[-+.\de]+)')
+OFTEN = {"labels": 6, "train": 6, "predict": 4, "eval": 1, "ablate": 1}  # likewise of the verbs; makers: 3
+VOLATILE = re.compile(  # keys of the JSON files
+    rb'"(train_s|peak_gb|ms|gb|data|replan_ms|written|commit|(?:prefill|decode)_o\w+)": '
+    rb'("[^"]*"|\[[^]]*\]|[-+.\de]+)')
 DURABLE = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate"}
 
 
@@ -506,7 +507,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults-", dir=memory) as folder:
         lab = Lab(Path(folder).resolve(), args.methods, args.verbs, args.seconds)
         lab.prepare(lambda line: print(line, flush=True))
-        often = [(case, OFTEN.get(case.name.split()[1], 2)) for case in lab.cases]
+        often = [(case, OFTEN.get(case.name.split()[1], 3)) for case in lab.cases]
         for k in range(args.count) if args.at is None else [args.at]:
             rng = random.Random(f"{args.seed}/{k}")
             kind = rng.choices(args.kinds, [KINDS[kind] for kind in args.kinds])[0]
