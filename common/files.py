@@ -439,6 +439,17 @@ def _read_array(file: BinaryIO, size: int, name: str, shape: Shape, dtype: str |
     return array.reshape(found[::-1]).T if fortran else array.reshape(found)
 
 
+class _Bounded(io.BufferedReader):
+    """A file that is never asked for more than is left in it: PIL allocates what a damaged chunk declares."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+
 @contextmanager
 def open_image(path: Path | str, what: str = "image") -> Iterator[Any]:
     """Yield a PIL image whose pixels are not decoded yet. Raises InputError as `read_image`, inside the block
@@ -447,7 +458,8 @@ def open_image(path: Path | str, what: str = "image") -> Iterator[Any]:
     from PIL import Image
 
     path = Path(path)
-    with reading(path, f"not a readable {what}", what=what), Image.open(path, formats=PICTURES) as image:
+    with (reading(path, f"not a readable {what}", what=what), _Bounded(io.FileIO(path)) as file,
+          Image.open(file, formats=PICTURES) as image):
         if not 0 < image.width * image.height <= MAX_PIXELS:
             size, limit = f"{image.width}x{image.height} px", f"{MAX_PIXELS / 1e6:.0f} megapixels"
             raise InputError(f"{path}: {size} by its header, expected up to {limit}; make it smaller")
