@@ -22,7 +22,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -205,10 +205,11 @@ def sweep(folder: Path) -> None:
     if folder in _SWEPT:
         return
     _SWEPT.add(folder)
-    for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
-        if (lock := _lock(path)) is not None:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            os.close(lock)
+    with suppress(OSError):  # a folder that may not be written is as it is
+        for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
+            if (lock := _lock(path)) is not None:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                os.close(lock)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from common.files import (
     read_npz,
     reading,
     short_hash,
+    sweep,
     to_rgb,
     write_json,
 )
@@ -297,6 +298,7 @@ def write_cache(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None
 
 def read_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     """-> ({name: memory-mapped array}, meta). Constant time: no table is parsed, no row is visited."""
+    sweep(folder.parent)
     with reading(folder / "meta.json", "the cache is damaged", "delete this folder, it is made again"):
         stored = read_json(folder / "meta.json", {"hash": str, "meta": {"arrays": {str: list}}})
         meta = stored["meta"]
