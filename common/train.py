@@ -1,21 +1,6 @@
 """What every training loop needs and no paper invents: seeds, ranks, data order, checkpoints, log line, result.json.
 
-A method keeps its own loop; these are the pieces, in the order in which a loop meets them:
-
-    run = setup(args.device)                                     # torchrun's ranks, or one process
-    start = begin(args.out, run, settings(args, cfg, steps=steps, data=...), resume=args.resume)
-    if start is None: return                                     # finished already
-    seed_everything(args.seed)                                   # the same weights on every rank
-    net, optimizer = ...;  model = wrap(net, run)
-    state = load_checkpoint(args.out, net, optimizer, run) if start else {}
-    order = DataOrder(len(data), cfg.batch, run.world, run.rank, args.seed)
-    log = Log(args.out, run, steps, start, state)
-    for step, batch in prefetch(make_item, order, start, steps, cfg.workers, log):
-        set_lr(optimizer, schedule(step, steps, "cosine", cfg.warmup))
-        ...
-        log(step, {"loss": loss, "ce": ce}, lr)
-        if (step + 1) % every == 0 or step + 1 == steps:
-            save_checkpoint(args.out, run, net, optimizer, step + 1, log.state())
+A method keeps its own loop, around common.engine.Session, which puts these pieces together.
 
 Determinism: the batch of a step depends on (seed, step) alone, every item has its own generator, and a checkpoint holds
 all else, so on a CPU an interrupted run ends bit-equal to an uninterrupted one. Two processes with batch b see the data
