@@ -11,7 +11,6 @@ import torch
 from vectors import SHARED, load
 
 from common import metrics as M
-from common.geometry import OCC3D
 
 MASKED = {"none": "none", "lidar": "lidar", "camera": "camera", "camANDlidar": "both"}  # the vectors' names -> ours
 
@@ -221,58 +220,6 @@ def test_vectors_rays_that_never_enter_are_dropped():
     score = M.ray_iou([pred], [gt], [origin])["rayiou"]
     v.close("outside_rayiou_without_misses", score, 1e-3)
     assert abs(score - v["outside_rayiou_peer"]) > 1e-2  # the peer also counts 8183 rays that meet nothing
-
-
-def slow_ray(labels: np.ndarray, origin: np.ndarray, direction: np.ndarray) -> tuple[int, float] | None:
-    """Steps through the grid face by face in float64: label and exit depth [m] of the first full voxel, or the last."""
-    lower, size = np.array(OCC3D.lower), np.array(labels.shape)
-    start, along = (origin - lower) / 0.4, direction / 0.4
-    enter, leave = 0.0, np.inf
-    for a in range(3):
-        t = sorted([(0 - start[a]) / along[a], (size[a] - start[a]) / along[a]])
-        enter, leave = max(enter, t[0]), min(leave, t[1])
-    if enter >= leave:
-        return None
-    voxel = np.floor(start + (enter + 1e-12) * along).astype(int)
-    while True:
-        face = (voxel + (along > 0) - start) / along
-        axis, t = int(face.argmin()), face.min()
-        label = labels[tuple(voxel)]
-        after = voxel.copy()
-        after[axis] += 1 if along[axis] > 0 else -1
-        if label != 17 or not ((after >= 0) & (after < size)).all():
-            return int(label), float(t)
-        voxel = after
-
-
-def test_ray_iou_equals_a_slow_one(monkeypatch):
-    g = rng(6)
-    rays = g.normal(size=(150, 3)) * [1, 1, 0.2]
-    rays = (rays / np.linalg.norm(rays, axis=1, keepdims=True)).astype(np.float32)
-    monkeypatch.setattr(M, "lidar_ray_directions", lambda: torch.from_numpy(rays))
-    counts = {name: Counter() for name in ("gt", "pred", 1, 2, 4)}
-    preds, gts, origins = [], [], []
-    for _ in range(2):
-        gt = np.where(g.random((200, 200, 16)) < 0.02, g.integers(0, 6, (200, 200, 16)), 17).astype(np.uint8)
-        pred = np.where(g.random(gt.shape) < 0.3, np.roll(gt, 2, axis=0), gt)
-        pred = np.where((g.random(gt.shape) < 0.1) & (pred != 17), 5, pred).astype(np.uint8)
-        origin = np.array([[1.03, 0.17, 1.84], [-20.3, 11.1, 0.9], [47.0, 1.3, 1.1]], np.float32)  # the last is outside
-        preds, gts, origins = preds + [pred], gts + [gt], origins + [origin]
-        for o in origin.astype(np.float64):
-            for ray in rays.astype(np.float64):
-                true, made = slow_ray(gt, o, ray), slow_ray(pred, o, ray)
-                if true is None or true[0] == 17:
-                    continue
-                counts["gt"][true[0]] += 1
-                counts["pred"][made[0]] += 1
-                for t in (1, 2, 4):
-                    counts[t][true[0]] += made[0] == true[0] and abs(made[1] - true[1]) < t
-    scores = M.ray_iou(preds, gts, origins)
-    for t in (1, 2, 4):
-        iou = [counts[t][c] / (counts["gt"][c] + counts["pred"][c] - counts[t][c]) for c in range(6)]
-        assert scores[f"rayiou@{t}"] == pytest.approx(np.mean(iou), abs=1e-12)
-        assert 0.05 < np.mean(iou) < 0.95
-    assert scores["rayiou"] == pytest.approx(np.mean([scores[f"rayiou@{t}"] for t in (1, 2, 4)]), abs=1e-12)
 
 
 def test_ray_iou_depth_thresholds_by_hand():
