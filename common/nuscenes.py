@@ -31,20 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import (
-    InputError,
-    atomic,
-    exit_on_input_error,
-    misfit,
-    note,
-    open_image,
-    read_json,
-    read_npz,
-    reading,
-    short_hash,
-    to_rgb,
-    write_json,
-)
+from common.files import (InputError, atomic, exit_on_input_error, misfit, note, open_image, read_json,
+                          read_npz, reading, short_hash, to_rgb, write_json)
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CHANNELS = CAMERAS + ("LIDAR_TOP",)  # the sensors that are read; radar rows are left out of the cache
@@ -649,15 +637,9 @@ class NuScenesOccupancy:
 
     history = 0  # earlier LiDAR sweeps that `[i]` gives; set it after opening
 
-    def __init__(
-        self,
-        root: Path | str,
-        version: str | None = None,
-        split: str | None = None,
-        image_size: tuple[int, int] | None = None,
-        cache: Path | str | None = None,
-        parts: tuple[str, ...] = PARTS,
-    ):
+    def __init__(self, root: Path | str, version: str | None = None, split: str | None = None,
+                 image_size: tuple[int, int] | None = None, cache: Path | str | None = None,
+                 parts: tuple[str, ...] = PARTS):
         self._arguments = (root, version, split, image_size, cache, parts)
         given, self.root = Path(root), find_root(root)
         self.version = find_version(self.root, version)
@@ -716,10 +698,8 @@ class NuScenesOccupancy:
         if not len(rows):
             homes = [name for name, members in splits.items() if set(members) & set(scenes)]
             shown = ", ".join(scenes[:5]) + (f" and {len(scenes) - 5} more" if len(scenes) > 5 else "")
-            raise InputError(
-                f"{self.root}: split '{self.split}' holds no scene of this tree, which has {shown or 'none'}; "
-                f"use --split {' or '.join(homes + ['all'])}"
-            )
+            raise InputError(f"{self.root}: split '{self.split}' holds no scene of this tree, which has "
+                             f"{shown or 'none'}; use --split {' or '.join(homes + ['all'])}")
         return rows
 
     def __len__(self) -> int:
