@@ -58,13 +58,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def setup(device: str, threads: int | None = None) -> Run:
-    """One process, or one of torchrun's (gloo on a CPU, nccl on CUDA). threads: torch's CPU threads, None = its choice.
+def setup(device: str) -> Run:
+    """One process, or one of torchrun's (gloo on a CPU, nccl on CUDA).
 
     On a CPU the operators with a deterministic variant use it: resume is bit-equal there.
     """
-    if threads:
-        torch.set_num_threads(threads)
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     if device == "cuda":
         if local >= torch.cuda.device_count():
