@@ -882,7 +882,7 @@ def train(cfg: Config, dataset, labels: Path, args, network=OccLE, teacher=Teach
         optimizer = make_optimizer(cfg.optimizer, learns, *rates, 0.01, "encoder.backbone")
         heads = [m for name, m in learns.named_modules() if name.endswith(("last", "header2d", "header3d"))]
         set_apart(optimizer.param_groups, [p for m in heads for p in m.parameters()], orthogonal=False)
-        model = run.attach(saved, optimizer, learns)
+        model = run.attach(saved, optimizer, learns, find_unused=not stage)  # what only the fusion reads
         for k, batch in run.batches(data, args.workers, partial(stack_items, device=run.device, n=cfg.batch)):
             lr = set_lr(optimizer, schedule(k, count, "cosine", cfg.warmup))
             terms = step(model, saved["teacher"], batch, done + k, done + count, weights, cfg, run.autocast)

@@ -13,12 +13,13 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -210,6 +211,26 @@ def sweep(folder: Path) -> None:
             os.close(lock)
 
 
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """Yield a folder inside `folder`, removed at the end; after a kill, by the next writer there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    temporary, lock = _reserve(folder / "scratch", True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds no file but what killed writers left."""
+    return not any(path.is_file() and not any(map(_TEMPORARY.fullmatch, path.relative_to(folder).parts))
+                   for path in folder.rglob("*"))
+
+
 def hold(folder: Path | str) -> None:
     """Claim a run folder for this process until `release` or its end. Raises InputError if another has it.
 
@@ -260,6 +281,19 @@ def write_npz(path: Path | str, **arrays: np.ndarray) -> None:
             np.lib.format.write_array(data, np.ascontiguousarray(array), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), data.getvalue(), zipfile.ZIP_DEFLATED, 1)
     write_bytes(path, buffer.getvalue())
+
+
+def end_with_parent() -> None:
+    """In a worker process: end as soon as the process that started it is gone, however it went.
+
+    A worker that lived on would write beside the run that is started again.
+    """
+
+    def wait() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # --- reading ------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import InputError, read_json, read_npz, write_json, write_npz
+from common.files import InputError, end_with_parent, read_json, read_npz, write_json, write_npz
 from common.geometry import OCC3D
 from common.nuscenes import FREE
 
@@ -156,8 +156,13 @@ def _each(function: Callable, jobs: list, processes: int) -> Iterator:
     if processes < 2:
         yield from map(function, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _start_worker) as pool:
         yield from pool.imap(function, jobs)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    end_with_parent()
 
 
 def _label_scene(job: tuple) -> int:

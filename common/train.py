@@ -52,7 +52,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.cli import RUN, to_dict
-from common.files import InputError, atomic, naming, read_json, reading, reason, write_bytes, write_json
+from common.files import InputError, atomic, naming, read_json, reading, reason, sweep, write_bytes, write_json
 
 # --- seeds, device, ranks --------------------------------------------------------------------------------------------
 
@@ -555,6 +555,7 @@ def begin(out: Path | str, run: Run, wanted: dict[str, Any], resume: bool = Fals
             raise InputError(f"{out}: holds a run with other settings ({shown}{more}); {hint or 'use another --out'}")
         if not longer and found is not None and found >= wanted["steps"]:
             if run.is_main:
+                sweep(out), _clean(out)  # what a kill at the very end left
                 print(f"{out}: finished, {found} steps; nothing to train (another --out trains anew)")
             return None
         if run.is_main:

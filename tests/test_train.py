@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import pytest
 import torch
 from torch import nn
 
+from common import files
 from common import train as T
 from common.engine import Session
 from common.files import InputError, read_json, write_json
@@ -272,8 +274,12 @@ def test_resume_is_bit_equal(straight, tmp_path, capsys):
     assert_bit_equal(tensors(folder), tensors(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, 11)) and [r["loss"] for r in rows] == pytest.approx(losses)
+    for name in ("step_000005", ".latest.tmp-abcdefgh.json"):  # a kill at the very end, before they are removed
+        shutil.copytree(tmp_path / "step_000010", tmp_path / name)
+    files._SWEPT.clear()
     assert toy_train(tmp_path) is None
     assert "finished, 10 steps" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folder.iterdir()}
 
 
 def test_resume_after_sigkill_is_bit_equal(straight, tmp_path):
