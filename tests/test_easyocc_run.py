@@ -272,13 +272,13 @@ def test_bad_label_files(damage, names, data, tmp_path, capsys):
     assert names in line and str(tmp_path / "l") in line
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a jpeg"])
-def test_bad_images(content, tiny_world, data, tmp_path, capsys):
+@pytest.mark.parametrize("content, backbone", [(None, "conv"), (b"", "street+frozen"), (b"not a jpeg", "conv")])
+def test_bad_images(content, backbone, tiny_world, data, tmp_path, capsys):
     shutil.copytree(tiny_world, tmp_path / "w")
     for image in (tmp_path / "w" / "samples" / "CAM_BACK").glob("*.jpg"):
         image.unlink() if content is None else image.write_bytes(content)
     line = fails(capsys, "train", "--data-root", tmp_path / "w", "--cache", tmp_path / "c", "--labels", data[1], "--out", tmp_path / "x",
-                 "--steps", "1", *SMALL)  # fmt: skip
+                 "--steps", "1", *SMALL, "--backbone", backbone)  # fmt: skip
     assert "CAM_BACK" in line
 
 
