@@ -786,7 +786,7 @@ def test_real_poses_are_scored_as_by_hand(tmp_path, capsys):
 
 @pytest.mark.skipif(not DRIVELM.is_dir(), reason="shared/real/drivelm absent")
 def test_drivelms_keyframes_and_questions_run(trained, capsys):
-    asked = planning.read_asked(None, None, DRIVELM / "qa/test_eval.json")
+    asked = planning.read_drivelm(DRIVELM / "qa/test_eval.json")
     images = network().vlm.text.pixels(asked[0].images)
     assert images.shape == (6, 3, 32, 32) and 0 <= images.min() < images.max() <= 1
     run("ask", "--ckpt", trained, "--drivelm", DRIVELM / "qa/test_eval.json")

@@ -572,17 +572,20 @@ class Asked(NamedTuple):
     questions: list[tuple[str, str]]
 
 
-def read_asked(images: Sequence[str] | None, question: str | None, drivelm: Path | None) -> list[Asked]:
-    """Six image files and a question, or DriveLM's question file (image paths relative to it) -> keyframes.
+def read_asked(images: Sequence[str] | None, question: str | None) -> list[Asked]:
+    """Six image files and a question -> one keyframe. Raises InputError if they are not given or not six."""
+    if images is None or question is None:
+        raise InputError("ask needs --images (six files) and --question, or --drivelm FILE")
+    if len(images) != len(CAMERAS):
+        raise InputError(f"--images: {len(images)} files, expected {len(CAMERAS)} ({', '.join(CAMERAS)})")
+    return [Asked("", [Path(path) for path in images], [(question, "")])]
+
+
+def read_drivelm(drivelm: Path) -> list[Asked]:
+    """DriveLM's question file, image paths relative to it -> keyframes.
 
     Raises InputError: another form, or a keyframe without one of the six views.
     """
-    if drivelm is None:
-        if images is None or question is None:
-            raise InputError("ask needs --images (six files) and --question, or --drivelm FILE")
-        if len(images) != len(CAMERAS):
-            raise InputError(f"--images: {len(images)} files, expected {len(CAMERAS)} ({', '.join(CAMERAS)})")
-        return [Asked("", [Path(path) for path in images], [(question, "")])]
     frame = {"image_paths?": {str: str}, "QA?": {str: [{"Q?": str}]}}
     asked: list[Asked] = []
     scenes = read_json(drivelm)
