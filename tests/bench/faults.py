@@ -342,7 +342,7 @@ class Lab:
 
     def traces(self) -> list[str]:
         """What must not be there: processes that live on, writes elsewhere."""
-        problems, late = [], time.time() + 10
+        problems, late = [], time.time() + 60
         while living := self.orphans():
             if time.time() > late:
                 problems, late = [f"left a process: {name}" for name in living.values()], late + 60
