@@ -149,18 +149,6 @@ def test_killed_training_goes_on_bit_equal(data, trained, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(data, tmp_path):
-    flags, labels = data
-    words = ["train", *map(str, flags), "--labels", str(labels), "--steps", "2", "--jitter", "0", *SMALL]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "easyocc.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, *words, "--out", str(tmp_path / "two")], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    run(*words, "--batch", "2", "--out", tmp_path / "one")
-    one, two = ([json.loads(line)["loss"] for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4)
-
-
 # --- eval, pictures, claims, describe ----------------------------------------------------------------------------------
 
 

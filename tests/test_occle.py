@@ -591,18 +591,6 @@ def test_a_run_killed_in_either_stage_ends_bit_equal(stage, roots, labels, train
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(roots, labels, tmp_path):
-    kind = "semantickitti"
-    args = ["train", *map(str, flags(kind, roots, labels)), "--steps", "2", "--label-ratio", "1", "--branch-share", "0"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "occle.py"]
-    done = subprocess.run([*torchrun, *args, "--out", str(tmp_path / "two")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    run(*args, "--batch", "2", "--batch-unlabelled", "2", "--out", tmp_path / "one")
-    one, two = ([json.loads(line)["loss"] for line in (tmp_path / n / "2-fusion" / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4)
-
-
 def test_one_frame_is_overfitted(roots, labels, monkeypatch):
     monkeypatch.setattr(O, "augment", lambda item, rng, strong: {name: item[name] for name in ("images", "points", "history")})
     cfg, dataset = small(), open_data("occ3d", roots["occ3d"], labels["occ3d"].parent / "cache")
