@@ -106,8 +106,7 @@ class Session:
 
     def log(self, step: int, terms: dict[str, Tensor], lr: float) -> None:
         """Note a finished step: a line when one is due, the loss being the terms' sum; likewise a
-        checkpoint.
-        """
+        checkpoint."""
         done = step + 1
         due = done % self.save_every == 0 or done == self.steps
         self.lines(step, {"loss": sum(terms.values()), **terms}, lr, look=due, samples=self._seen)

@@ -200,8 +200,7 @@ def _lock(path: Path, wait: bool = False) -> int | None:
 
 def sweep(folder: Path) -> None:
     """Remove temporary files and folders that no living process writes; a process looks once into each
-    folder.
-    """
+    folder."""
     if folder in _SWEPT:
         return
     _SWEPT.add(folder)
@@ -272,8 +271,7 @@ def write_json(path: Path | str, value, indent: int | None = 1) -> None:
 
 def write_npz(path: Path | str, **arrays: np.ndarray) -> None:
     """Write a compressed npz with the same bytes for the same arrays (np.savez puts the time into the
-    zip).
-    """
+    zip)."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in arrays.items():
@@ -442,8 +440,7 @@ def _read_array(file: BinaryIO, size: int, name: str, shape: Shape, dtype: str |
 @contextmanager
 def open_image(path: Path | str, what: str = "image") -> Iterator[Any]:
     """Yield a PIL image whose pixels are not decoded yet. Raises InputError as `read_image`, inside the block
-    too.
-    """
+    too."""
     from PIL import Image
 
     path = Path(path)
@@ -465,8 +462,7 @@ def to_rgb(image) -> Any:
 
 def grey16(image) -> np.ndarray:
     """A PIL image of one 16-bit channel -> (H, W) uint16. Raises ValueError for other modes and larger
-    values.
-    """
+    values."""
     if not image.mode.startswith("I"):
         raise ValueError(f"PIL mode '{image.mode}', expected 16 bits and one channel")
     values = np.asarray(image)
@@ -483,6 +479,5 @@ def read_image(path: Path | str) -> np.ndarray:
 
 def short_hash(value) -> str:
     """A short name for a JSON value (what JSON lacks by its str): settings that several arms share are made
-    once.
-    """
+    once."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -221,6 +221,9 @@ def method_page(method: str, records: dict[str, dict], protocols: Protocols) -> 
         flat = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items()
                 if not isinstance(v, (dict, list)) and k not in ("kind", "method")]
         lines += [f"**[{name}]({name}.json)** {', '.join(flat)}", ""]
+        if rows := r.get("rows"):
+            shown = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+            lines += [*grid(list(rows[0]), shown), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
