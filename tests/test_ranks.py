@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("easyocc", "occle", "loc", "occvla", "threedvla")
 STEPS = 6  # a stage; 20 were measured: 1e-15 to 5e-8
 STAGES = {"easyocc": 1, "occle": 2, "loc": 1, "occvla": 4, "threedvla": 3}
-NET = "--image-size 56 100 --warmup 1 --workers 1 "
+NET = "--backbone conv --image-size 56 100 --warmup 1 --workers 1 "
 WORDS = {  # how each is made small; what one process takes; what each of two takes
     "easyocc": (NET + "--grid-stride 4 4 2 --lift-stride 1 1 1 --cnn-channels 8 16 --channels 8 --l-scal 1", "--batch 2", "--batch 1"),
     "occle": (NET + "--channels 8 --unet-channels 8 16 --geo-channels 8 --grid-channels 8 --head-channels 8 --n-sweeps 1 "
