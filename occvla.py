@@ -106,7 +106,7 @@ from common.report import planning
 from common.report.occupancy import Truth, ground_truth, spread
 from common.report.planning import COMMANDS, Action, Ego, Prediction, constant_velocity, ego_of, read_drivelm
 from common.train import (Muon, autocast, barrier, load_checkpoint, param_groups, schedule, set_apart, set_lr,
-                          setup, stages_cost, teardown)
+                          setup, stages_cost)
 
 STAGES = ("0_tokenizer", "1_occupancy", "2_language", "3_planning")
 Row = Literal["none", "command", "history", "command+history"]  # what a planner is given beside the images
@@ -727,7 +727,6 @@ def train(cfg: Config, args) -> None:
         args.resume = resume and (out / STAGES[stage] / "config.json").is_file()
         train_stage(stage, cfg, dataset, args.labels, args, out / STAGES[stage], previous, out / "0_host")
         previous = out / STAGES[stage]
-    teardown(run)
 
 
 # --- 6  Predict and evaluate --------------------------------------------------------------------------------

@@ -587,16 +587,6 @@ def test_a_run_killed_in_either_stage_ends_bit_equal(stage, roots, labels, train
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(roots, labels, tmp_path):
-    kind = "semantickitti"
-    args = ["train", *flags(kind, roots, labels), "--steps", "2", "--label-ratio", "1", "--branch-share", "0"]
-    done = commands.torchrun("occle.py", *args, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-2000:]
-    run(*args, "--batch", "2", "--batch-unlabelled", "2", "--out", tmp_path / "one")
-    one, two = (commands.losses(tmp_path / name / "2-fusion") for name in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4)
-
-
 def test_one_frame_is_overfitted(roots, labels, monkeypatch):
     monkeypatch.setattr(O, "augment", lambda item, rng, strong: {name: item[name] for name in ("images", "points", "history")})
     cfg, dataset = small(), open_data("occ3d", roots["occ3d"], labels["occ3d"].parent / "cache")

@@ -593,12 +593,10 @@ def test_stage_zero_may_be_given(drives, trained, tmp_path, capsys):
         assert message in fails(capsys, *words, folder, *more)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_equal_one_with_the_doubled_batch(parallel, drives, trained, tmp_path):
+def test_two_processes_with_shards_equal_one_with_the_doubled_batch(drives, trained, tmp_path):
     words = [*drives[1], *SMALL, "--steps", "4", "--tokenizer", trained / O.STAGES[0], "--optimizer", "adamw",
              "--lr-vlm", "1e-3", "--stage-lr", "1e-3", "1e-3", "1e-3", "1e-3"]
-    done = commands.torchrun("occvla.py", "train", *words, "--out", tmp_path / "two", "--stage-batch", 1, 1, 1, 2,
-                             *(["--fsdp"] if parallel == "fsdp" else []))
+    done = commands.torchrun("occvla.py", "train", *words, "--out", tmp_path / "two", "--stage-batch", 1, 1, 1, 2, "--fsdp")
     assert done.returncode == 0, done.stderr[-3000:]
     run("train", *words, "--out", tmp_path / "one", "--stage-batch", "2", "2", "2", "4")
     for stage in O.STAGES[1:]:
