@@ -80,6 +80,7 @@ class Session:
         self.saved, self.optimizer = saved, optimizer
         if self.start:
             self.state = parts.load_checkpoint(self.out, *self.whole(), self.run, self.settings)
+            del self.state["step"]  # of that checkpoint, not of those to come
         self.lines = parts.Log(self.out, self.run, self.steps, self.start, self.state)
         called = saved if called is None else called
         return called if self.sharded else parts.wrap(called, self.run, find_unused)
@@ -99,18 +100,13 @@ class Session:
         for step, items in parts.prefetch(make_item, self.order, self.start, self.steps, workers, self.lines):
             yield step, collate(items) if collate else stack(items, self.device)
 
-    def generator(self, step: int) -> torch.Generator:
-        """A CPU generator that depends on seed, step and rank alone."""
-        return torch.Generator().manual_seed((self.seed << 32) + step * self.world + self.rank)
-
     def autocast(self) -> AbstractContextManager:
         """bfloat16 where amp is bf16, else nothing."""
         return parts.autocast(self.device, self.amp)
 
     def log(self, step: int, terms: dict[str, Tensor], lr: float) -> None:
         """Note a finished step: a line when one is due, the loss being the terms' sum; likewise a
-        checkpoint.
-        """
+        checkpoint."""
         done = step + 1
         due = done % self.save_every == 0 or done == self.steps
         self.lines(step, {"loss": sum(terms.values()), **terms}, lr, look=due, samples=self._seen)

@@ -13,15 +13,16 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -199,15 +200,35 @@ def _lock(path: Path, wait: bool = False) -> int | None:
 
 def sweep(folder: Path) -> None:
     """Remove temporary files and folders that no living process writes; a process looks once into each
-    folder.
-    """
+    folder."""
     if folder in _SWEPT:
         return
     _SWEPT.add(folder)
-    for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
-        if (lock := _lock(path)) is not None:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    with suppress(OSError):  # a folder that may not be written is as it is
+        for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
+            if (lock := _lock(path)) is not None:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                os.close(lock)
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """Yield a folder inside `folder`, removed at the end; after a kill, by the next writer there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    temporary, lock = _reserve(folder / "scratch", True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
             os.close(lock)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds no file but what killed writers left."""
+    return not any(path.is_file() and not any(map(_TEMPORARY.fullmatch, path.relative_to(folder).parts))
+                   for path in folder.rglob("*"))
 
 
 def hold(folder: Path | str) -> None:
@@ -215,7 +236,7 @@ def hold(folder: Path | str) -> None:
 
     The claim is a lock of the system on the folder itself: it leaves no file, and none is stale.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))  # resolve() raises RuntimeError at links in a circle
     if folder in _HELD:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,7 +254,7 @@ def hold(folder: Path | str) -> None:
 
 def release(folder: Path | str) -> None:
     """Give up the claim of `hold`."""
-    handle = _HELD.pop(Path(folder).resolve(), None)
+    handle = _HELD.pop(Path(os.path.realpath(folder)), None)
     if handle is not None:
         os.close(handle)
 
@@ -251,8 +272,7 @@ def write_json(path: Path | str, value, indent: int | None = 1) -> None:
 
 def write_npz(path: Path | str, **arrays: np.ndarray) -> None:
     """Write a compressed npz with the same bytes for the same arrays (np.savez puts the time into the
-    zip).
-    """
+    zip)."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in arrays.items():
@@ -260,6 +280,19 @@ def write_npz(path: Path | str, **arrays: np.ndarray) -> None:
             np.lib.format.write_array(data, np.ascontiguousarray(array), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), data.getvalue(), zipfile.ZIP_DEFLATED, 1)
     write_bytes(path, buffer.getvalue())
+
+
+def end_with_parent() -> None:
+    """In a worker process: end as soon as the process that started it is gone, however it went.
+
+    A worker that lived on would write beside the run that is started again.
+    """
+
+    def wait() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -405,15 +438,26 @@ def _read_array(file: BinaryIO, size: int, name: str, shape: Shape, dtype: str |
     return array.reshape(found[::-1]).T if fortran else array.reshape(found)
 
 
+class _Bounded(io.BufferedReader):
+    """A file that is never asked for more than is left in it: PIL allocates what a damaged chunk declares."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+
 @contextmanager
 def open_image(path: Path | str, what: str = "image") -> Iterator[Any]:
     """Yield a PIL image whose pixels are not decoded yet. Raises InputError as `read_image`, inside the block
-    too.
-    """
+    too."""
     from PIL import Image
 
     path = Path(path)
-    with reading(path, f"not a readable {what}", what=what), Image.open(path, formats=PICTURES) as image:
+    with (reading(path, f"not a readable {what}", what=what), _Bounded(io.FileIO(path)) as file,
+          Image.open(file, formats=PICTURES) as image):
         if not 0 < image.width * image.height <= MAX_PIXELS:
             size, limit = f"{image.width}x{image.height} px", f"{MAX_PIXELS / 1e6:.0f} megapixels"
             raise InputError(f"{path}: {size} by its header, expected up to {limit}; make it smaller")
@@ -431,8 +475,7 @@ def to_rgb(image) -> Any:
 
 def grey16(image) -> np.ndarray:
     """A PIL image of one 16-bit channel -> (H, W) uint16. Raises ValueError for other modes and larger
-    values.
-    """
+    values."""
     if not image.mode.startswith("I"):
         raise ValueError(f"PIL mode '{image.mode}', expected 16 bits and one channel")
     values = np.asarray(image)
@@ -449,6 +492,5 @@ def read_image(path: Path | str) -> np.ndarray:
 
 def short_hash(value) -> str:
     """A short name for a JSON value (what JSON lacks by its str): settings that several arms share are made
-    once.
-    """
+    once."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]

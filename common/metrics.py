@@ -6,7 +6,7 @@
     constant_prediction                      what a model must beat: each voxel's most frequent training class
     ssc_scores                               SemanticKITTI scene completion
     planning_scores, PlanningMeter           open-loop planning: UniAD, ST-P3, VAD
-    qa_scores, openset_scores, counted_openset_scores, libero_plus_average
+    qa_scores, openset_scores, libero_plus_average
     python -m common.metrics audit --pred P --data-root D    anybody's predictions, every protocol (common/audit.py)
 
 Tensors in (numpy arrays too), plain floats out; scores are fractions, the printed lines are percent. Sums are integers
@@ -642,36 +642,28 @@ def qa_scores(rows: Iterable[dict]) -> dict[str, tuple[int, int, float]]:
     return {g: (counts[g][0], counts[g][1], round(100 * counts[g][0] / max(counts[g][1], 1), 2)) for g in names}
 
 
-def openset_scores(score, unknown) -> dict[str, float]:
+def openset_scores(score, unknown, count=None) -> dict[str, float]:
     """score (M,), higher = more unknown; unknown (M,) bool -> {"auroc", "aupr", "fpr95"}, unknown being positive.
 
-    Equal scores move together (one step of the curve), so ties are worth one half in AUROC and no order is assumed.
-    AUPR is the average precision (steps, no interpolation). FPR95: false positives at the first threshold that finds
-    95 % of the unknown. NaN where there is no unknown or no known element. scikit-learn's three numbers.
+    scikit-learn's: equal scores move together, AUPR is the average precision (steps, no interpolation). FPR95: false
+    positives at the first threshold that finds 95 % of the unknown. NaN where there is no unknown or no known element.
+    count (M,): how many elements each of them stands for.
     """
-    score, unknown = _tensor(score).flatten().double(), _tensor(unknown).flatten().bool()
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+    score, unknown = _tensor(score).flatten().double().cpu().numpy(), _tensor(unknown).flatten().bool().cpu().numpy()
     if score.shape != unknown.shape:
         raise ValueError(f"{len(score)} scores for {len(unknown)} labels")
-    if score.isnan().any():
-        raise ValueError(f"{int(score.isnan().sum())} of {len(score)} scores are NaN")
-    place = score.unique(return_inverse=True)[1]
-    return counted_openset_scores(place[unknown].bincount(minlength=len(score)), place[~unknown].bincount(minlength=len(score)))
-
-
-def counted_openset_scores(unknown: Tensor, known: Tensor) -> dict[str, float]:
-    """The same of how many unknown and known elements (n,) have each of n scores in ascending order."""
-    true, false = unknown.flip(0).cumsum(0).double(), known.flip(0).cumsum(0).double()
-    there = (unknown + known).flip(0) > 0
-    true, false = true[there], false[there]
-    if not len(true) or not true[-1] or not false[-1]:
+    if np.isnan(score).any():
+        raise ValueError(f"{int(np.isnan(score).sum())} of {len(score)} scores are NaN")
+    if unknown.all() or not unknown.any():
         return {"auroc": NAN, "aupr": NAN, "fpr95": NAN}
-    recall, fallout, precision = true / true[-1], false / false[-1], true / (true + false)
-    zero = recall.new_zeros(1)
-    gain = torch.diff(recall, prepend=zero)
+    weight = None if count is None else _tensor(count).flatten().double().cpu().numpy()
+    false, true, _ = roc_curve(unknown, score, drop_intermediate=False, sample_weight=weight)
     return {
-        "auroc": float(torch.trapezoid(torch.cat([zero, recall]), torch.cat([zero, fallout]))),
-        "aupr": float((gain * precision).sum()),
-        "fpr95": float(fallout[recall >= 0.95][0]),
+        "auroc": float(roc_auc_score(unknown, score, sample_weight=weight)),
+        "aupr": float(average_precision_score(unknown, score, sample_weight=weight)),
+        "fpr95": float(false[true >= 0.95][0]),
     }
 
 

@@ -202,6 +202,18 @@ def run(code: str, *words: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **kwargs)
 
 
+def test_a_chunk_that_says_it_is_huge_allocates_nothing(tmp_path):
+    """A PNG of 100 bytes whose pixels are 3 GB by their chunk's header, with 1 GB to spend."""
+    Image.new("L", (30, 20), 7).save(path := tmp_path / "x.png")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(data[data.find(b"IDAT") - 4 :][:8], b"\xb6\0\x03\xd9IDAT"))
+    code = MAIN.format("import resource, common.files as F; from PIL import Image; Image.init(); "
+                       "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 2**30; "
+                       "resource.setrlimit(resource.RLIMIT_AS, (size, size)); F.read_image(sys.argv[1])")  # fmt: skip
+    done = run(code, path)
+    assert (done.returncode, done.stderr) == (0, "")  # all pixels are there
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -226,6 +238,38 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     os.umask(umask)
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+WORKER = """
+import multiprocessing, os, sys, time
+from common.files import end_with_parent
+def work(start):
+    start()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work, args=(end_with_parent,)).start()
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    (tmp_path / "w.py").write_text(WORKER)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "w.py"], env=environment, stdout=subprocess.PIPE)
+    assert int(parent.stdout.readline()) != parent.pid
+    parent.kill(), parent.wait()
+    assert parent.stdout.read() == b""  # the worker had the pipe too: it has ended
+    parent.stdout.close()
+
+
+def test_scratch_folders_and_leftovers_are_nothing(tmp_path):
+    (tmp_path / "a").mkdir()
+    with F.scratch(tmp_path / "a") as folder:
+        (folder / "x").write_text("x")
+        assert F.is_empty(tmp_path) and folder.parent == tmp_path / "a"
+    assert not list((tmp_path / "a").iterdir()) and F.is_empty(tmp_path)
+    (tmp_path / "a/.hidden").touch()
+    assert not F.is_empty(tmp_path)
 
 
 def test_a_failed_writer_leaves_nothing(tmp_path):

@@ -65,7 +65,7 @@ def _sorted_pairs(uv: Tensor, depth: Tensor, height: int, width: int) -> _Pairs:
     camera, voxel = pair // max(V, 1), pair % max(V, 1)
     pixel = (camera * height + y.flatten()[pair].long()) * width + x.flatten()[pair].long()
     # One key: the bits of a positive fp32 depth sort as integers do. Stable, so ties keep the voxel order.
-    key = pixel << 32 | depth.flatten()[pair].float().view(torch.int32).long()
+    key = pixel << 32 | depth.flatten()[pair].to(torch.float32).view(torch.int32).long()
     order = key.argsort(stable=True)
     counts = torch.bincount(pixel, minlength=N * height * width)
     return _Pairs(voxel[order], pair[order], pixel[order], F.pad(counts.cumsum(0), (1, 0)))

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from common import viz
 from common.files import read_json, write_json, write_npz
-from common.metrics import counted_openset_scores, occupancy_confusion
+from common.metrics import occupancy_confusion, openset_scores
 from common.nuscenes import FREE, OCC3D_CLASSES, Frame, NuScenesOccupancy
+from common.train import joined, share_out
 
 IGNORE = 255
 LAST_THING = 10  # Occ3D ids up to it are things, those after it stuff
@@ -76,6 +77,8 @@ def report(read: Read, *, dataset: NuScenesOccupancy, indices: list[int], known:
     known, novel: Occ3D ids. setting: what the table must say about language and the held-out list.
     """
     metrics, sums = score(read, dataset, indices, known, novel)
+    if not joined().is_main:  # one process writes
+        return metrics
     add_results(out, metrics, sums)
     print_table(metrics, known, novel, setting)
     for path in draw(read, dataset, drawn, out):
@@ -105,7 +108,10 @@ class Counts:
 
     def scores(self, positive: str, *negative: str) -> dict[str, float]:
         """AUROC, AUPR and FPR95 of one group against others together."""
-        return counted_openset_scores(self.of[positive], sum(self.of[name] for name in negative))
+        unknown, known = self.of[positive], sum(self.of[name] for name in negative)
+        value = torch.cat([unknown.nonzero()[:, 0], known.nonzero()[:, 0]])
+        is_unknown = torch.arange(len(value)) < (unknown > 0).sum()
+        return openset_scores(value, is_unknown, torch.cat([unknown[unknown > 0], known[known > 0]]))
 
 
 class Totals:
@@ -179,19 +185,23 @@ def score(read: Read, dataset: NuScenesOccupancy, indices: list[int], known: lis
     scenes: dict[str, list[int]] = {}
     for i in indices:
         scenes.setdefault(dataset.scene_names[i], []).append(i)
-    bar = tqdm(total=len(indices), desc="open set", unit="keyframe", leave=False)
+
+    def asked_of(i: int) -> tuple[np.ndarray, ...]:
+        semantics, camera, _ = dataset.labels(i)
+        return semantics, camera, (semantics < FREE) & camera
+
+    in_order = [i for keyframes in scenes.values() for i in keyframes]
+    read_all = share_out(lambda i: read(dataset[i], asked_of(i)[2]), in_order)  # under torchrun each its share
+    answers = iter(tqdm(read_all, "open set", len(in_order), leave=False))
     for scene, keyframes in scenes.items():
         part, own = Totals(novel), Pool(rng)
         for i in keyframes:
-            semantics, camera, _ = dataset.labels(i)
-            asked = (semantics < FREE) & camera
-            answer = read(dataset[i], asked)
+            (semantics, camera, asked), answer = asked_of(i), next(answers)
             part.add(answer, semantics, camera, known)
             own.add(answer.features, torch.from_numpy(semantics[asked].astype(np.int64)), 100)
             pred, truth, mask = (torch.from_numpy(x) for x in (answer.ids[""], semantics, camera))
             random = ids[torch.from_numpy(rng.integers(len(ids), size=pred.shape))]
             chance = chance + occupancy_confusion(torch.where(pred < FREE, random, FREE), truth, mask)
-            bar.update()
         diverse = homogenisation(*own.all())
         for name in ("centroid_distance", "inter_intra", "effective_rank"):
             sums.setdefault(f"scene_{name}", {})[scene] = own_value(diverse.get(name, math.nan))
@@ -199,7 +209,6 @@ def score(read: Read, dataset: NuScenesOccupancy, indices: list[int], known: lis
             sums.setdefault(name, {})[scene] = value
         whole.merge(part)
         pool.add(*own.all(), 2000)
-    bar.close()
     metrics = unknown_scores(whole) | retrieval(whole) | homogenisation(*pool.all())
     metrics |= {name: mean_ratio(sum(parts.values())) for name, parts in sums.items()}
     metrics["unknown_miou_chance"] = mean_ratio(union_sums(chance, novel))

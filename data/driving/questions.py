@@ -27,14 +27,13 @@ BALANCE     Per keyframe at most two questions of each type and hop (twenty). In
 """
 
 import argparse
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common.files import InputError, exit_on_input_error, read_json, write_json
+from common.files import InputError, exit_on_input_error, read_json, scratch, write_json
 from common.nuscenes import Boxes, NuScenesOccupancy, find_root, find_version
 from data.driving.balanced import balanced_questions
 from common.questions import CLASSES, DIRECTIONS, MOST, PHRASES, STATUS, STATUSES, STATUSES_OF, TYPES, WORDINGS, words
@@ -295,7 +294,7 @@ def make_questions(root: Path | str, version: str, seed: int = 0, balanced: bool
     from nuscenes.utils.splits import create_splits_scenes
 
     members = create_splits_scenes()
-    with tempfile.TemporaryDirectory() as cache:
+    with scratch(root / "questions") as cache:
         dataset = NuScenesOccupancy(root, version, "all", cache=cache, parts=())
         for k, (split, path) in enumerate(paths.items()):
             names = set(members[SPLITS[version][k]])
