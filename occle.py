@@ -154,7 +154,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        image_size=(112, 200), n_sweeps=2, backbone="street", channels=24, geo_channels=16,
+        image_size=(112, 200), n_sweeps=2, backbone="conv", channels=24, geo_channels=16,
         unet_channels=(16, 32, 64), grid_channels=24, head_channels=16, grid_stride=(2, 2, 1),
         mamba_stride=(2, 2, 2), d_state=4, expand=1, class_weights="sqrt", ema=0.98, scatter_stride=8,
         branch_share=0.4, optimizer="muon", steps=180, lr=1e-2, warmup=20, grad_clip=5.0, amp="off"),
