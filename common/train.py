@@ -138,7 +138,8 @@ def shard(net: nn.Module, layers: tuple[str, ...], amp: str) -> nn.Module:
 
 
 class Unsharded:
-    """A sharded network or optimiser as checkpoints hold it: full tensors, on the CPU. All processes make one."""
+    """A sharded network or optimiser as checkpoints hold it. All processes make one, tensor after tensor: the first
+    keeps full tensors on the CPU, the others their own shards."""
 
     def __init__(self, target: nn.Module | torch.optim.Optimizer):
         self.target = target
@@ -148,7 +149,10 @@ class Unsharded:
         """Full tensors in place of shards, through nested dicts."""
         if isinstance(value, dict):
             return {k: self.gather(v) for k, v in value.items()}
-        return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+        if not hasattr(value, "full_tensor"):
+            return value
+        full = value.full_tensor()
+        return full.cpu() if dist.get_rank() == 0 else value.to_local()
 
     def state_dict(self) -> dict[str, Any]:
         """What `save_checkpoint` writes."""

@@ -56,8 +56,10 @@ FILES = ("by_scene.npz", "result.json")  # what an arm leaves, in the order of w
 NOT_RUN = "not run"
 HEADLINE = (  # of a run; everything else is in its file
     "miou_camera", "iou_camera", "constant_miou_camera", "constant_iou_camera", "rayiou", "miou", "iou",
-    "constant_miou", "constant_iou", "auroc", "aupr", "fpr95", "l2_avg", "col_avg", "qa_accuracy", "success")
-UNITS = {"minus_l2": "m", "scene_centroid_distance": "", "scene_inter_intra": "", "scene_effective_rank": ""}
+    "constant_miou", "constant_iou", "auroc", "aupr", "fpr95", "l2_avg", "col_avg", "qa_accuracy", "success",
+    "qa_balanced", "qa_balanced_shuffled", "qa_balanced_ngram", "l2_avg_shuffled", "l2_avg_speed_trees")
+UNITS = {**{f"minus_{kind}": "m" for kind in ("l2", "history_l2", "l2_ego_mlp", "l2_shuffled", "l2_speed_trees")},
+         "scene_centroid_distance": "", "scene_inter_intra": "", "scene_effective_rank": ""}
 
 
 class Gate(NamedTuple):

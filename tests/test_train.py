@@ -652,3 +652,12 @@ if __name__ == "__main__":
     words = dict(zip(sys.argv[2::2], sys.argv[3::2], strict=True))
     chosen = {name: type(v)(words[f"--{name}"]) for name, v in asdict(Config()).items() if f"--{name}" in words}
     toy_train(Path(sys.argv[1]), replace(Config(), **chosen), kill_at=int(words.get("--kill-at", -1)), hard=True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_keeps_full_tensors(rank, monkeypatch):
+    """A sharded network is gathered tensor by tensor; the other processes keep their own shards."""
+    shard = SimpleNamespace(full_tensor=lambda: torch.ones(4), to_local=lambda: torch.ones(2))
+    monkeypatch.setattr(T.dist, "get_rank", lambda: rank)
+    held = T.Unsharded(SimpleNamespace(state_dict=lambda: {"w": shard, "step": {"k": 3}})).state_dict()
+    assert len(held["w"]) == (2 if rank else 4) and held["step"] == {"k": 3}
