@@ -19,9 +19,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +45,8 @@ from common.worlds import is_world, make
 from experiments.runner import Claim, main, once
 
 SHARED = {"steps": 400, "warmup": 20}  # config fields of every arm
-# In one stage, as without pseudo labels a first one leaves the semantic branch untaught. LiDAR alone, cells of
-# 1.6 x 1.6 x 0.4 m and a small network (Occ3D's grid): 400 steps of an arm in minutes.
+# In one stage, as without pseudo labels a first one leaves the semantic branch untaught. LiDAR alone, cells
+# of 1.6 x 1.6 x 0.4 m and a small network (Occ3D's grid): 400 steps of an arm in minutes.
 ONE_STAGE = {"branch_share": 0.0}
 LIGHT = ONE_STAGE | {"inputs": "LiDAR", "grid_stride": (4, 4, 1), "cell_split": (5, 5, 2),
                      "mamba_stride": (1, 1, 1), "unet_channels": (16, 32), "grid_channels": 16,
@@ -56,13 +57,14 @@ RATIOS = (0.1, 1.0, 0.01, 0.02, 0.05, 0.2, 0.5)  # in the order of running
 BY = {"frames": (0.01, 0.05, 0.1, 0.2, 1.0), "scenes": (0.01, 0.05, 0.1, 0.2)}  # all scenes are all frames
 CLAIMS = {
     "curve": Claim(
-        "curve", "(l) pseudo labels help at each ratio of labels, and with them 10 % are as good as 100 % alone",
+        "curve", "(l) pseudo labels help at each ratio of labels, and with them 10 % are as good as 100 % "
+                 "alone",
         {f"{who} {100 * r:g} %": arm | LIGHT | {"label_ratio": r}
          for r in RATIOS for who, arm in BOTH.items()},
         (*((f"OccLE {100 * r:g} %", f"supervised {100 * r:g} %") for r in sorted(RATIOS)),
          ("OccLE 10 %", "supervised 100 %"),
          *((f"supervised {100 * b:g} %", f"supervised {100 * a:g} %")
-           for a, b in zip(sorted(RATIOS), sorted(RATIOS)[1:]))),
+           for a, b in pairwise(sorted(RATIOS)))),
         note="LiDAR input, cells of 1.6 x 1.6 x 0.4 m, one stage in all arms, the same steps and labelled "
              "exposures in the same order; OccLE also sees a frame without its label a step."),
     "labels": Claim(
@@ -208,7 +210,7 @@ def widened(cfg: O.Config) -> O.Config:
     """
 
     def wide(k: int) -> O.Config:
-        even = lambda n: 2 * max(1, round(n * k / 32))  # noqa: E731  for the norms
+        even = lambda n: 2 * max(1, round(n * k / 32))  # for the norms
         return replace(cfg, channels=even(cfg.channels), unet_channels=tuple(map(even, cfg.unet_channels)))
 
     def count(net: nn.Module) -> int:
@@ -252,7 +254,7 @@ def seeing(inputs: str, network: Callable, cfg: O.Config, pretrained: bool = Tru
 class Kept(O.Samples):
     """Samples that keep in memory what no augmentation changes, for all arms of this process."""
 
-    store: dict = {}
+    store: ClassVar[dict] = {}
 
     def fixed(self, i: int, labelled: bool) -> dict[str, Tensor]:
         c, data = self.cfg, self.dataset
@@ -376,7 +378,7 @@ def refuse_equals(name: str, cfg: O.Config, dataset, seed: int) -> None:
     """
     claim = next(c for key, c in CLAIMS.items() if name == key or c.sentence.startswith(f"({name})"))
     for pair in claim.pairs:
-        ratio = lambda arm: {"label_ratio": 0.1, "label_by": "frames"} | claim.arms[arm]  # noqa: E731
+        ratio = lambda arm: {"label_ratio": 0.1, "label_by": "frames"} | claim.arms[arm]
         given = [(ratio(arm)["label_ratio"], ratio(arm)["label_by"]) for arm in pair[:2]]
         chosen = [O.choose_labelled(dataset.scene_names, *how, seed) for how in given]
         seen = [min(len(one), cfg.steps * cfg.batch) for one in chosen]
@@ -499,7 +501,7 @@ def probe_frame(dataset, i: int, cfg: O.Config) -> tuple[int, ...]:
     truth = coarsen(torch.from_numpy(voxel_truth(dataset, i, labels)), cfg.grid_stride, labels.solid).long()
     size, full = tuple(n // stride for n in cfg.image_size), truth < labels.solid
     K, T = scale_to(frame.K, cfg.image_size, size).double(), frame.T_ego_cam.double()
-    share = (torch.arange(full.numel()).double().view(full.shape) + 0.5) / full.numel()  # a cell shows its number
+    share = (torch.arange(full.numel()).double().view(full.shape) + 0.5) / full.numel()  # a cell's number
     logits = torch.stack([share.log(), (1 - share).log(), torch.where(full, -40.0, 40.0)], -1)
     shown, light = O.project_logits(logits, K, T, size, cells, "depth")
     front = (shown[:, 0] * full.numel()).long().flatten(1)  # (N, h w)
@@ -509,7 +511,8 @@ def probe_frame(dataset, i: int, cfg: O.Config) -> tuple[int, ...]:
         met = None
         for dx, dy in [(0.5, 0.5), *((a / 8, b / 8) for a in (1, 3, 5, 7) for b in (1, 3, 5, 7))]:
             uv = at + torch.tensor([dx, dy], dtype=torch.float64)
-            first = first_met(T[n, :3, 3], unproject(uv, torch.full((len(uv),), 120.0), K[n], T[n]), full, cells)
+            far = unproject(uv, torch.full((len(uv),), 120.0), K[n], T[n])
+            first = first_met(T[n, :3, 3], far, full, cells)
             met = first if met is None else met
             seen[first[first >= 0]] = True
         total.append(met)

@@ -178,6 +178,13 @@ def test_the_opposite_sign_does_not_hold(tmp_path):
     assert run(tmp_path, claim=wrong)["comparisons"][0]["verdict"] == "does not hold"
 
 
+def test_arms_are_named_by_several_words():
+    claim = A.Claim("x", "x", {"OccLE 1 %": {}, "OccLE 10 %": {}, "all": {}, "all of it": {}}, ())
+    assert A.arms_of(("OccLE", "10", "%", "all of it", "all"), claim) == ("OccLE 10 %", "all of it", "all")
+    with pytest.raises(A.InputError, match="--arms OccLE 20 %: x has OccLE 1 %"):
+        A.arms_of(("all", "OccLE 20 %"), claim)
+
+
 def test_arms_that_were_not_run_say_so(tmp_path, capsys):
     verdict = run(tmp_path, seeds=1, only=("short",))
     assert verdict["comparisons"][0]["verdict"] == "not run" and "long                     not run" in capsys.readouterr().out
