@@ -92,7 +92,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import verbs
-from common.backbones import ImageEncoder, UNet3D, conv_norm_relu
+from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, encoder_rate
 from common.datasets import (IGNORE, LABEL_SETS, LabelSet, format_of, open_dataset, read_frame_list,
                              voxel_truth)
 from common.engine import Session
@@ -658,13 +658,12 @@ def project_logits(logits: Tensor, K: Tensor, T_ref_cam: Tensor, size: tuple[int
     """
     logits, half = logits.flatten(0, 2), logits.new_tensor(cells.voxel_size) / 2
     odds = (logits[:, :-1].logsumexp(1) - logits[:, -1]).detach()  # log P(occupied) / P(empty)
-    seen, T = (odds > math.log(0.05 / 0.95)).nonzero()[:, 0], invert(T_ref_cam)
-    uv, depth = project(cells.centers(device=T.device).flatten(0, 2)[seen], K, T)  # (N, V, 2), (N, V)
+    on, T = (odds > math.log(0.05 / 0.95)).nonzero()[:, 0], invert(T_ref_cam)
+    uv, depth = project(cells.centers(device=T.device).flatten(0, 2)[on], K, T)  # (N, V, 2), (N, V)
     depth = depth.where(depth > 2 * half.max(), -1)  # a nearer cell covers everything
     A = K @ T[:, :3, :3]  # d(u, v) / d(x, y, z) = (A[:2] - uv A[2]) / depth: the box, to first order
-    extent = ((A[:, None, :2] - uv[..., None] * A[:, None, 2:]).abs() @ half.to(A)) / depth[..., None].abs()
-    out = scatter_project(logits[seen, :-1].softmax(1), odds[seen].sigmoid(), uv, depth, *size, mode,
-                          extent=extent)
+    box = ((A[:, None, :2] - uv[..., None] * A[:, None, 2:]).abs() @ half.to(A)) / depth[..., None].abs()
+    out = scatter_project(logits[on, :-1].softmax(1), odds[on].sigmoid(), uv, depth, *size, mode, extent=box)
     return out.image / (out.weight[:, None] + 1e-6), out.weight
 
 
@@ -886,7 +885,8 @@ def train(cfg: Config, dataset, labels: Path, args, network=OccLE, teacher=Teach
         if done and not run.start:
             load_checkpoint(folders[0], nn.ModuleDict({"net": net.branches, "teacher": saved["teacher"]}))
             run.state = {name: value for name, value in stage_state(folders[0]).items() if name != "step"}
-        optimizer = make_optimizer(cfg.optimizer, learns, cfg.lr, cfg.lr, weight_decay=0.01)  # VoxFormer's
+        rates = encoder_rate(cfg.backbone, cfg.lr), cfg.lr
+        optimizer = make_optimizer(cfg.optimizer, learns, *rates, 0.01, "encoder.backbone")
         heads = [m for name, m in learns.named_modules() if name.endswith(("last", "header2d", "header3d"))]
         set_apart(optimizer.param_groups, [p for m in heads for p in m.parameters()], orthogonal=False)
         model = run.attach(saved, optimizer, learns)
@@ -945,7 +945,7 @@ def open_frames(cfg: Config, *split, **train):
         dataset.label_shift = cfg.label_shift
     last = len(dataset) - 1
     if cfg.n_sweeps and last >= 0 and len(dataset.points(last, cfg.n_sweeps)) == len(dataset.points(last)):
-        print(f"note: {dataset.root}: no sweeps before {dataset.tokens[last]}; --n-sweeps 0 does without them")
+        print(f"note: {dataset.root}: no sweeps before {dataset.tokens[last]}; --n-sweeps 0 does without")
     return dataset
 
 

