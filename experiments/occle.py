@@ -33,7 +33,7 @@ from common import cli, verbs
 from common.backbones import conv_norm_relu
 from common.datasets import LABEL_SETS, voxel_truth
 from common.files import InputError, atomic, read_json, short_hash, write_json
-from common.geometry import coarsen, ray_voxels, scale_to, unproject
+from common.geometry import cast_rays, coarsen, scale_to, unproject
 from common.labels import label_record, make_labels
 from common.metrics import OccupancyMeter
 from common.networks.voxelnet import Voxels
@@ -101,7 +101,7 @@ CLAIMS = {
         {f"{100 * r:g} % by {by}": {"label_ratio": r, "label_by": by}
          for by, many in BY.items() for r in many},
         tuple((f"{100 * b:g} % by {by}", f"{100 * a:g} % by {by}") for by, many in BY.items()
-              for a, b in zip(many, many[1:])) + (("10 % by frames", "10 % by scenes"),), seeds=1),
+              for a, b in pairwise(many)) + (("10 % by frames", "10 % by scenes"),), seeds=1),
     "decoupled": Claim(
         "decoupled", "(h) two decoupled branches beat one joint branch of as many parameters",
         {"decoupled": {}, "joint": {"variant": "joint"}}, (("decoupled", "joint"),), seeds=1),
@@ -512,27 +512,16 @@ def probe_frame(dataset, i: int, cfg: O.Config) -> tuple[int, ...]:
         met = None
         for dx, dy in [(0.5, 0.5), *((a / 8, b / 8) for a in (1, 3, 5, 7) for b in (1, 3, 5, 7))]:
             uv = at + torch.tensor([dx, dy], dtype=torch.float64)
-            far = unproject(uv, torch.full((len(uv),), 120.0), K[n], T[n])
-            first = first_met(T[n, :3, 3], far, full, cells)
+            ray = unproject(uv, torch.ones(len(uv)), K[n], T[n]) - T[n, :3, 3]
+            index, _, found = cast_rays(full, T[n, :3, 3], ray, cells)
+            first = torch.where(found, index @ torch.tensor([math.prod(full.shape[k:]) for k in (1, 2, 3)]), -1)
             met = first if met is None else met
-            seen[first[first >= 0]] = True
+            seen[first[found]] = True
         total.append(met)
     met = torch.stack(total)
     hit = (light.flatten(1) > 0.5) & (met >= 0)
     same = truth.flatten()[front[hit]] == truth.flatten()[met[hit]]
     return int(hit.sum()), int((met >= 0).sum()), int((~seen[front[hit]]).sum()), int(same.sum())
-
-
-def first_met(origin: Tensor, ends: Tensor, full: Tensor, cells) -> Tensor:
-    """The first full cell of each segment origin (3,) -> ends (R, 3): (R,) C-order index, -1: none."""
-    voxel, start = ray_voxels(origin, ends, cells)
-    flat = voxel @ torch.tensor([cells.shape[1] * cells.shape[2], cells.shape[2], 1])
-    there = full.flatten()[flat].nonzero()[:, 0]
-    ray = torch.searchsorted(start, there, right=True) - 1
-    ray, first = np.unique(ray.numpy(), return_index=True)
-    met = torch.full((len(ends),), -1)
-    met[torch.from_numpy(ray)] = flat[there[torch.from_numpy(first)]]
-    return met
 
 
 # --- cost of Dual Mamba -------------------------------------------------------------------------------------

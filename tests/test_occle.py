@@ -592,6 +592,17 @@ def test_future_sweeps_are_never_read(kind, roots, tmp_path):
 # --- train, resume, eval ----------------------------------------------------------------------------------------------
 
 
+def test_a_tree_without_sweeps_is_a_note_before_labels_are_made(roots, tmp_path, capsys):
+    for child in roots["occ3d"].iterdir():
+        if child.name != "sweeps":
+            (tmp_path / child.name).symlink_to(child)
+    last = len(whole := open_data("occ3d", roots["occ3d"])) - 1
+    assert "no sweeps" not in capsys.readouterr().out and len(whole[last].history)
+    bare = open_data("occ3d", tmp_path)
+    assert "--n-sweeps 0 does without" in capsys.readouterr().out
+    assert not len(bare[last].history) and torch.equal(bare[last].points, whole[last].points)
+
+
 @pytest.mark.parametrize("stage", ["1-branches", "2-fusion"])
 def test_a_run_killed_in_either_stage_ends_bit_equal(stage, roots, labels, trained, tmp_path, monkeypatch):
     kind, out = "semantickitti", tmp_path / "x"

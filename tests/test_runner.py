@@ -360,6 +360,19 @@ def test_results_page_keeps_synthetic_and_real_apart(tmp_path):
         table.write(results, out)
 
 
+def test_label_ratios_are_drawn_as_a_curve(tmp_path):
+    arms = {f"{who} {x} %": {} for who in ("ours", "supervised") for x in (1, 10, 100)}
+    metrics = {"miou_camera": [0.1, 0.2, None]}
+    record = {"kind": "claim", "method": "occle", "claim": "curve", "preset": "tiny", "arms": arms, "metrics": metrics,
+              "constants": {"miou_camera": 0.05}, "runs": {"arm": ["ours 10 %", "ours 10 %", "ours 1 %"], "seed": [0, 1, 0]},
+              "comparisons": [{"metric": "miou_camera"}]}  # fmt: skip
+    ratios = table.ratios_of(record)
+    assert ratios == {"ours": {10: [0.1, 0.2]}, "supervised": {}}
+    table.draw_ratios(tmp_path / "curve.png", record, ratios)
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert table.ratios_of(record | {"arms": arms | {"all": {}}}) == {}, "every arm has a ratio"
+
+
 def test_the_committed_page_is_made_of_the_committed_files():
     results = Path("experiments/results")
     made = table.page(table.load(results), results, {True: results / "forest.png"}, table.Protocols())
