@@ -505,7 +505,8 @@ def probe_frame(dataset, i: int, cfg: O.Config) -> tuple[int, ...]:
     share = (torch.arange(full.numel()).double().view(full.shape) + 0.5) / full.numel()  # a cell's number
     logits = torch.stack([share.log(), (1 - share).log(), torch.where(full, -40.0, 40.0)], -1)
     shown, light = O.project_logits(logits, K, T, size, cells, "depth")
-    front = (shown[:, 0] * full.numel()).long().flatten(1)  # (N, h w)
+    share = shown[:, 0] * (1 + 1e-6 / light.clamp_min(1e-6))  # without the quotient's epsilon
+    front = (share * full.numel()).long().flatten(1)  # (N, h w)
     y, x = torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
     at, seen, total = torch.stack([x, y], -1).flatten(0, 1), torch.zeros_like(full).flatten(), []
     for n in range(len(K)):
