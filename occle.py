@@ -864,9 +864,9 @@ def train(cfg: Config, dataset, labels: Path, args, network=OccLE, teacher=Teach
     weights = Weights(*(class_weights(*c, rule=cfg.class_weights).to(world.device) for c in counted))
     order = partial(MixedOrder.of, labelled, rest, cfg.batch, cfg.batch_unlabelled)
     steps = cfg.steps or order(world, args.seed).steps(cfg.epochs)
-    seen = steps * cfg.batch * world.world  # labelled frames, one after the other
-    rule += f"; {min(seen, len(labelled))} distinct frames seen, {seen / len(labelled):.2f} exposures each"
     source, first = data_source(cfg, dataset, labels, labelled, rule), round(cfg.branch_share * steps)
+    seen, n = steps * cfg.batch * world.world, len(labelled)  # labelled frames, one after the other
+    source["protocol"]["exposures"] = f"{min(seen, n)} distinct labelled frames seen, {seen / n:.2f} times each"
     folders = branches or args.out / "1-branches", args.out / "2-fusion"
     if world.is_main:
         tokens = [dataset.tokens[i] for i in labelled]

@@ -661,6 +661,7 @@ def test_eval_writes_the_fields_tables_and_what_was_scored(roots, labels, traine
     for name in ("miou_camera", "miou_lidar", "miou_both", "miou_none", "iou_camera", "constant_miou_camera", "shuffled_miou_camera"):
         assert isinstance(result["metrics"][name], float), name
     assert "50 % by frames, seed 0: 2 of 3 frames" in result["protocol"]["annotations"] and result["cost"]["steps"] == 6
+    assert result["protocol"]["exposures"] == "2 distinct labelled frames seen, 3.00 times each"
     dataset, meter = NuScenesOccupancy(roots["occ3d"], split="mini_val", cache=labels["occ3d"].parent / "cache"), OccupancyMeter()
     for i, token in enumerate(dataset.tokens):
         meter.add(np.load(tmp_path / "p" / f"{token}.npz")["pred"], *dataset.labels(i))
