@@ -866,7 +866,7 @@ def train(cfg: Config, dataset, labels: Path, args, network=OccLE, teacher=Teach
     steps = cfg.steps or order(world, args.seed).steps(cfg.epochs)
     source, first = data_source(cfg, dataset, labels, labelled, rule), round(cfg.branch_share * steps)
     seen, n = steps * cfg.batch * world.world, len(labelled)  # labelled frames, one after the other
-    source["protocol"]["exposures"] = f"{min(seen, n)} distinct labelled frames seen, {seen / n:.2f} times each"
+    source["protocol"]["exposures"] = f"{min(seen, n)} distinct labelled frames, {seen / n:.2f} times each"
     folders = branches or args.out / "1-branches", args.out / "2-fusion"
     if world.is_main:
         tokens = [dataset.tokens[i] for i in labelled]

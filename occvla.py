@@ -104,9 +104,9 @@ from common.nuscenes import CAMERAS, FREE, Boxes, Future, NuScenesOccupancy, ope
 from common.questions import ANSWERS, CLASSES, STATUS, sentences
 from common.report import planning
 from common.report.occupancy import Truth, ground_truth, spread
-from common.report.planning import COMMANDS, Action, Ego, Prediction, constant_velocity, ego_of
+from common.report.planning import COMMANDS, Action, Ego, Prediction, constant_velocity, ego_of, read_drivelm
 from common.train import (Muon, autocast, barrier, load_checkpoint, param_groups, schedule, set_apart, set_lr,
-                          setup, stages_cost, teardown)
+                          setup, stages_cost)
 
 STAGES = ("0_tokenizer", "1_occupancy", "2_language", "3_planning")
 Row = Literal["none", "command", "history", "command+history"]  # what a planner is given beside the images
@@ -727,7 +727,6 @@ def train(cfg: Config, args) -> None:
         args.resume = resume and (out / STAGES[stage] / "config.json").is_file()
         train_stage(stage, cfg, dataset, args.labels, args, out / STAGES[stage], previous, out / "0_host")
         previous = out / STAGES[stage]
-    teardown(run)
 
 
 # --- 6  Predict and evaluate --------------------------------------------------------------------------------
@@ -829,7 +828,7 @@ def predict_frames(cfg: Config, args) -> None:
 
 def ask(cfg: Config, args) -> None:
     """The verb ask: any six images, or DriveLM's, through the host's own processor."""
-    asked = planning.read_asked(args.images, args.question, args.drivelm)
+    asked = read_drivelm(args.drivelm) if args.drivelm else planning.read_asked(args.images, args.question)
     net = load_run(cfg, cli.last_stage(args.ckpt)).to(setup(args.device).device)
     pixels = lambda files: net.vlm.text.pixels(files).repeat(cfg.n_frames, 1, 1, 1)  # noqa: E731
     planning.ask(lambda files, questions: predict(net, pixels(files), questions, stream=False), asked)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import InputError, end_with_parent, read_json, read_npz, write_json, write_npz
+from common.files import InputError, end_with_parent, read_json, read_npz, sweep, write_json, write_npz
 from common.geometry import OCC3D
 from common.nuscenes import FREE
 
@@ -114,6 +114,7 @@ def make_labels(maker: LabelMaker, dataset: Any, labeler: str, options: dict[str
         options = options | {"cache_maps": out / "maps"}  # the models' work outlives a killed run
     wanted = label_record(maker, dataset, labeler, options, cfg)
     if path.is_file():
+        sweep(out)
         old = read_json(path, dict)
         if differ := [name for name in wanted if old.get(name) != wanted[name]]:
             raise InputError(f"{path}: made with another {', '.join(differ)}; choose another folder or "

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from common.files import (InputError, atomic, exit_on_input_error, misfit, note, open_image, read_json,
-                          read_npz, reading, short_hash, to_rgb, write_json)
+                          read_npz, reading, short_hash, sweep, to_rgb, write_json)
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CHANNELS = CAMERAS + ("LIDAR_TOP",)  # the sensors that are read; radar rows are left out of the cache
@@ -319,6 +319,7 @@ def write_cache(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None
 
 def read_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     """-> ({name: memory-mapped array}, meta). Constant time: no table is parsed, no row is visited."""
+    sweep(folder.parent)
     with reading(folder / "meta.json", "the cache is damaged", "delete this folder, it is made again"):
         stored = read_json(folder / "meta.json", {"hash": str, "meta": {"arrays": {str: list}}})
         meta = stored["meta"]

@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.cli import RUN, to_dict
-from common.files import InputError, atomic, naming, read_json, reading, reason, sweep, write_bytes, write_json
+from common.files import InputError, atomic, naming, note, read_json, reading, reason, sweep, write_bytes, write_json
 
 # --- seeds, device, ranks --------------------------------------------------------------------------------------------
 
@@ -118,6 +118,8 @@ def wrap(net: nn.Module, run: Run, find_unused: bool = False) -> nn.Module:
         return net
     if run.device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
+        note("batch norm on CPUs: each process takes statistics of its own samples; one process would take them of all")
     ids = [run.device.index] if run.device.type == "cuda" else None
     _WRAPPED.append(nn.parallel.DistributedDataParallel(net, device_ids=ids, find_unused_parameters=find_unused))
     return _WRAPPED[-1]
@@ -188,6 +190,31 @@ def sum_over_ranks(tensor: Tensor, run: Run) -> Tensor:
     total = tensor.to(run.device, copy=True)
     dist.all_reduce(total)
     return total.to(tensor.device)
+
+
+def share_out(work: Callable[[Any], Any], items: Sequence) -> Iterator[Any]:
+    """Yields work(item) of every item, in order and on every process, of which each does its share of the work."""
+    run = joined()
+    for first in range(run.rank, len(items) + run.rank, run.world):
+        done = [[work(item) for item in items[first : first + 1]]]
+        if run.world > 1:
+            done, mine = [None] * run.world, done[0]
+            dist.all_gather_object(done, mine)
+        yield from (result for results in done for result in results)
+
+
+def over_ranks(value: Tensor, least: float = -math.inf) -> Tensor:
+    """The mean of `value` over the processes; `value` itself in one process. least: of their sum.
+
+    A sum over this process's samples divided by over_ranks(count) is, in the mean over processes that losses and
+    gradients take, the sum over all samples divided by their count. The gradient is that of this process's part:
+    right where each process goes on with the same numbers.
+    """
+    if not dist.is_initialized():
+        return value.clamp_min(least)
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total.clamp_min(least) / dist.get_world_size() + (value - value.detach())
 
 
 def autocast(device: torch.device | str, amp: str) -> AbstractContextManager:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.files import exit_on_input_error, read_json, read_npz, write_json, write_npz
+from common.files import end_with_parent, exit_on_input_error, read_json, read_npz, write_json, write_npz
 from common.networks.street import SIZE, STRIDE, StreetEncoder, depth_bin, save_street, split_words
 from common.networks.tinyclip import SEED_OFFSET, TEMPLATES, read_words
 from common.nuscenes import FREE, LIDARSEG_TO_OCC3D, OCC3D_CLASSES
@@ -133,7 +133,7 @@ def make_pictures(rigs: int, seed: int, workers: int = 2) -> Pictures:
     """Six photographs of each of `rigs` cars, ten cars a street; the same for any number of workers."""
     streets = [min(RIGS_PER_STREET, rigs - k) for k in range(0, rigs, RIGS_PER_STREET)]
     bar, parts = tqdm(total=rigs, desc="photographs of other worlds", unit="rig", leave=False), []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         for part in pool.map(photograph_street, repeat(seed), range(len(streets)), streets):
             part.objects[:, 0] += sum(len(p.images) for p in parts)
             parts.append(part), bar.update(len(part.images) // 6)

@@ -108,7 +108,7 @@ def test_a_claim_shares_the_first_stage_and_goes_on(kitti_world, tmp_path, capsy
     assert len(results) == 2 and all(r["cost"]["steps"] == 2 and "constant_miou" in r["metrics"] for r in results)
     assert all(0 < r["metrics"][name] for r in results for name in ("aligned_mild_at_hits", "primary_exact_at_hits"))
     assert all({"labelled_miou", "unlabelled_miou"} <= r["metrics"].keys() for r in results)
-    assert all(r["protocol"]["exposures"] == "1 distinct labelled frames seen, 2.00 times each" for r in results)
+    assert all(r["protocol"]["exposures"] == "1 distinct labelled frames, 2.00 times each" for r in results)
     capsys.readouterr()
     run(*args)
     assert "2 of 2 runs are done" in capsys.readouterr().out

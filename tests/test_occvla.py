@@ -593,12 +593,10 @@ def test_stage_zero_may_be_given(drives, trained, tmp_path, capsys):
         assert message in fails(capsys, *words, folder, *more)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_equal_one_with_the_doubled_batch(parallel, drives, trained, tmp_path):
+def test_two_processes_with_shards_equal_one_with_the_doubled_batch(drives, trained, tmp_path):
     words = [*drives[1], *SMALL, "--steps", "4", "--tokenizer", trained / O.STAGES[0], "--optimizer", "adamw",
              "--lr-vlm", "1e-3", "--stage-lr", "1e-3", "1e-3", "1e-3", "1e-3"]
-    done = commands.torchrun("occvla.py", "train", *words, "--out", tmp_path / "two", "--stage-batch", 1, 1, 1, 2,
-                             *(["--fsdp"] if parallel == "fsdp" else []))
+    done = commands.torchrun("occvla.py", "train", *words, "--out", tmp_path / "two", "--stage-batch", 1, 1, 1, 2, "--fsdp")
     assert done.returncode == 0, done.stderr[-3000:]
     run("train", *words, "--out", tmp_path / "one", "--stage-batch", "2", "2", "2", "4")
     for stage in O.STAGES[1:]:
@@ -786,7 +784,7 @@ def test_real_poses_are_scored_as_by_hand(tmp_path, capsys):
 
 @pytest.mark.skipif(not DRIVELM.is_dir(), reason="shared/real/drivelm absent")
 def test_drivelms_keyframes_and_questions_run(trained, capsys):
-    asked = planning.read_asked(None, None, DRIVELM / "qa/test_eval.json")
+    asked = planning.read_drivelm(DRIVELM / "qa/test_eval.json")
     images = network().vlm.text.pixels(asked[0].images)
     assert images.shape == (6, 3, 32, 32) and 0 <= images.min() < images.max() <= 1
     run("ask", "--ckpt", trained, "--drivelm", DRIVELM / "qa/test_eval.json")

@@ -153,17 +153,17 @@ def test_skipping_cost_finds_a_difference_and_the_memory():
 
 @pytest.mark.skipif(not DRIVELM.is_dir(), reason="shared/real/drivelm absent")
 def test_drivelms_keyframes_and_questions():
-    asked = P.read_asked(None, None, DRIVELM / "qa/test_eval.json")
+    asked = P.read_drivelm(DRIVELM / "qa/test_eval.json")
     assert asked and all(path.is_file() for frame in asked for path in frame.images)
     assert all(frame.questions for frame in asked)
 
 
 def test_wrong_questions_are_one_line(tmp_path):
     with pytest.raises(InputError, match=r"5 files, expected 6 \(CAM_FRONT"):
-        P.read_asked(["x"] * 5, "What?", None)
+        P.read_asked(["x"] * 5, "What?")
     with pytest.raises(InputError, match="needs --images"):
-        P.read_asked(None, "What?", None)
+        P.read_asked(None, "What?")
     frames = {"frame-7": {"image_paths": {"CAM_FRONT": "x.jpg"}, "QA": {}}}
     write_json(tmp_path / "d.json", {"s": {"key_frames": frames}})
     with pytest.raises(InputError, match="frame-7 has no CAM_FRONT_RIGHT"):
-        P.read_asked(None, None, tmp_path / "d.json")
+        P.read_drivelm(tmp_path / "d.json")

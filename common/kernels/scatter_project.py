@@ -76,7 +76,7 @@ def _sorted_pairs(uv: Tensor, depth: Tensor, height: int, width: int, extent: Te
     x, y = low[of, 0] + place % across[of], low[of, 1] + place // across[of]
     pixel, voxel, camera = (camera[of] * height + y) * width + x, voxel[of], camera[of]
     # One key: the bits of a positive fp32 depth sort as integers do. Stable, so ties keep the voxel order.
-    key = pixel << 32 | depth[camera, voxel].float().view(torch.int32).long()
+    key = pixel << 32 | depth[camera, voxel].to(torch.float32).view(torch.int32).long()
     order = key.argsort(stable=True)
     start = F.pad(torch.bincount(pixel, minlength=N * height * width).cumsum(0), (1, 0))
     return _Pairs(voxel[order], order, pixel[order], start, torch.bincount(voxel, minlength=V))

@@ -25,6 +25,7 @@ from common import viz
 from common.files import read_json, write_json, write_npz
 from common.metrics import occupancy_confusion, openset_scores
 from common.nuscenes import FREE, OCC3D_CLASSES, Frame, NuScenesOccupancy
+from common.train import joined, share_out
 
 IGNORE = 255
 HEADS = {"both": "both heads", "language": "language head", "occupancy": "occupancy head"}
@@ -71,6 +72,8 @@ def report(read: Read, *, dataset: NuScenesOccupancy, indices: list[int], known:
     known, novel: Occ3D ids. setting: what the table must say about language and the held-out list.
     """
     metrics, sums = score(read, dataset, indices, known, novel)
+    if not joined().is_main:  # one process writes
+        return metrics
     add_results(out, metrics, sums)
     print_table(metrics, novel, setting)
     for path in draw(read, dataset, drawn, out):
@@ -84,20 +87,25 @@ def score(read: Read, dataset: NuScenesOccupancy, indices: list[int], known: lis
     answers: list[Answer] = []
     classes, scenes, confusion, chance, pools = [], [], {}, 0, {}
     rng, ids = np.random.default_rng(0), torch.tensor([*known, *novel])
-    for i in tqdm(indices, "open set", unit="keyframe", leave=False):
+
+    def asked_of(i: int) -> tuple[np.ndarray, ...]:
         semantics, camera, _ = dataset.labels(i)
-        frame, asked = dataset[i], (semantics < FREE) & camera
-        answer, label = read(frame, asked), torch.from_numpy(semantics[asked].astype(np.int64))
+        return semantics, camera, (semantics < FREE) & camera
+
+    read_all = share_out(lambda i: read(dataset[i], asked_of(i)[2]), indices)  # under torchrun each its share
+    for i, answer in zip(indices, tqdm(read_all, "open set", len(indices), leave=False), strict=True):
+        (semantics, camera, asked), scene = asked_of(i), dataset.scene_names[i]
+        label = torch.from_numpy(semantics[asked].astype(np.int64))
         for c in label.unique().tolist():
             rows = rng.permutation((label == c).nonzero()[:, 0].numpy())[:100]
-            pools.setdefault(frame.scene, []).append((answer.features[rows], torch.full((len(rows),), c)))
+            pools.setdefault(scene, []).append((answer.features[rows], torch.full((len(rows),), c)))
         pred, truth, mask = (torch.from_numpy(x) for x in (answer.ids, semantics, camera))
-        confusion[frame.scene] = confusion.get(frame.scene, 0) + occupancy_confusion(pred, truth, mask)
+        confusion[scene] = confusion.get(scene, 0) + occupancy_confusion(pred, truth, mask)
         random = ids[torch.from_numpy(rng.integers(len(ids), size=pred.shape))]
         chance = chance + occupancy_confusion(torch.where(pred < FREE, random, FREE), truth, mask)
         answers.append(answer._replace(features=None, ids=None, alike=answer.alike.half()))
         classes.append(label)
-        scenes += [frame.scene] * len(label)
+        scenes += [scene] * len(label)
     label, of_scene = torch.cat(classes), np.array(scenes)
     metrics, sums = unknown_scores(answers, label, of_scene, novel)
     for name, chosen in (("unknown_miou", novel), ("open_known_miou", known)):

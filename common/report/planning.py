@@ -33,7 +33,7 @@ from common.questions import ANSWERS, TYPES
 from common.report.occupancy import (RULES, Truth, constant_scores, describe_dataset, print_controls,
                                      print_cost, spread)
 from common.report.pictures import chosen, draw_curves
-from common.train import param_groups, reset_peak, schedule, set_lr, write_result
+from common.train import joined, param_groups, reset_peak, schedule, set_lr, share_out, write_result
 
 Action = tuple[str, str] | None  # longitudinal, lateral; None: unknown
 COMMANDS = ("right", "left", "straight")  # in the order of Future.command
@@ -261,15 +261,25 @@ def run_arm(drive: Drive, dataset: NuScenesOccupancy, indices: list[int], truth:
     """Drive the keyframes `indices` and score them; -> the scores.
 
     arm: "own" images, another scene's ("shuffled"), "black" ones, or own ones without the stream ("skipped").
+    Under torchrun each process drives its share, and the main one scores.
     plans: {keyframe: planning truth}. questions: how many a keyframe, 0: all. save: folder for <token>.npz.
     """
     scores = Scores(rows)
-    for k, i in enumerate(tqdm(indices, f"eval, {arm} images", unit="keyframe", leave=False)):
-        images = {"shuffled": indices[(k + len(indices) // 2) % len(indices)], "black": None}.get(arm, i)
-        asked = dataset.questions(i) or []
-        asked = [asked[q] for q in spread(len(asked), questions)]
-        future, scene = dataset.future(i), dataset.scene_names[i]
-        found = drive(i, images=images, questions=[row["question"] for row in asked], stream=arm != "skipped")
+
+    def asked_of(i: int) -> list[dict]:
+        rows = dataset.questions(i) or []
+        return [rows[q] for q in spread(len(rows), questions)]
+
+    def work(k: int) -> Prediction:
+        i, other = indices[k], indices[(k + len(indices) // 2) % len(indices)]
+        return drive(i, images={"shuffled": other, "black": None}.get(arm, i), stream=arm != "skipped",
+                     questions=[row["question"] for row in asked_of(i)])
+
+    driven = tqdm(share_out(work, range(len(indices))), f"eval, {arm} images", len(indices), leave=False)
+    for i, found in zip(indices, driven, strict=True):
+        if not joined().is_main:  # one process scores
+            continue
+        asked, future, scene = asked_of(i), dataset.future(i), dataset.scene_names[i]
         if arm != "skipped":
             origins = dataset.ray_origins(i) if rayiou else None
             scores.occupancy.add(found.occupancy, *truth(i), group=scene, origins=origins)
@@ -367,6 +377,8 @@ def report(drive: Drive, *, dataset: NuScenesOccupancy, train_set: NuScenesOccup
         own = {"rayiou": rayiou, "save": save} if arm == "own" else {}
         arms[arm] = run_arm(drive, dataset, indices, truth, plans, arm=arm, rows=rows, action_of=action_of,
                             questions=questions, **own)
+    if not joined().is_main:  # one process writes
+        return {}
     own = arms["own"]
     metrics = own.occupancy.metrics() | own.qa() | (extra or {}) | (known or {}) | own.action_metrics()
     metrics |= plan_metrics(own.plans, main) | plan_metrics(own.hard, main, "hard_")
@@ -433,9 +445,11 @@ def report_options(args: Any) -> dict[str, Any]:
 def predict_frames(drive: Drive, dataset: NuScenesOccupancy, out: Path, *,
                    action_of: Callable[[Future], Action], frames: int = 0, pictures: int = 6) -> None:
     """Write <token>.npz of each keyframe, sheets and the viewer into `out`; no ground truth is read."""
-    indices = spread(len(dataset), frames)
-    for i in tqdm(indices, "predictions", unit="keyframe", leave=False):
+    indices, run = spread(len(dataset), frames), joined()
+    for i in tqdm(indices[run.rank :: run.world], "predictions", unit="keyframe", leave=False):
         save_prediction(out, dataset.tokens[i], drive(i, images=i))
+    if not run.is_main:
+        return
     paths = draw(drive, dataset, chosen(len(dataset), pictures), out, title=dataset.split,
                  action_of=action_of)
     print("\n".join([*(f"  {path}" for path in paths), f"{out}: {len(indices)} predictions"]))
@@ -572,17 +586,20 @@ class Asked(NamedTuple):
     questions: list[tuple[str, str]]
 
 
-def read_asked(images: Sequence[str] | None, question: str | None, drivelm: Path | None) -> list[Asked]:
-    """Six image files and a question, or DriveLM's question file (image paths relative to it) -> keyframes.
+def read_asked(images: Sequence[str] | None, question: str | None) -> list[Asked]:
+    """Six image files and a question -> one keyframe. Raises InputError if they are not given or not six."""
+    if images is None or question is None:
+        raise InputError("ask needs --images (six files) and --question, or --drivelm FILE")
+    if len(images) != len(CAMERAS):
+        raise InputError(f"--images: {len(images)} files, expected {len(CAMERAS)} ({', '.join(CAMERAS)})")
+    return [Asked("", [Path(path) for path in images], [(question, "")])]
+
+
+def read_drivelm(drivelm: Path) -> list[Asked]:
+    """DriveLM's question file, image paths relative to it -> keyframes.
 
     Raises InputError: another form, or a keyframe without one of the six views.
     """
-    if drivelm is None:
-        if images is None or question is None:
-            raise InputError("ask needs --images (six files) and --question, or --drivelm FILE")
-        if len(images) != len(CAMERAS):
-            raise InputError(f"--images: {len(images)} files, expected {len(CAMERAS)} ({', '.join(CAMERAS)})")
-        return [Asked("", [Path(path) for path in images], [(question, "")])]
     frame = {"image_paths?": {str: str}, "QA?": {str: [{"Q?": str}]}}
     asked: list[Asked] = []
     scenes = read_json(drivelm)
