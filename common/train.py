@@ -322,7 +322,7 @@ class MixedOrder:
     """Each step some labelled samples, then some without a label: samples are (index, with its label?).
 
     Each kind is shuffled by itself, so runs with and without the second see the first alike. Where every
-    sample has a label, the second kind are these without it.
+    sample has a label, the second kind are these without it: in a step others, half an epoch away.
     """
 
     labelled: list[int]
@@ -336,7 +336,8 @@ class MixedOrder:
         """batch labelled samples a process and step, and batch_rest others (perhaps 0)."""
         first = DataOrder(len(labelled), batch, run.world, run.rank, seed)
         others = len(rest or labelled)
-        second = DataOrder(others, batch_rest, run.world, run.rank, seed) if batch_rest else None
+        other_seed = seed + 2**20 * bool(rest)
+        second = DataOrder(others, batch_rest, run.world, run.rank, other_seed) if batch_rest else None
         return cls(labelled, rest, first, second)
 
     @property
@@ -351,7 +352,10 @@ class MixedOrder:
         place, labelled = position
         if labelled:
             return self.labelled[self.first.sample(place)], True
-        return (self.rest or self.labelled)[self.second.sample(place)], False
+        if self.rest:
+            return self.rest[self.second.sample(place)], False
+        n, start = self.second.n, place // self.second.n * self.second.n
+        return self.labelled[self.second.sample(start + (place + n // 2) % n)], False
 
     def generator(self, position: tuple[int, bool]) -> np.random.Generator:
         return np.random.default_rng([self.first.seed, 2 + position[1], position[0]])

@@ -225,8 +225,7 @@ def main(doc: str, config: type, presets: dict[str, Any], claims: dict[str, Clai
     if name not in claims:
         return other[name](cfg, args)
     claim = claims[name]
-    if unknown := [arm for arm in args.arms or () if arm not in claim.arms]:
-        raise InputError(f"--arms {' '.join(unknown)}: {name} has {', '.join(claim.arms)}")
+    args.arms = args.arms and arms_of(args.arms, claim)
     fields = cli.to_dict(cfg).keys()
     names = ["data_root", "version", *(flag.replace("-", "_") for flag in flags)]
     given = {name: getattr(args, name) for name in names if name not in ("arms", "workers")}
@@ -245,6 +244,18 @@ def main(doc: str, config: type, presets: dict[str, Any], claims: dict[str, Clai
     seeds = args.seeds if "seeds" in args.given else claim.seeds
     settings = {"config": cli.to_dict(cfg), "options": given}
     return run_claim(claim, seeds, args.out, f"{args.preset} ({steps(cfg)})", settings, one_arm, args.arms)
+
+
+def arms_of(words: tuple[str, ...], claim: Claim) -> tuple[str, ...]:
+    """The words of --arms -> the claim's arms, whose names may be of several words."""
+    rest, found = " ".join(words), []
+    while rest:
+        starts = [arm for arm in claim.arms if f"{rest} ".startswith(f"{arm} ")]
+        if not starts:
+            raise InputError(f"--arms {rest}: {claim.name} has {', '.join(claim.arms)}")
+        found.append(max(starts, key=len))
+        rest = rest[len(found[-1]) + 1 :]
+    return tuple(found)
 
 
 # --- scores from counts -------------------------------------------------------------------------------------

@@ -579,7 +579,11 @@ def test_mixed_order_gives_both_kinds_and_the_first_whatever_the_second():
     assert places[30:] == [step[:2] for step in places[:30]], "the same exposures without the second kind"
     draws = [o.generator(p).random() for o in (order, alone) for p in o.positions(7)[:2]]
     assert draws[:2] == draws[2:] and order.batch == 3 and order.steps(2) == 20 and alone.steps(2) == 3
+    both = T.MixedOrder.of(labelled, [4, 5, 6], 1, 1, RUN, 0)
+    slots = [[labelled.index(i) if known else i - 4 for i, known in map(both.sample, both.positions(step))] for step in range(30)]
+    assert 0 < sum(a != b for a, b in slots) < 30, "two slots of as many samples have orders of their own"
     everything = T.MixedOrder.of(labelled, [], 1, 1, RUN, 0)
+    assert all(a[0] != b[0] for a, b in (map(everything.sample, everything.positions(step)) for step in range(30)))
     assert {everything.sample(p) for step in range(9) for p in everything.positions(step)} == {
         (i, known) for i in labelled for known in (True, False)}
 
