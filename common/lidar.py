@@ -547,7 +547,7 @@ def fill_voids(points: np.ndarray, normals: np.ndarray, grid: VoxelGrid,
 
 
 def nearest_points(scene: Scene, now: Now, centers: np.ndarray, k: int) -> np.ndarray:
-    """centers (V, 3) [m] ego, of voxels -> classes (V, k) uint8 of the k nearest labelled points, nearest first.
+    """centers (V, 3) [m] ego, of voxels -> classes (V, k) uint8 of the k nearest labelled points, in order.
 
     Static and moving points are asked together, the moving ones only from where one can be among the k: their
     points are not thinned, and a search from afar among points at one distance is long. 255: fewer than k.

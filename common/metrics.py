@@ -586,6 +586,7 @@ class PlanningMeter:
 
     def __init__(self):
         self.steps: dict[str, dict[str, list[Tensor]]] = {}  # scene -> protocol -> [(3, 6) l2, point, box]
+        self.full: dict[str, dict[str, list[Tensor]]] = {}  # the same, of full horizons alone
         self.samples = 0
 
     def add(self, pred, gt, mask, rasters: dict[str, tuple], group: str = "all") -> None:
@@ -599,6 +600,9 @@ class PlanningMeter:
                 continue
             steps = planning_errors(pred, gt, mask, _tensor(vehicles)[None], _tensor(pedestrians)[None], protocol)
             scene[protocol].append(torch.cat([values for values in steps.values()]))
+            if bool(mask.bool().all()):
+                full = self.full.setdefault(str(group), {name: [] for name in PLANNING_PROTOCOLS})
+                full[protocol].append(scene[protocol][-1])
 
     def counted(self, protocol: str) -> int:
         """Samples in the protocol's mean."""
@@ -619,6 +623,12 @@ class PlanningMeter:
             values |= {f"{name}_avg": sum(values[f"{name}_{s}s"] for s in (1, 2, 3)) / 3 for name in named}
             scores |= {f"{name}_{protocol}": value for name, value in values.items() if np.isfinite(value)}
         return scores
+
+    def full_horizons(self) -> dict[str, float]:
+        """`metrics` by UniAD's rule, of samples with all six steps alone: it counts a masked step as 0."""
+        own = PlanningMeter()
+        own.steps, own.samples = self.full, self.samples
+        return {name: value for name, value in own.metrics().items() if name.endswith("uniad")} if self.full else {}
 
 
 # --- question answering, open set, LIBERO-Plus -----------------------------------------------------------------------

@@ -138,7 +138,8 @@ def shard(net: nn.Module, layers: tuple[str, ...], amp: str) -> nn.Module:
 
 
 class Unsharded:
-    """A sharded network or optimiser as checkpoints hold it: full tensors, on the CPU. All processes make one."""
+    """A sharded network or optimiser as checkpoints hold it. All processes make one, tensor after tensor: the first
+    keeps full tensors on the CPU, the others their own shards."""
 
     def __init__(self, target: nn.Module | torch.optim.Optimizer):
         self.target = target
@@ -148,7 +149,10 @@ class Unsharded:
         """Full tensors in place of shards, through nested dicts."""
         if isinstance(value, dict):
             return {k: self.gather(v) for k, v in value.items()}
-        return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+        if not hasattr(value, "full_tensor"):
+            return value
+        full = value.full_tensor()
+        return full.cpu() if dist.get_rank() == 0 else value.to_local()
 
     def state_dict(self) -> dict[str, Any]:
         """What `save_checkpoint` writes."""
@@ -318,7 +322,7 @@ class MixedOrder:
     """Each step some labelled samples, then some without a label: samples are (index, with its label?).
 
     Each kind is shuffled by itself, so runs with and without the second see the first alike. Where every
-    sample has a label, the second kind are these without it.
+    sample has a label, the second kind are these without it: in a step others, half an epoch away.
     """
 
     labelled: list[int]
@@ -332,7 +336,8 @@ class MixedOrder:
         """batch labelled samples a process and step, and batch_rest others (perhaps 0)."""
         first = DataOrder(len(labelled), batch, run.world, run.rank, seed)
         others = len(rest or labelled)
-        second = DataOrder(others, batch_rest, run.world, run.rank, seed) if batch_rest else None
+        other_seed = seed + 2**20 * bool(rest)
+        second = DataOrder(others, batch_rest, run.world, run.rank, other_seed) if batch_rest else None
         return cls(labelled, rest, first, second)
 
     @property
@@ -347,7 +352,10 @@ class MixedOrder:
         place, labelled = position
         if labelled:
             return self.labelled[self.first.sample(place)], True
-        return (self.rest or self.labelled)[self.second.sample(place)], False
+        if self.rest:
+            return self.rest[self.second.sample(place)], False
+        n, start = self.second.n, place // self.second.n * self.second.n
+        return self.labelled[self.second.sample(start + (place + n // 2) % n)], False
 
     def generator(self, position: tuple[int, bool]) -> np.random.Generator:
         return np.random.default_rng([self.first.seed, 2 + position[1], position[0]])

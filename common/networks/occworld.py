@@ -219,8 +219,9 @@ class OccupancyTokenizer(nn.Module):
         self.decoder = Decoder2D(height * s.class_dim, side, s)
 
     def encode(self, ids: Tensor) -> Tensor:
-        """(B, X, Y, Z) ids -> z (B, D, x, y)."""
-        return self.encoder(self.classes(ids.long()).flatten(3).movedim(-1, 1))
+        """(B, X, Y, Z) ids -> z (B, D, x, y); 255, not labelled, is read as the last class: free."""
+        ids = ids.long().clamp_max(len(self.classes.weight) - 1)
+        return self.encoder(self.classes(ids).flatten(3).movedim(-1, 1))
 
     @torch.no_grad()
     def index(self, ids: Tensor) -> Tensor:
@@ -288,7 +289,7 @@ def reconstruction(tokenizer: OccupancyTokenizer, truths: Iterable[tuple]) -> di
     count = torch.zeros(tokenizer.sizes.codebook, dtype=torch.int64)
     for semantics, camera, lidar in truths:
         ids = torch.from_numpy(semantics)[None].to(device)
-        logits, quantized = tokenizer(ids.clamp_max(len(tokenizer.classes.weight) - 1))
+        logits, quantized = tokenizer(ids)
         meter.add(logits[0].argmax(-1).to(torch.uint8).cpu(), semantics, camera, lidar)
         count += torch.bincount(quantized.index.flatten().cpu(), minlength=len(count))
     p, scores = count.double() / count.sum(), meter.metrics()

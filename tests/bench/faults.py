@@ -500,7 +500,7 @@ def main() -> None:
     parser.add_argument("--verbs", nargs="+", default=[], help="commands of the methods and makers of data/")
     parser.add_argument("--kinds", nargs="+", default=[*KINDS], choices=KINDS)
     parser.add_argument("--seconds", type=float, default=120, help="a command that takes longer hangs")
-    parser.add_argument("--at", type=int, help="this fault alone")
+    parser.add_argument("--at", type=int, nargs="+", metavar="K", help="these faults alone")
     parser.add_argument("--report", type=Path, help="write counts and findings as JSON")
     args = parser.parse_args()
     begun, findings, done = time.time(), [], collections.Counter()
@@ -509,7 +509,7 @@ def main() -> None:
         lab = Lab(Path(folder).resolve(), args.methods, args.verbs, args.seconds)
         lab.prepare(lambda line: print(line, flush=True))
         often = [(case, OFTEN.get(case.name.split()[1], 3)) for case in lab.cases]
-        for k in range(args.count) if args.at is None else [args.at]:
+        for k in args.at or range(args.count):
             rng = random.Random(f"{args.seed}/{k}")
             kind = rng.choices(args.kinds, [KINDS[kind] for kind in args.kinds])[0]
             fit = [one for one in often if kind not in ("nan", "rank") or lab.whole[one[0].name].steps]
