@@ -36,7 +36,7 @@ EQUATION MAP   Numbers are this repository's reconstruction; 2.2 and 2.4 have no
     (3)  language head                         -> LanguageHead
     2.4  prompts; image features in voxels     -> prompt_table, lift
     (4)  voxel-to-text contrast                -> voxel_to_text
-    (5)  voxel-to-voxel contrast, off          -> experiments/loc.py: voxel_to_voxel
+    (5)  voxel-to-voxel contrast, off          -> train (experiments/loc.py: voxel_to_voxel)
     (6)  image term                            -> image_term
     (7)  inference, unknown score              -> decide, unknown_score
     (8)  total loss                            -> occupancy_loss, dense_contrast, train
@@ -282,7 +282,8 @@ class Loc(nn.Module):
         """Average over steps how often norm(f + a g) names a training cell of a known class, for each a."""
         label, weight = batch["cell_class"], batch["cell_weight"]
         f = F.normalize(f[:, : label.shape[1]], dim=-1)
-        right = [weighted_mean(((f + a * batch["cell_image"]) @ text.t()).argmax(-1) == label, weight)
+        g, text = batch["cell_image"].to(f.dtype), text.to(f.dtype)
+        right = [weighted_mean(((f + a * g) @ text.t()).argmax(-1) == label, weight)
                  for a in IMAGE_WEIGHTS]
         self.known_naming.lerp_(torch.stack(right), 1 - keep)
 

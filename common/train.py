@@ -133,8 +133,8 @@ def shard(net: nn.Module, layers: tuple[str, ...], amp: str) -> nn.Module:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if amp == "bf16" else MixedPrecisionPolicy()
     for module in net.modules():
         if type(module).__name__ in layers:
-            fully_shard(module, mp_policy=policy)
-    return fully_shard(net)
+            fully_shard(module, mp_policy=policy, reshard_after_forward=False)  # a layer may be called twice a step
+    return fully_shard(net, reshard_after_forward=False)
 
 
 class Unsharded:
