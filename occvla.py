@@ -105,8 +105,8 @@ from common.report import planning
 from common.report.occupancy import Truth, ground_truth, spread
 from common.report.planning import COMMANDS, Ego, Prediction, constant_velocity, ego_of, read_drivelm
 from common.thoughts import DISTANCES, LATERAL, LONGITUDINAL, meta_action, parse_action, thought, thought_text
-from common.train import (Muon, autocast, barrier, load_checkpoint, param_groups, schedule, set_apart, set_lr,
-                          setup, stages_cost)
+from common.train import (Muon, autocast, barrier, load_checkpoint, param_groups, reshard, schedule, set_apart,
+                          set_lr, setup, stages_cost)
 
 STAGES = ("0_tokenizer", "1_occupancy", "2_language", "3_planning")
 Row = Literal["none", "speed", "command", "speed+command", "history", "command+history"]  # given to a planner
@@ -702,6 +702,7 @@ def train_stage(stage: int, cfg: Config, dataset: NuScenesOccupancy, labels: Pat
                 terms = model(batch)  # (10)
         optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
+        reshard(net)
         nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
         optimizer.step()
         if stage == 3 and ((step + 1) % 50 == 0 or step + 1 == run.steps):

@@ -133,8 +133,16 @@ def shard(net: nn.Module, layers: tuple[str, ...], amp: str) -> nn.Module:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if amp == "bf16" else MixedPrecisionPolicy()
     for module in net.modules():
         if type(module).__name__ in layers:
-            fully_shard(module, mp_policy=policy, reshard_after_forward=False)  # a layer may be called twice a step
-    return fully_shard(net, reshard_after_forward=False)
+            fully_shard(module, mp_policy=policy)
+    fully_shard(net).set_reshard_after_backward(False)  # a layer may be called twice a step: `reshard` follows
+    return net
+
+
+def reshard(net: nn.Module) -> None:
+    """After a backward pass: every process keeps its shards of `shard`'s net alone."""
+    for module in net.modules():
+        if hasattr(module, "set_reshard_after_backward"):
+            module.reshard()
 
 
 class Unsharded:
