@@ -105,8 +105,8 @@ from common.report import planning
 from common.report.occupancy import Truth, ground_truth, spread
 from common.report.planning import COMMANDS, Ego, Prediction, constant_velocity, ego_of, read_drivelm
 from common.thoughts import DISTANCES, LATERAL, LONGITUDINAL, meta_action, parse_action, thought, thought_text
-from common.train import (Muon, autocast, barrier, load_checkpoint, param_groups, reshard, schedule, set_apart,
-                          set_lr, setup, stages_cost)
+from common.train import (Muon, autocast, barrier, load_checkpoint, param_groups, reshard, schedule,
+                          set_apart, set_lr, setup, stages_cost)
 
 STAGES = ("0_tokenizer", "1_occupancy", "2_language", "3_planning")
 Row = Literal["none", "speed", "command", "speed+command", "history", "command+history"]  # given to a planner
