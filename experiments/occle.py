@@ -179,7 +179,7 @@ class JointBranch(nn.Module):
     def forward(self, batch: dict) -> Joint:
         out = self.branch(batch)
         features = self.head.features(out.grid, [(out.voxels.features, out.voxels.cell)])
-        return Joint(out.grid, self.head.last(features)[..., 0].float(), out.voxels, out)
+        return Joint(out.grid, self.head(features)[..., 0], out.voxels, out)
 
 
 class JointBranches(nn.Module):
