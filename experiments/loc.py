@@ -125,14 +125,14 @@ def text_cosine(f: Tensor, text: Tensor, label: Tensor, weight: Tensor) -> Tenso
 
 
 def pixel_mse(f: Tensor, image: Tensor, weight: Tensor) -> Tensor:
-    """POP-3D's distillation: mean |f_i - g_i|^2 over voxels with a pixel; no text, no normalisation."""
-    return loc.weighted_mean((f - image).square().sum(-1), weight)
+    """POP-3D's distillation: MSE of f and g over voxels with a pixel and channels; no text, no norm."""
+    return loc.weighted_mean((f - image).square().mean(-1), weight)
 
 
 def cosine_terms(f: Tensor, batch: dict, text: Tensor, cfg: loc.Config) -> dict[str, Tensor]:
     """`text_cosine` in the place of (4); arguments as of loc.dense_contrast."""
     S = batch["cell_class"].shape[1]
-    image = loc.image_term(f[:, S:], batch["image_feature"], batch["image_weight"])
+    image = loc.image_term(f[:, S:], batch["pixel_feature"], batch["pixel_weight"])
     return {"dcl": cfg.lambda_dcl * text_cosine(f[:, :S], text, batch["cell_class"], batch["cell_weight"]),
             "img": cfg.lambda_img * image}
 
@@ -140,7 +140,7 @@ def cosine_terms(f: Tensor, batch: dict, text: Tensor, cfg: loc.Config) -> dict[
 def mse_terms(f: Tensor, batch: dict, text: Tensor, cfg: loc.Config) -> dict[str, Tensor]:
     """`pixel_mse` in the place of (4) and (6)."""
     S = batch["cell_class"].shape[1]
-    return {"dcl": cfg.lambda_dcl * pixel_mse(f[:, S:], batch["image_feature"], batch["image_weight"])}
+    return {"dcl": cfg.lambda_dcl * pixel_mse(f[:, S:], batch["pixel_feature"], batch["pixel_weight"])}
 
 
 def voxel_to_voxel(f: Tensor, label: Tensor, weight: Tensor, tau: float = loc.TAU) -> Tensor:
@@ -210,7 +210,7 @@ def run_arm(cfg: loc.Config, args: SimpleNamespace) -> Path:
     args.run = read_json(run / "config.json")
     key = short_hash([trained["data"], cfg.holdout, args.eval_frames])
     constants = once(args.pool / f"constants-{key}.json", lambda: constants_of(cfg, dataset, args))
-    loc.evaluate(cfg, args, known=constants)
+    loc.evaluate(cfg, args, measured=constants)
     return with_score(run, args.score, args.feature)
 
 
