@@ -2,7 +2,7 @@
 
 Paper   "LOC: A General Language-Guided Framework for Open-Set 3D Occupancy Prediction", Gao, Xiang, Zhong,
         Wang; arXiv 2510.22141 v1. Independent re-implementation; no code of theirs is known. Beyond the
-        abstract no equation, hyper-parameter or number is public: what is ours says so. LOcc (2411.16072),
+        abstract no equation, hyper-parameter or number is public: our choices are marked. LOcc (2411.16072),
         whose host network and prompts are borrowed here, is another paper.
 Idea    Fuse a scene's LiDAR sweeps, moving objects apart; Poisson reconstruction fills the voids and the
         nearest points name the voxels: a dense label. Put two heads on any occupancy network: one predicts
@@ -581,7 +581,7 @@ def surely_free(seen: np.ndarray) -> np.ndarray:
     """seen (X, Y, Z) bool, by rays -> the same without each column's lowest seen voxel. Ours.
 
     Rays meet the ground at a grazing angle and cross its voxels for metres before they end in one. Measured
-    on the demo world in the camera mask: 7 instead of 14 % of what is occupied was taught as free.
+    on the demo world in the camera mask: 14 % of the occupied voxels were taught as free, with this 7 %.
     """
     return seen & (np.cumsum(seen, 2, dtype=np.uint8) > 1)
 

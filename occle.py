@@ -30,7 +30,7 @@ GLOSSARY
     o          occupancy    (B, X, Y, Z)        occupancy logit of a cell                              (10)
     theta'     Teacher      -                   running mean of the geometric branch                   (11)
     Y          logits       (B, X, Y, Z, S + 1) logits of a cell: S classes, then empty                (14)
-    Shat       shown        (N, S, h, w)        what the prediction shows on each image                (16)
+    Shat       shown        (N, S, h, w)        class shares of the prediction in each image           (16)
     Inside, classes are 0..S-1 and S is empty, whatever the dataset's ids; X' Y' Z' is coarser than X Y Z.
 
 EQUATION MAP   Numbers are the reconstruction's.
@@ -57,14 +57,14 @@ EQUATION MAP   Numbers are the reconstruction's.
 
 ASSUMPTIONS    All unpublished; the flag or the line that changes it stands beside.
     * classes that the 2D segmenter lacks, their parents and prompts                    RULES, merge
-    * the 10 % are every tenth frame, whole frames, counted on from scene to scene      --label-by
+    * every tenth frame is labelled, all of it; the count goes on from scene to scene   --label-by
     * one image a camera, ten sweeps; (5) lifts features and scores                     --n-sweeps
-    * (7)-(9); a 360 degree rig has two yz-planes, before and behind the ego            LabelSet.sides
+    * (7)-(9) as they stand; a surround rig has two yz-planes, ahead and behind         LabelSet.sides
     * teacher with warm-up, ramped consistency, thresholds .9 / .1, weak and strong
       augmentation; LiDAR hits are occupied, rays free until 4 m before their hit       --ray-short, augment
     * (12) then (13), 3D Hilbert order, both directions                                 DualMamba
     * the projection weighs by transmittance, without gradient; a cell covers its box   project_logits
-    * loss weights are 1, of (19), (11) 20; no Lovasz in (21); branches first, then all --geo-weight, one_step
+    * loss weights are 1, but 20 for (19) and (11); no Lovasz in (21)                   --geo-weight
     * Occ3D: the whole grid is supervised                                               voxel_truth
     * AdamW 2e-4, cosine, clip 35, 20 epochs (VoxFormer's)                              --lr, --epochs
 DEVIATIONS
@@ -210,11 +210,11 @@ def merge(primary: np.ndarray, auxiliary: np.ndarray, rules: tuple[Rule, ...],
 
 
 class Rule(NamedTuple):
-    """A class that the dataset-specific segmenter lacks: where the open-vocabulary mask overwrites it."""
+    """A class that the first segmenter lacks: its open-vocabulary mask replaces the parents there."""
 
     name: str
     parents: tuple[str, ...]  # classes that the segmenter takes such things for
-    prompts: tuple[str, ...]  # what the open-vocabulary model is asked for
+    prompts: tuple[str, ...]  # words for the open-vocabulary model
     taken_for: str | None  # what the *synthetic* first source takes it for; None: no label
 
 
@@ -280,7 +280,7 @@ def grids(cfg: Config) -> tuple[VoxelGrid, VoxelGrid]:
 
 
 def conv3d(layers: nn.Module, x: Tensor) -> Tensor:
-    """(B, X, Y, Z, C) through layers that want channels first."""
+    """(B, X, Y, Z, C) through layers whose inputs have channels first."""
     return layers(x.movedim(-1, 1)).movedim(1, -1)
 
 
@@ -563,7 +563,7 @@ class DualMamba(nn.Module):
     """(12) S' = S + Mamba_s(LN S), G' = G + Mamba_g(LN G);  (13) [s_1, g_1, s_2, g_2, ...] -> Mamba -> split.
 
     Grids (B, X', Y', Z', C) twice -> the same. Tokens are in 3D Hilbert order, with a learned position. With
-    a stride they are means over cells, and what the blocks add to a token is added to its cells, trilinearly.
+    a stride a token is the mean of its cells, and its change is added to them, interpolated trilinearly.
     """
 
     def __init__(self, channels: int, shape: tuple[int, int, int], stride: tuple[int, int, int], d_state: int,

@@ -173,9 +173,9 @@ def test_view_gate_normalises_over_what_sees():
 
 def test_refinement_is_bounded_by_alpha():
     points, step = torch.randn(2, 5, 3), 100 * torch.randn(2, 5, 3)
-    moved = (V.refine(points, step) - points).abs()
+    moved = (V.move_points(points, step) - points).abs()
     assert moved.max() <= 0.1 + 1e-6 and moved.max() > 0.09
-    assert torch.equal(V.refine(points, torch.zeros_like(step)), points)
+    assert torch.equal(V.move_points(points, torch.zeros_like(step)), points)
 
 
 def test_probes_start_where_they_are_learned_and_no_view_is_survived(observations):
