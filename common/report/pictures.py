@@ -54,6 +54,7 @@ def draw(predict: Callable, dataset, indices: list[int], out: Path, *, title: st
     drawn = {"classes": style.classes, "palette": style.palette, "free": style.free, "ego": style.ego}
     for i in tqdm(indices, "pictures", unit="keyframe", leave=False):
         frame, known = dataset[i], truth(i) if truth else (None, None)
+        images = np.asarray(dataset.images(i) if frame.images is None else frame.images)
         panels = {against: known[0]} if truth else {}
         if labels and label_path(labels, dataset, i).is_file():
             panels["label"] = saved_label(labels, dataset, i, style)
@@ -62,10 +63,10 @@ def draw(predict: Callable, dataset, indices: list[int], out: Path, *, title: st
         if len(paths) < SHEETS:
             note = f"\nerrors inside the {style.mask}" if truth else ""
             paths.append(out / "pictures" / f"{len(paths)}_{frame.scene}.png")
-            viz.sheet(paths[-1], frame.images, panels, style.grid, mask=known[1],
+            viz.sheet(paths[-1], images, panels, style.grid, mask=known[1],
                       title=f"{title}: {place}{note}", error=(against, name) if truth else None,
                       **drawn)
-        frames.append(viz.ViewerFrame(place, panels, np.asarray(frame.images), known[1]))
+        frames.append(viz.ViewerFrame(place, panels, images, known[1]))
     if frames:
         viz.viewer(out / "viewer.html", frames, grid=style.grid, title=title, **drawn)
         paths.insert(0, out / "viewer.html")
@@ -78,8 +79,9 @@ def saved_label(labels: Path, dataset, i: int, style: Style) -> np.ndarray:
 
 
 def draw_labels(dataset, labels: Path, count: int, title: str) -> list[Path]:
-    """Draw `count` evenly spaced keyframes of the folder `labels` that have a label; -> the paths."""
-    made = [i for i in range(len(dataset)) if label_path(labels, dataset, i).is_file()]
+    """Draw `count` evenly spaced keyframes that have a label in the folder `labels`, and images; -> the paths."""
+    made = [i for i in range(len(dataset)) if label_path(labels, dataset, i).is_file()
+            and all((dataset.root / file).is_file() for file in dataset.camera_files(i))]
     style, place = style_of(dataset), {dataset.tokens[i]: i for i in made}
     return draw(lambda frame: saved_label(labels, dataset, place[frame.token], style), dataset,
                 [made[k] for k in chosen(len(made), count)], labels, title=title, style=style, name="label")
