@@ -93,7 +93,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import cli, verbs, worlds
+from common import cli, verbs
 from common.backbones import describe_memory, describe_parts
 from common.engine import Session
 from common.files import InputError
@@ -111,8 +111,8 @@ from common.report import planning
 from common.report.occupancy import Truth, ground_truth, spread
 from common.report.planning import COMMANDS, Ego, Prediction, constant_velocity, ego_of, read_drivelm
 from common.thoughts import DISTANCES, LATERAL, LONGITUDINAL, meta_action, parse_action, thought, thought_text
-from common.train import (Muon, autocast, barrier, load_checkpoint, param_groups, reshard, schedule,
-                          set_apart, set_lr, setup, stages_cost)
+from common.train import (Muon, autocast, load_checkpoint, param_groups, reshard, schedule, set_apart, set_lr,
+                          setup, stages_cost)
 
 STAGES = ("0_tokenizer", "1_occupancy", "2_language", "3_planning")
 Row = Literal["none", "speed", "command", "speed+command", "history", "command+history"]  # given to a planner
@@ -716,10 +716,7 @@ def train(cfg: Config, args) -> None:
     if args.fsdp and cfg.optimizer == "muon":
         raise InputError("--fsdp: Muon's matrices cannot be sharded; use --optimizer adamw")
     run, out = setup(args.device), args.out or Path("runs/occvla")
-    if run.is_main and not args.data_root:
-        worlds.make("driving", size=args.world_size)
-    barrier(run)
-    root = args.data_root or worlds.WORLDS / f"driving-{args.world_size}"
+    root = verbs.data_root(args, run, "driving", size=args.world_size)
     dataset = open_split(root, args.version, args.split, cfg.image_size, args.cache)
     previous, resume = args.tokenizer or out / STAGES[0], args.resume
     counted = planning.check_questions(dataset)

@@ -124,8 +124,8 @@ from common.networks.transformer import Attention, Block, DeformableAttention, R
 from common.networks.xvla import XVLA
 from common.observation import Observation, stack_observations
 from common.report import episodes
-from common.train import (autocast, barrier, joined, load_checkpoint, load_weights, make_optimizer,
-                          over_ranks, schedule, set_lr, setup, stages_cost)
+from common.train import (autocast, joined, load_checkpoint, load_weights, make_optimizer, over_ranks,
+                          schedule, set_lr, setup, stages_cost)
 
 # --- 1  Configuration ---------------------------------------------------------------------------------------
 
@@ -1035,10 +1035,7 @@ def train(cfg: Config, args) -> None:
 
 def open_frames(cfg: Config, args) -> Frames:
     """The demonstrations of --data-root, or of the tabletop world, which is written if it is not there."""
-    run, root = setup(args.device), args.data_root or worlds.WORLDS / f"tabletop-{args.demos}"
-    if run.is_main and not args.data_root:
-        worlds.make("tabletop", demos=args.demos)
-    barrier(run)
+    root = verbs.data_root(args, setup(args.device), "tabletop", demos=args.demos)
     return Frames(cfg, root, mask_maker(args.pseudo, args.grounding, args.sam, args.device))
 
 

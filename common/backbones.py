@@ -100,7 +100,7 @@ class ConvBackbone(nn.Module):
 
 
 def encoder_rate(name: str, lr: float) -> float:
-    """Ours: a street encoder, which knows its street, learns at a tenth of what is new."""
+    """Ours: an encoder with learned weights (street) learns at a tenth of the rate of new modules."""
     return 0.1 * lr if name in STREET else lr
 
 
@@ -200,7 +200,7 @@ def load_backbone(name: str, pretrained: bool = True) -> tuple[nn.Module, tuple[
 
 
 def _cut(name: str, config: Any, pretrained: bool) -> tuple[nn.Module, tuple[int, int]]:
-    """The backbone of a transformers config, as `load_backbone` says."""
+    """The backbone of a transformers config, see `load_backbone`."""
     from transformers import AutoBackbone
 
     if config.model_type == "dinov2":

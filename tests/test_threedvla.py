@@ -28,27 +28,7 @@ from common.robot import make_environment
 run, fails = commands.of(V)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def observations():
-    return look()
-
-
-@pytest.fixture(scope="module")
-def tabletop(tmp_path_factory):
-    from data.tabletop import make_world
-
-    out = tmp_path_factory.mktemp("tabletop") / "w"
-    make_world(out, seed=0, demos=1, tasks=("lift_cube", "open_drawer"), size=64, workers=1)
-    return out
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 def cameras() -> tuple[torch.Tensor, torch.Tensor]:
