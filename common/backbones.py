@@ -35,10 +35,11 @@ DINOV2 = {"dinov2-small": (384, 12, 6), "dinov2-base": (768, 12, 12), "dinov2-la
 
 
 def norm_layer(kind: str, channels: int, dims: int = 2) -> nn.Module:
-    """kind: group (two channels a group, an odd count is one; independent of the batch), batch, or instance (no affine, OccNeRF's).
+    """kind: group (two channels a group, an odd count is one; independent of the batch), batch, or instance
+    (no affine, OccNeRF's).
 
-    Groups are small because a voxel grid is mostly empty: in large ones the few loud channels silence the others, and
-    the tiny networks here then learn several times slower."""
+    Groups are small because a voxel grid is mostly empty: in a large one the few strong channels suppress the
+    others, and the tiny networks here then learn several times slower."""
     if kind == "group":
         return nn.GroupNorm(channels // 2 if channels % 2 == 0 else 1, channels)
     if kind == "batch":
