@@ -170,7 +170,7 @@ class Text:
     def pixels(self, files: Sequence[Path]) -> Tensor:
         """Image files -> (N, 3, s, s) in [0, 1], resized by the host's own processor (`encode`
         normalises)."""
-        images = [read_image(path) for path in files]
+        images = [read_image(path, upright=True) for path in files]
         return self.processor.image_processor(images, do_normalize=False, return_tensors="pt")["pixel_values"]
 
     def decode(self, ids: Sequence[int]) -> str:
