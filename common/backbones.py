@@ -100,7 +100,7 @@ class ConvBackbone(nn.Module):
 class ImageEncoder(nn.Module):
     """Images in [0, 1] -> features at 1/4 resolution; ImageNet normalisation inside.
 
-    name: "conv", a hub id such as microsoft/resnet-101 or facebook/dinov2-base, or a local folder of transformers.
+    name: "conv", "street" or "street-depth" (common/networks/street.py), a hub id such as microsoft/resnet-101 or facebook/dinov2-base, or a local folder of transformers.
     pretrained False: random weights, the architecture from this file (or the local folder's config.json).
     """
 
@@ -112,6 +112,12 @@ class ImageEncoder(nn.Module):
         if name == "conv":
             self.backbone, self.neck = ConvBackbone(channels, norm), None
             return
+        if name in ("street", "street-depth"):
+            from common.networks.street import CHANNELS, load_street
+
+            self.backbone, self.neck = load_street(name, pretrained), nn.Conv2d(CHANNELS, channels, 1)
+            self.backbone.read = nn.ModuleDict()  # its heads are not needed here
+            return
         self.backbone, (fine, coarse) = load_backbone(name, pretrained)
         config = self.backbone.config
         self.patch = config.patch_size if config.model_type == "dinov2" else 1
@@ -120,6 +126,8 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(..., 3, H, W) -> (..., C, ceil(H/4), ceil(W/4)). ViTs see the image resized to whole patches."""
         lead, (h, w) = images.shape[:-3], images.shape[-2:]
+        if isinstance(self.neck, nn.Conv2d):  # the street's encoder normalises for itself
+            return self.neck(self.backbone(images.flatten(0, -4))).unflatten(0, lead)
         x = (images.flatten(0, -4) - self.mean) / self.std  # (B N, 3, H, W)
         if self.neck is None:
             features = self.backbone(x)
