@@ -20,6 +20,7 @@ Conventions (the only place that states them; tests/test_geometry.py holds them)
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -492,15 +493,23 @@ def ray_voxels(origin: Tensor, end: Tensor, grid: VoxelGrid) -> tuple[Tensor, Te
 
 # --- point sets -------------------------------------------------------------------------------------------------------
 
-def inliers(points: Tensor, neighbours: int, std_ratio: float = 2.0) -> Tensor:
+def inliers(points: Tensor, neighbours: int, std_ratio: float = 2.0, chunk: int = 1 << 18) -> Tensor:
     """Open3D's statistical outlier filter: (M, 3) -> (M,) bool.
 
     False where the mean distance to the `neighbours` nearest points exceeds mean + std_ratio * std over all points.
-    The point itself counts as a neighbour, as there. neighbours 0: no filter.
+    The point itself counts as a neighbour, as there. neighbours 0: no filter. Points are asked `chunk` at a time, on
+    torch's number of threads; more than a chunk of them prints what the rest costs, measured on the first.
     """
     if neighbours < 1 or len(points) <= neighbours:
         return torch.ones(len(points), dtype=torch.bool)
-    distance = cKDTree(points.numpy()).query(points.numpy(), k=neighbours)[0].mean(axis=1)
+    points, began = points.numpy(), time.perf_counter()
+    tree, distance = cKDTree(points, balanced_tree=False), np.empty(len(points))
+    for first in range(0, len(points), chunk):
+        part = slice(first, first + chunk)
+        distance[part] = tree.query(points[part], k=neighbours, workers=torch.get_num_threads())[0].mean(axis=1)
+        if first == 0 and len(points) > chunk:
+            seconds = (time.perf_counter() - began) * len(points) / chunk
+            print(f"outlier filter: {len(points) / 1e6:.1f} M points a keyframe, about {seconds:.0f} s")
     return torch.from_numpy(distance < distance.mean() + std_ratio * distance.std(ddof=1))
 
 
