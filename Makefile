@@ -1,6 +1,6 @@
 # minocc: every recipe is the real command; run it yourself to change a flag.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-libero demo test test-gpu world smoke bench fuzz table
+.PHONY: help setup setup-libero libero demo test test-gpu world smoke bench fuzz table
 
 # An active virtual environment (or PYTHON=...) is used as it is; otherwise .venv is made from requirements.lock.
 ifdef VIRTUAL_ENV
@@ -26,11 +26,17 @@ $(STAMP): requirements.lock
 	.venv/bin/python -m pip install -r requirements.lock
 	rm -f .venv/.installed-* && touch $@
 
-setup-libero:  ## make .venv-libero from requirements-libero.lock: LIBERO's simulator (numpy 2); assets apart, see data/README.md
+setup-libero: .venv-libero/.installed  ## make .venv-libero: LIBERO's simulator with its assets (numpy 2; about 2.5 GB)
+
+.venv-libero/.installed: requirements-libero.lock
 	$(BASE_PYTHON) -m venv .venv-libero
 	.venv-libero/bin/python -m pip install -r requirements-libero.lock
-	.venv-libero/bin/python -m pip uninstall -y torchvision  # robomimic's wish: not needed, and a build that does not fit torch's breaks transformers
 	.venv-libero/bin/python -c "import mujoco, numpy, torch; print('mujoco', mujoco.__version__, 'numpy', numpy.__version__)"
+	touch $@
+
+libero: $(READY) .venv-libero/.installed  ## one LIBERO episode of a briefly trained policy and of a random one, as GIFs (EGL)
+	test -d runs/libero || $(PYTHON) threedvla.py train --preset tiny --steps 20 --demos 1 --out runs/libero
+	MUJOCO_GL=egl .venv-libero/bin/python threedvla.py eval --ckpt runs/libero --env libero_spatial --episodes 1
 
 demo: $(READY)  ## write a synthetic world, train and evaluate EasyOcc on it, draw pictures (minutes, two CPU cores)
 	$(PYTHON) easyocc.py train --preset tiny --out runs/demo

@@ -81,9 +81,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import cli, verbs
-from common.backbones import conv_norm_relu
+from common.backbones import STREET, conv_norm_relu
 from common.engine import Session
 from common.files import InputError, read_json, read_npz, short_hash, write_npz
+from common.frozen import FrozenViews
 from common.geometry import OCC3D, coarsen, invert, project
 from common.labelers import rasterize
 from common.labels import IGNORE, LabelMaker, class_weights, read_label
@@ -553,7 +554,7 @@ class Keyframes:
 
     def __init__(self, dataset: NuScenesOccupancy, labels: Path, frames, prompts: Prompts, named: Path | None,
                  net: Loc, cfg: Config):
-        self.dataset, self.labels, self.frames, self.named = dataset, labels, frames, named
+        self.dataset, self.labels, self.frames, self.named, self.views = dataset, labels, frames, named, None
         self.prompts, self.cfg, self.free = prompts, cfg, len(prompts.words.known)
         self.stride, self.shape, self.known = net.stride, net.grid.shape, net.known
         self.place = np.full(256, IGNORE, np.uint8)  # Occ3D id -> place among the known; held out: ignored
@@ -585,11 +586,13 @@ class Keyframes:
 
     def __call__(self, k: int, rng: np.random.Generator) -> dict[str, Tensor]:
         cfg, i = self.cfg, self.frames[k]
-        item, target = inputs(self.dataset[i]), self.target(i)
+        K, T_ego_cam, _ = map(torch.as_tensor, self.dataset.calibration(i))
+        item, target = {"K": K, "T_ego_cam": T_ego_cam}, self.target(i)
         points = self.dataset.points(i)[:, :3].astype(np.float64)
-        if rng.random() < cfg.jitter:
+        shown = self.views(i) if self.views else inputs(self.dataset[i])
+        if rng.random() < cfg.jitter and not self.views:
             brightness, contrast = float(rng.uniform(0.7, 1.3)), float(rng.uniform(-0.1, 0.1))
-            item["images"] = (item["images"] * brightness + contrast).clamp(0, 1)
+            shown["images"] = (shown["images"] * brightness + contrast).clamp(0, 1)
         h, w = (-(-s // 4) for s in cfg.image_size)  # of the features
         K = item["K"].numpy() * np.array([w / cfg.image_size[1], h / cfg.image_size[0], 1])[:, None]
         depth = rasterize(points, np.zeros(len(points), np.uint8), K, item["T_ego_cam"].numpy(), h, w)[1]
@@ -597,8 +600,8 @@ class Keyframes:
         seen, feature, known = self.sample_pixels(points, target, i, item, rng)
         arrays = {"depth": depth, "cells": np.concatenate([cells, seen]), "cell_class": label,
                   "cell_weight": weight, "image_feature": feature, "image_weight": known}
-        item["target"] = self.occupancy(target)
-        return item | {name: torch.from_numpy(array) for name, array in arrays.items()}
+        shown["target"] = self.occupancy(target)
+        return shown | {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def cell_of(self, index: np.ndarray) -> np.ndarray:
         """Voxel index (V, 3) -> flat cell (V,)."""
@@ -702,8 +705,11 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, frames=No
         name_heldout(keyframes.photos, keyframes.truth, frames, prompts, named)
     barrier(run.run)
     class_weight = target_weights(keyframes).to(run.device)
-    optimizer = make_optimizer(cfg.optimizer, net, cfg.lr, cfg.lr, cfg.weight_decay, encoder="net.encoder")
+    lr_encoder = 0.1 * cfg.lr if cfg.backbone in STREET else cfg.lr
+    optimizer = make_optimizer(cfg.optimizer, net, lr_encoder, cfg.lr, cfg.weight_decay, "encoder.backbone")
     model = run.attach(net, optimizer, find_unused=True)  # the wrapped network's own head is not used
+    if cfg.network == "lss" and net.net.encoder.frozen:
+        keyframes.views = FrozenViews(net.net.encoder, dataset, labels)
     for step, batch in run.batches(keyframes, args.workers, partial(collate, device=run.device)):
         lr = set_lr(optimizer, schedule(step, run.steps, "cosine", cfg.warmup))
         with run.autocast():

@@ -12,7 +12,7 @@ RUN
     python threedvla.py train --policy pi0 --variant C --out runs/x   # writes demonstrations first; two cores
     python threedvla.py train --variant A --base runs/x --out runs/y  # another variant, the same base policy
     python threedvla.py eval --ckpt runs/x                            # success per perturbation, GIFs
-    python threedvla.py eval --ckpt runs/x --env libero_spatial --data-root D --episodes 1
+    python threedvla.py eval --ckpt runs/x --env libero_spatial --episodes 1   # make setup-libero
     python threedvla.py train --data-root D --out runs/z              # LIBERO's: common.robot convert
     python threedvla.py ablate --claim main --seeds 3                 # a claim: experiments/threedvla.py
     python threedvla.py describe --preset paper                       # parameters, FLOPs: no data, no GPU

@@ -1,7 +1,7 @@
 """Image encoders and small 3D blocks: what two papers would otherwise each write again.
 
     Name            Input -> output                                     Note
-    ImageEncoder    (..., 3, H, W) in [0, 1] -> (..., C, H/4, W/4)      "conv" (small) or a transformers backbone
+    ImageEncoder    (..., 3, H, W) in [0, 1] -> (..., C, H/4, W/4)      conv, street, efficientnet-lite0, transformers
     UpNeck          1/8 and 1/16 features -> 1/4                        OccNeRF's decoder
     UNet3D          (B, C, X, Y, Z) -> (B, channels[0], X, Y, Z)        residual blocks, skips; any X, Y, Z
     norm_layer      group | batch | instance, 2D or 3D
@@ -24,6 +24,7 @@ from common.files import InputError
 from common.pretrained import load_pretrained, loading
 
 REMEDY = ", or --backbone conv"
+STREET = ("street", "street-depth")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -73,10 +74,11 @@ class UpNeck(nn.Module):
 class ConvBackbone(nn.Module):
     """Small feature pyramid for a CPU: strides 2, 4, 8, 16, summed top-down into stride 4. Ours."""
 
-    def __init__(self, channels: int, norm: str = "group", widths: tuple[int, int, int, int] = (24, 32, 64, 96)):
+    def __init__(self, channels: int, norm: str = "group", widths: tuple[int, int, int, int] = (24, 32, 64, 96),
+                 c_in: int = 3):
         super().__init__()
         a, b, c, d = widths
-        self.stem = conv_norm_relu(3, a, norm, stride=2)  # 1/2
+        self.stem = conv_norm_relu(c_in, a, norm, stride=2)  # 1/2
         self.stages = nn.ModuleList(
             nn.Sequential(conv_norm_relu(i, o, norm, stride=2), conv_norm_relu(o, o, norm))
             for i, o in ((a, b), (b, c), (c, d))
@@ -100,7 +102,9 @@ class ConvBackbone(nn.Module):
 class ImageEncoder(nn.Module):
     """Images in [0, 1] -> features at 1/4 resolution; ImageNet normalisation inside.
 
-    name: "conv", "street" or "street-depth" (common/networks/street.py), a hub id such as microsoft/resnet-101 or facebook/dinov2-base, or a local folder of transformers.
+    name: conv; street or street-depth (common/networks/street.py, in this repository); efficientnet-lite0 (a pip
+    package); a hub id such as microsoft/resnet-101 or facebook/dinov2-base; or a local folder of transformers.
+    With "+frozen" behind it, its weights do not learn, only the neck does; `see` may then be cached (FrozenViews).
     pretrained False: random weights, the architecture from this file (or the local folder's config.json).
     """
 
@@ -108,35 +112,56 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
-        self.channels, self.patch = channels, 1
+        name, self.frozen, self.channels, self.patch = name.removesuffix("+frozen"), name.endswith("+frozen"), channels, 1
         if name == "conv":
             self.backbone, self.neck = ConvBackbone(channels, norm), None
-            return
-        if name in ("street", "street-depth"):
-            from common.networks.street import CHANNELS, load_street
+        elif name in STREET:
+            from common.networks.street import KNOWN, StreetFeatures
 
-            self.backbone, self.neck = load_street(name, pretrained), nn.Conv2d(CHANNELS, channels, 1)
-            self.backbone.read = nn.ModuleDict()  # its heads are not needed here
-            return
-        self.backbone, (fine, coarse) = load_backbone(name, pretrained)
-        config = self.backbone.config
-        self.patch = config.patch_size if config.model_type == "dinov2" else 1
-        self.neck = UpNeck(fine, coarse, channels, "instance" if norm == "batch" else norm)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(..., 3, H, W) -> (..., C, ceil(H/4), ceil(W/4)). ViTs see the image resized to whole patches."""
-        lead, (h, w) = images.shape[:-3], images.shape[-2:]
-        if isinstance(self.neck, nn.Conv2d):  # the street's encoder normalises for itself
-            return self.neck(self.backbone(images.flatten(0, -4))).unflatten(0, lead)
-        x = (images.flatten(0, -4) - self.mean) / self.std  # (B N, 3, H, W)
-        if self.neck is None:
-            features = self.backbone(x)
+            self.backbone = StreetFeatures(name, pretrained)
+            self.neck = nn.Conv2d(KNOWN[name], channels, 1)
         else:
+            self.backbone, (fine, coarse) = load_backbone(name, pretrained)
+            config = getattr(self.backbone, "config", None)
+            self.patch = config.patch_size if config is not None and config.model_type == "dinov2" else 1
+            self.neck = UpNeck(fine, coarse, channels, "instance" if norm == "batch" else norm)
+        if self.frozen and self.neck is None:
+            raise InputError(f"--backbone {name}+frozen: it has no weights but random ones; let it learn")
+        if self.frozen:
+            self.backbone.requires_grad_(False)
+        self.learned = "encoder.backbone" if name in STREET else "encoder"  # what starts from weights, in a network
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """A frozen backbone keeps its batch statistics too."""
+        super().train(mode)
+        self.backbone.train(mode and not self.frozen)
+        return self
+
+    def see(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Images (n, 3, H, W) -> what the backbone makes of them, before the neck."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            if isinstance(self.neck, nn.Conv2d):  # the street's encoder normalises for itself
+                return self.backbone(images)
+            x, (h, w) = (images - self.mean) / self.std, images.shape[-2:]
+            if self.neck is None:
+                return self.backbone(x)
             whole = [max(1, round(s / self.patch)) * self.patch for s in (h, w)]
             if whole != [h, w]:
                 x = F.interpolate(x, whole, mode="bilinear", align_corners=False)
-            fine, coarse = self.backbone(x).feature_maps
-            features = self.neck(fine, coarse, (-(-h // 4), -(-w // 4)))
+            return self.backbone(x).feature_maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(..., 3, H, W) -> (..., C, ceil(H/4), ceil(W/4)). ViTs see the image resized to whole patches.
+
+        A street's frozen features (..., K, H/4, W/4), out of a cache, go through the neck alone.
+        """
+        lead, (h, w) = images.shape[:-3], images.shape[-2:]
+        x = images.flatten(0, -4)  # (B N, 3, H, W)
+        seen = self.see(x) if x.shape[1] == 3 else x
+        if self.neck is None:
+            features = seen
+        else:
+            features = self.neck(*seen, (-(-h // 4), -(-w // 4))) if isinstance(self.neck, UpNeck) else self.neck(seen)
         return features.unflatten(0, lead)  # (..., C, H/4, W/4)
 
 
@@ -146,6 +171,10 @@ def load_backbone(name: str, pretrained: bool = True) -> tuple[nn.Module, tuple[
     from transformers import AutoConfig  # late: half a second that "conv" does not need
 
     short = name.split("/")[-1]
+    if name == "efficientnet-lite0":
+        from common.networks.efficientnet import EfficientNetLite0
+
+        return (net := EfficientNetLite0(pretrained)), net.channels
     if not pretrained and not Path(name).is_dir():
         config = _written_config(short)
         if config is None:

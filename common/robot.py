@@ -22,11 +22,11 @@ import numpy as np
 from common import worlds
 from common.demonstrations import read_episode, read_world
 from common.files import InputError, exit_on_input_error
-from common.libero import (LIBERO_SCENE, LIBERO_SUITES, Libero, LiberoPlus, check_libero, check_plus,
-                           convert_libero)
+from common.libero import (LIBERO_SCENE, LIBERO_SUITES, PRO_SUITES, Libero, LiberoPlus, check_libero,
+                           check_plus, convert_libero)
 from common.observation import Environment, Observation, Outcome, check_action
 
-ENVIRONMENTS = ("tabletop", *LIBERO_SUITES, "libero_plus", "robotwin")
+ENVIRONMENTS = ("tabletop", *LIBERO_SUITES, *PRO_SUITES, "libero_plus", "robotwin")
 
 
 def make_environment(name: str, data_root: Path | str | None = None, size: int | None = None) -> Environment:
@@ -39,7 +39,7 @@ def make_environment(name: str, data_root: Path | str | None = None, size: int |
         return TabletopEnvironment(size or 128)
     if name == "libero_plus":
         return LiberoPlus(data_root, size or 256)
-    if name in LIBERO_SUITES:
+    if name in (*LIBERO_SUITES, *PRO_SUITES):
         return Libero(name, data_root, size or 256)
     if name == "robotwin":
         return RoboTwin(data_root)

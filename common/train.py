@@ -412,7 +412,7 @@ def schedule(step: int, steps: int, kind: str = "cosine", warmup: int = 0, floor
 def param_groups(
     net: nn.Module, lr_enc: float, lr_dec: float, weight_decay: float, encoder: str = "encoder", muon: bool = False
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser: parameters under `encoder.` learn at lr_enc, the rest at lr_dec; vectors (norms, biases)
+    """Groups for an optimiser: parameters of a part named `encoder` learn at lr_enc, the rest at lr_dec; vectors (norms, biases)
     do not decay. Each group keeps its own rate in `base_lr`, which `set_lr` scales. muon: the weights of convolutions
     and linear layers get groups of their own with `orthogonal` True, for `Muon`."""
     layers = (nn.Linear, nn.modules.conv._ConvNd)
@@ -420,7 +420,7 @@ def param_groups(
     groups: dict[tuple[float, float, bool], list[Tensor]] = {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            lr = lr_enc if f".{name}".startswith(f".{encoder}.") else lr_dec
+            lr = lr_enc if f".{encoder}." in f".{name}" else lr_dec
             decay = weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, decay, id(parameter) in matrices), []).append(parameter)
     extra = [{"orthogonal": orthogonal} if muon else {} for _, _, orthogonal in groups]

@@ -17,7 +17,7 @@ def make(kind: str, out: Path | str | None = None, **options) -> Path:
     driving    size mini|demo|claims|drives, seed             driving-<size>; drives: 55 scenes of 12 keyframes
     kitti      size mini|demo|claims, seed                    kitti-<size>
     tabletop   demos, seed                                    tabletop-<demos>
-    tinyclip   hide (file of the kinds it never names), seed  tinyclip, or tinyclip-without-<stem of hide>
+    tinyclip   hide (file of the kinds it never names)        the shipped one, or tinyclip-without-<stem of hide>
     tinyvlm    vlm, processor, answer_loss, steps             tinyvlm-<sizes>-<steps>
 
     The makers take more options; see data/default.py. Raises InputError if an option is wrong, or if `out`

@@ -35,7 +35,7 @@ def make_default(kind: str, out: Path | None = None, **options) -> Path:
         from data.tinyclip import make_tinyclip, read_words
 
         hide = options.pop("hide", None)
-        out = out or WORLDS / (f"tinyclip-without-{Path(hide).stem}" if hide else "tinyclip")
+        out = out or WORLDS / f"tinyclip-without-{Path(hide or '').stem}.safetensors"
         return make_tinyclip(out, tuple(read_words(hide)) if hide else (), **options)
     if kind == "tinyvlm":
         from data.tinyvlm import make_tinyvlm, sizes

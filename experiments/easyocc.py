@@ -32,7 +32,7 @@ from common.networks import occnerf as N
 from common.nuscenes import FREE, NuScenesOccupancy, open_split
 from common.report.occupancy import constant_scores, describe_dataset, ground_truth, report, spread
 from common.worlds import make
-from experiments.runner import Claim, Gate, main, once, write_quality
+from experiments.runner import Claim, Gate, main, once, start_claim, write_quality
 
 # Rendering sets the price of a step, so all arms get the host's number of steps.
 SHARED = {"steps": 150, "map_stride": (4, 4)}
@@ -79,6 +79,7 @@ CLAIMS = {
         (("depth exact, semantics mild", "depth heavy, semantics mild"),
          ("depth mild, semantics exact", "depth mild, semantics heavy"),
          ("depth exact, semantics exact", "depth mild, semantics mild")), seeds=1),
+    "start": start_claim(),
 }  # fmt: skip
 
 # --- the host -----------------------------------------------------------------------------------------------
@@ -131,6 +132,9 @@ class RayFrames(E.Keyframes):
     def __init__(self, dataset: NuScenesOccupancy, labels: Path, cfg: E.Config, past: int = 0):
         super().__init__(dataset, labels, cfg)
         self.maps, self.past = make_labeler("files", dataset, maps=labels / "maps"), past
+
+    def freeze(self, encoder: torch.nn.Module) -> None:
+        """Rendering warps images, so a step reads images."""
 
     def __call__(self, i: int, rng: np.random.Generator) -> dict[str, Tensor]:
         item = super().__call__(i, rng) | {"raw": torch.as_tensor(self.dataset[i].images)}

@@ -36,7 +36,7 @@ from common.report.openset import hide_classes
 from common.report.pictures import OCC3D_STYLE, SSC_STYLE
 from common.semantickitti import SemanticKITTI
 from common.worlds import is_world, make
-from experiments.runner import Claim, main, once, write_quality
+from experiments.runner import Claim, main, once, start_claim, write_quality
 
 SHARED = {"steps": 180, "n_sweeps": 90}  # config fields of every arm
 FLAGS = {
@@ -98,6 +98,7 @@ CLAIMS = {
         {"with image term": SELF, "text only": SELF | {"lambda_img": 0.0}},
         tuple(("with image term", "text only", m) for m in ("unknown_miou", "miou_camera", "scene_auroc")),
         note=LATER, seeds=1),
+    "start": start_claim(),
 }
 STEPS = {  # of the labels, for label-quality
     "single sweep": SPARSE | {"fuse": False}, "fused": SPARSE, "+ Poisson": {"knn_k": 1}, "+ KNN": {},

@@ -31,7 +31,7 @@ from common.networks.voxelnet import Voxels
 from common.report.occupancy import constant_scores, constant_ssc, ground_truth, report, spread
 from common.semantickitti import SemanticKITTI
 from common.worlds import make
-from experiments.runner import Claim, main, once
+from experiments.runner import Claim, main, once, start_claim
 
 SHARED = {"steps": 160, "warmup": 10}  # config fields of every arm
 # One stage: without pseudo labels a first one would leave the semantic branch untaught.
@@ -94,6 +94,7 @@ CLAIMS = {
         {"both": {}, "image": {"variant": "image"}, "LiDAR": {"variant": "LiDAR"}},
         (("both", "image"), ("both", "LiDAR")), seeds=1,
         note="LiDAR still teaches the image-only arm, through hits and rays of frames without labels."),
+    "start": start_claim(),
 }
 
 # --- rivals and missing parts -------------------------------------------------------------------------------

@@ -94,6 +94,19 @@ class Claim:
         return [dict(zip(("better", "worse", "metric"), triple)) for triple in triples]
 
 
+def start_claim() -> Claim:
+    """What the image encoder starts from, for any method with --backbone: ours, at equal steps."""
+    names = ("conv", "street", "street+frozen", "street-depth", "street-depth+frozen")
+    pairs = (("street", "conv"), ("street-depth", "street"), ("street+frozen", "street"),
+             ("street-depth+frozen", "street-depth"))
+    return Claim(
+        "start", "ours: an encoder that learned on single pictures of other streets beats random weights; "
+                 "metric depth adds to it; frozen is no worse",
+        {name: {"backbone": name} for name in names}, pairs, seeds=1,
+        note="common/networks/street.py: street knows classes, objects and words, street-depth metric depth "
+             "too. Frozen features have no colour jitter.")
+
+
 # --- running ------------------------------------------------------------------------------------------------
 
 

