@@ -176,7 +176,8 @@ def keyframe_cloud(dataset: NuScenesOccupancy, i: int, maps, cfg: Config) -> tup
         depth, semantic = torch.as_tensor(maps.depth), torch.as_tensor(maps.semantic)
         K = scale_to(K, dataset.image_size, depth.shape[-2:])
         cloud = backproject(depth, semantic, K, T_ego_cam, cfg.map_stride, cfg.outlier_nb, cfg.map_fill)
-        origin, end = image_rays(depth, K, T_ego_cam, 2 * max(cfg.map_stride))
+        short = math.hypot(*OCC3D.voxel_size)  # the voxel of a pixel without a class is not free
+        origin, end = image_rays(depth, K, T_ego_cam, 2 * max(cfg.map_stride), semantic != FREE, short)
     return Cloud(transform(T_global_ego, cloud.points), cloud.label), traversed(origin, end, OCC3D)
 
 
@@ -341,6 +342,10 @@ class Keyframes:
             target = target.masked_fill((target == FREE) & (seen == 0), IGNORE)
         return coarsen(target, self.cfg.grid_stride, FREE)
 
+    def class_weight(self) -> Tensor:
+        """(18,): how much the loss counts a class, by its share of the labels."""
+        return class_weights(self.target(i) for i in range(len(self.dataset)))
+
     def __call__(self, i: int, rng: np.random.Generator) -> dict[str, Tensor]:
         item = self.views(i) if self.views else verbs.inputs(self.dataset[i])
         if not self.views and rng.random() < self.cfg.jitter:
@@ -363,7 +368,7 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, network=O
     if run.finished:
         return
     keyframes = items(dataset, labels, cfg)
-    class_weight = class_weights(keyframes.target(i) for i in range(len(dataset))).to(run.device)
+    class_weight = keyframes.class_weight().to(run.device)
     net = network(cfg).to(run.device)
     lr_encoder = cfg.lr if cfg.backbone == "conv" else 0.1 * cfg.lr  # OccNeRF's code: 1e-4
     optimizer = make_optimizer(cfg.optimizer, net, lr_encoder, cfg.lr, cfg.weight_decay, net.encoder.learned)

@@ -149,15 +149,22 @@ def unproject_cells(z: Tensor, K: Tensor, T_ref_cam: Tensor, size: tuple[int, in
     return torch.einsum("bvij,bvhwj->bvhwi", T_ref_cam[..., :3, :3], camera) + T_ref_cam[..., None, None, :3, 3]
 
 
-def image_rays(depth: Tensor, K: Tensor, T_ref_cam: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+def image_rays(depth: Tensor, K: Tensor, T_ref_cam: Tensor, stride: int, known: Tensor,
+               short: float) -> tuple[Tensor, Tensor]:
     """Rays of every `stride`-th pixel that has a depth: origins (R, 3), ends (R, 3) [m] in ref.
 
-    depth (N, h, w) [m], 0 = none; K (N, 3, 3) at the maps' resolution, T_ref_cam (N, 4, 4).
+    depth (N, h, w) [m], 0 = none; K (N, 3, 3) at the maps' resolution, T_ref_cam (N, 4, 4). known (N, h, w) bool: a
+    pixel without a class met something, nobody knows what, so its ray ends `short` [m] before it.
     """
-    uv = pixel_centers(*depth.shape[-2:]).to(K)[stride // 2 :: stride, stride // 2 :: stride]
-    depth = depth[:, stride // 2 :: stride, stride // 2 :: stride]
-    ends = [unproject(uv[d > 0], d[d > 0].to(K), k, T) for d, k, T in zip(depth, K, T_ref_cam, strict=True)]
-    origins = [T[:3, 3].expand_as(end) for T, end in zip(T_ref_cam, ends, strict=True)]
+    every = slice(stride // 2, None, stride)
+    uv = pixel_centers(*depth.shape[-2:]).to(K)[every, every]
+    origins, ends = [], []
+    for d, sure, k, T in zip(depth[:, every, every], known[:, every, every], K, T_ref_cam, strict=True):
+        end = unproject(uv[d > 0], d[d > 0].to(K), k, T)
+        along = end - (origin := T[:3, 3].expand_as(end))
+        share = (1 - short / along.norm(dim=-1, keepdim=True)).clamp_min(0)
+        origins.append(origin)
+        ends.append(torch.where(sure[d > 0][:, None], end, origin + share * along))
     return torch.cat(origins), torch.cat(ends)
 
 
@@ -502,14 +509,14 @@ def inliers(points: Tensor, neighbours: int, std_ratio: float = 2.0, chunk: int 
     """
     if neighbours < 1 or len(points) <= neighbours:
         return torch.ones(len(points), dtype=torch.bool)
-    points, began = points.numpy(), time.perf_counter()
+    points = points.numpy()
     tree, distance = cKDTree(points, balanced_tree=False), np.empty(len(points))
     for first in range(0, len(points), chunk):
-        part = slice(first, first + chunk)
+        part, began = slice(first, first + chunk), time.perf_counter()
         distance[part] = tree.query(points[part], k=neighbours, workers=torch.get_num_threads())[0].mean(axis=1)
         if first == 0 and len(points) > chunk:
             seconds = (time.perf_counter() - began) * len(points) / chunk
-            print(f"outlier filter: {len(points) / 1e6:.1f} M points a keyframe, about {seconds:.0f} s")
+            print(f"outlier filter: {len(points) / 1e6:.1f} M points, about {seconds:.0f} s")
     return torch.from_numpy(distance < distance.mean() + std_ratio * distance.std(ddof=1))
 
 

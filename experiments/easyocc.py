@@ -25,8 +25,8 @@ import easyocc as E
 from common import cli, verbs
 from common.files import read_json, read_npz, short_hash
 from common.geometry import OCC3D, VoxelGrid, invert
-from common.labelers import make_labeler
-from common.labels import IGNORE, label_record, labels_note, make_labels, read_label
+from common.labelers import Maps, make_labeler
+from common.labels import IGNORE, class_weights, label_record, labels_note, make_labels, read_label
 from common.metrics import OccupancyMeter
 from common.networks import occnerf as N
 from common.nuscenes import FREE, NuScenesOccupancy, open_split
@@ -126,12 +126,26 @@ class RayFrames(E.Keyframes):
     jitter.
 
     past: the maps are drawn from this many past keyframes too, without classes that can move, as the 3D label
-    is.
+    is. pseudo: 3D labels are read too; without, no label file is opened.
     """
 
-    def __init__(self, dataset: NuScenesOccupancy, labels: Path, cfg: E.Config, past: int = 0):
+    def __init__(self, dataset: NuScenesOccupancy, labels: Path, cfg: E.Config, past: int = 0,
+                 pseudo: bool = False):
         super().__init__(dataset, labels, cfg)
-        self.maps, self.past = make_labeler("files", dataset, maps=labels / "maps"), past
+        self.maps, self.past, self.pseudo = make_labeler("files", dataset, maps=labels / "maps"), past, pseudo
+        self.ray_weight = class_weights(self.on_rays(self.maps(i))[0] for i in range(len(dataset)))
+
+    def target(self, i: int) -> Tensor:
+        return super().target(i) if self.pseudo else torch.empty(0, dtype=torch.uint8)
+
+    def class_weight(self) -> Tensor:
+        return super().class_weight() if self.pseudo else self.ray_weight
+
+    def on_rays(self, maps: Maps) -> tuple[Tensor, Tensor]:
+        """Semantic and depth maps (N, h, w) at the pixels of `RAYS`."""
+        pixels = [((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(RAYS, maps.depth.shape[-2:], strict=True)]
+        at = np.ix_(range(len(maps.depth)), *pixels)
+        return torch.from_numpy(maps.semantic[at].copy()), torch.from_numpy(maps.depth[at].copy())
 
     def freeze(self, encoder: torch.nn.Module) -> None:
         """Rendering warps images, so a step reads images."""
@@ -145,16 +159,12 @@ class RayFrames(E.Keyframes):
         j = window[rng.integers(len(window))]
         K, T_ego_cam, T_global_ego = (torch.as_tensor(x) for x in self.dataset.calibration(j))
         T = invert(torch.as_tensor(self.dataset.calibration(i)[2])) @ T_global_ego @ T_ego_cam.double()
-        maps = self.maps(j)
-        h, w = maps.depth.shape[-2:]
-        rows, columns = ((np.arange(n) + 0.5) * m / n for n, m in zip(RAYS, (h, w), strict=True))
-        at = np.ix_(range(len(maps.depth)), rows.astype(int), columns.astype(int))
-        semantic, depth = torch.from_numpy(maps.semantic[at].copy()), torch.from_numpy(maps.depth[at].copy())
+        semantic, depth = self.on_rays(self.maps(j))
         if j != i:
             moving = torch.isin(semantic, torch.tensor(self.cfg.dynamic_ids, dtype=semantic.dtype))
             semantic, depth = semantic.masked_fill(moving, IGNORE), depth.masked_fill(moving, 0)
         return item | {"ray_K": K.float(), "ray_T": T.float(), "ray_semantic": semantic, "ray_depth": depth,
-                       "ray_seed": torch.tensor(rng.integers(2**31))}
+                       "ray_seed": torch.tensor(rng.integers(2**31)), "ray_weight": self.ray_weight}
 
 
 def host_loss(logits: Tensor, batch: dict, class_weight: Tensor, cfg: E.Config, *, terms: tuple[str, ...],
@@ -163,14 +173,18 @@ def host_loss(logits: Tensor, batch: dict, class_weight: Tensor, cfg: E.Config, 
     grid = OCC3D.coarsen(cfg.grid_stride)
     losses = E.pseudo_loss(on_grid(logits, grid, ratio), batch, class_weight, cfg) if pseudo else {}
     frames = [{name: value[b] for name, value in batch.items()} for b in range(len(logits))]
-    each = [rendered_losses(x, frame, class_weight, cfg, grid, ratio, terms)
+    each = [rendered_losses(x, frame, cfg, grid, ratio, terms)
             for x, frame in zip(logits, frames, strict=True)]
     return losses | {name: WEIGHTS[name] * torch.stack([e[name] for e in each]).mean() for name in terms}
 
 
-def rendered_losses(logits: Tensor, frame: dict, class_weight: Tensor, cfg: E.Config, grid: VoxelGrid,
-                    ratio: float, terms: tuple[str, ...]) -> dict[str, Tensor]:
-    """(10)-(13) of one keyframe; `depth`, ours: |log depth - log map| where the map has a depth."""
+def rendered_losses(logits: Tensor, frame: dict, cfg: E.Config, grid: VoxelGrid, ratio: float,
+                    terms: tuple[str, ...]) -> dict[str, Tensor]:
+    """(10)-(13) of one keyframe; `depth`, ours: |log depth - log map| where the map has a depth.
+
+    Classes weigh by how many pixels show them, as in OccNeRF: sky is rare among pixels, free space is not
+    among voxels.
+    """
     rays = N.camera_rays(frame["ray_K"], frame["ray_T"], RAYS, cfg.image_size)
     noise = torch.Generator().manual_seed(int(frame["ray_seed"]))
     z = N.ray_depths(rays, grid, ratio, tuple(logits.shape[1:]), SAMPLES, jitter=0.1, generator=noise)
@@ -181,7 +195,7 @@ def rendered_losses(logits: Tensor, frame: dict, class_weight: Tensor, cfg: E.Co
         semantic, depth = semantic.masked_fill(depth > out.far, FREE), torch.minimum(depth, out.far)
         error = (out.depth.log() - depth.clamp_min(0.1).log()).abs() * (depth > 0)
         losses["depth"] = error.sum() / (depth > 0).sum().clamp_min(1)
-    losses["sem"] = N.semantic_loss(out.semantic, semantic, class_weight)
+    losses["sem"] = N.semantic_loss(out.semantic, semantic, frame["ray_weight"])
     if "photo" in terms:
         coarse = out.depth.view(len(frame["raw"]), 1, *RAYS)
         fine = F.interpolate(coarse, cfg.image_size, mode="bilinear", align_corners=False)[:, 0]  # (N, H, W)
@@ -198,8 +212,9 @@ def parts(network: str, cfg: E.Config) -> tuple[Any, Any, Any]:
     ratio, past, terms = N.RATIO["tiny"], 0, ("photo", "smooth", "sem", "ent", "dist")
     if network == "rendered":
         ratio, past, terms = 1.0, cfg.past_frames, ("sem", "depth", "ent", "dist")
-    loss = partial(host_loss, terms=terms, ratio=ratio, pseudo=network == "occnerf+labels")
-    return partial(Host, ratio=ratio), partial(RayFrames, past=past), loss
+    pseudo = network == "occnerf+labels"
+    loss = partial(host_loss, terms=terms, ratio=ratio, pseudo=pseudo)
+    return partial(Host, ratio=ratio), partial(RayFrames, past=past, pseudo=pseudo), loss
 
 
 # --- arms ---------------------------------------------------------------------------------------------------
