@@ -1,6 +1,6 @@
 # minocc: every recipe is the real command; run it yourself to change a flag.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-libero libero demo test test-gpu world smoke bench fuzz table
+.PHONY: foundation help setup setup-libero libero demo test test-gpu world smoke bench fuzz table
 
 # An active virtual environment (or PYTHON=...) is used as it is; otherwise .venv is made from requirements.lock.
 ifdef VIRTUAL_ENV
@@ -58,6 +58,9 @@ smoke: $(READY)  ## 20 steps of each method on a world of three scenes
 	$(PYTHON) loc.py train --data-root data/worlds/smoke --steps 20 --out runs/smoke/loc
 	$(PYTHON) occvla.py train --vlm tiny-random --data-root data/worlds/smoke --stage-steps 5 5 5 5 --out runs/smoke/occvla
 	$(PYTHON) threedvla.py train --steps 20 --demos 1 --out runs/smoke/threedvla
+
+foundation: $(READY)  ## draw photographs of other streets and remake the encoders of common/weights (minutes)
+	$(PYTHON) -m data.foundation --out data/worlds/foundation --ship common/weights
 
 bench: $(READY)  ## kernels and CPU paths against references and peers, as ratios
 	$(PYTHON) -m tests.bench --out runs/bench.json

@@ -69,7 +69,7 @@ from torch import Tensor, nn
 from common import verbs
 from common.backbones import ImageEncoder, UNet3D, norm_layer
 from common.engine import Session, stack
-from common.frozen import FrozenViews
+from common.frozen import frozen_views
 from common.geometry import (OCC3D, VoxelGrid, between_rows, coarsen, coordinates, image_rays, inliers,
                              invert, pixel_centers, project, range_gates, refine, scale_to, transform,
                              traversed, unproject, where_true)
@@ -329,11 +329,8 @@ class Keyframes:
     """What a training step reads of a keyframe: six images, their cameras, the pseudo-label."""
 
     def __init__(self, dataset: NuScenesOccupancy, labels: Path, cfg: Config):
-        self.dataset, self.labels, self.cfg, self.views = dataset, labels, cfg, None
-
-    def freeze(self, encoder: ImageEncoder) -> None:
-        """From now on a step reads the frozen encoder's features, computed once, in place of images."""
-        self.views = FrozenViews(encoder, self.dataset, self.labels)
+        self.dataset, self.labels, self.cfg = dataset, labels, cfg
+        self.views = None  # or a frozen encoder's cached features, in place of images
 
     def target(self, i: int) -> Tensor:
         """The label of keyframe i on the network's cells, uint8, 255 ignored."""
@@ -373,8 +370,7 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, network=O
     lr_encoder = cfg.lr if cfg.backbone == "conv" else 0.1 * cfg.lr  # OccNeRF's code: 1e-4
     optimizer = make_optimizer(cfg.optimizer, net, lr_encoder, cfg.lr, cfg.weight_decay, net.encoder.learned)
     model = run.attach(net, optimizer)
-    if net.encoder.frozen:
-        keyframes.freeze(net.encoder)
+    keyframes.views = frozen_views(net.encoder, dataset, labels)
     for step, batch in run.batches(keyframes, args.workers):
         lr = set_lr(optimizer, schedule(step, run.steps, cfg.schedule, cfg.warmup))
         with run.autocast():

@@ -81,10 +81,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import cli, verbs
-from common.backbones import STREET, conv_norm_relu
+from common.backbones import conv_norm_relu, encoder_rate
 from common.engine import Session
 from common.files import InputError, read_json, read_npz, short_hash, write_npz
-from common.frozen import FrozenViews
+from common.frozen import frozen_views
 from common.geometry import OCC3D, coarsen, invert, project
 from common.labelers import rasterize
 from common.labels import IGNORE, LabelMaker, class_weights, read_label
@@ -149,7 +149,7 @@ class Config:
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
         network_preset="tiny", image_size=(112, 200), backbone="conv", occ_hidden=0, lang_kernel=1, clip=None,
-        clip_dim=64, clip_image=(224, 400), dcl_samples=64, image_samples=512, lambda_dcl=0.5, lambda_img=0.5,
+        clip_dim=64, clip_image=(112, 200), dcl_samples=64, image_samples=512, lambda_dcl=0.5, lambda_img=0.5,
         lambda_depth=0.3, optimizer="muon", steps=360, lr=1e-2, weight_decay=0.6, warmup=20, jitter=1.0,
         amp="off"),
     "base": Config(network_preset="base", batch=2, steps=60_000, warmup=3000),  # one 24 GB GPU
@@ -705,11 +705,10 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, frames=No
         name_heldout(keyframes.photos, keyframes.truth, frames, prompts, named)
     barrier(run.run)
     class_weight = target_weights(keyframes).to(run.device)
-    lr_encoder = 0.1 * cfg.lr if cfg.backbone in STREET else cfg.lr
-    optimizer = make_optimizer(cfg.optimizer, net, lr_encoder, cfg.lr, cfg.weight_decay, "encoder.backbone")
+    rates = encoder_rate(cfg.backbone, cfg.lr), cfg.lr
+    optimizer = make_optimizer(cfg.optimizer, net, *rates, cfg.weight_decay, "encoder.backbone")
     model = run.attach(net, optimizer, find_unused=True)  # the wrapped network's own head is not used
-    if cfg.network == "lss" and net.net.encoder.frozen:
-        keyframes.views = FrozenViews(net.net.encoder, dataset, labels)
+    keyframes.views = frozen_views(getattr(net.net, "encoder", None), dataset, labels)
     for step, batch in run.batches(keyframes, args.workers, partial(collate, device=run.device)):
         lr = set_lr(optimizer, schedule(step, run.steps, "cosine", cfg.warmup))
         with run.autocast():

@@ -91,7 +91,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import verbs
-from common.backbones import STREET, ImageEncoder, UNet3D, conv_norm_relu
+from common.backbones import ImageEncoder, UNet3D, conv_norm_relu, encoder_rate
 from common.datasets import (IGNORE, LABEL_SETS, LabelSet, format_of, open_dataset, read_frame_list,
                              voxel_truth)
 from common.engine import Session
@@ -878,8 +878,8 @@ def train(cfg: Config, dataset, labels: Path, args, network=OccLE, teacher=Teach
         if done and not run.start:
             load_checkpoint(folders[0], nn.ModuleDict({"net": net.branches, "teacher": saved["teacher"]}))
             run.state = {name: value for name, value in stage_state(folders[0]).items() if name != "step"}
-        lr_encoder = 0.1 * cfg.lr if cfg.backbone in STREET else cfg.lr
-        optimizer = make_optimizer(cfg.optimizer, learns, lr_encoder, cfg.lr, 0.01, "encoder.backbone")  # VoxFormer's
+        rates = encoder_rate(cfg.backbone, cfg.lr), cfg.lr
+        optimizer = make_optimizer(cfg.optimizer, learns, *rates, 0.01, "encoder.backbone")
         heads = [m for name, m in learns.named_modules() if name.endswith(("last", "header2d", "header3d"))]
         set_apart(optimizer.param_groups, [p for m in heads for p in m.parameters()], orthogonal=False)
         model = run.attach(saved, optimizer, learns)

@@ -24,20 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from common.files import InputError, exit_on_input_error, npz_keys, read_npy, read_npz, write_json
-from common.metrics import (
-    FREE,
-    PLANNING_PROTOCOLS,
-    PROTOCOLS,
-    RAY_THRESHOLDS,
-    OccupancyMeter,
-    PlanningMeter,
-    box_corners,
-    protocol_line,
-    rasterize,
-    shown,
-    ssc_confusion,
-    ssc_scores_of,
-)
+from common.metrics import (FREE, PLANNING_PROTOCOLS, PROTOCOLS, RAY_THRESHOLDS, OccupancyMeter,
+                            PlanningMeter, box_corners, protocol_line, rasterize, shown, ssc_confusion,
+                            ssc_scores_of)
 from common.nuscenes import NuScenesOccupancy, find_root, find_version, rigid_inverse
 from common.semantickitti import CLASSES as SSC_CLASSES
 from common.semantickitti import IGNORED, SemanticKITTI, read_voxel_labels, to_train
@@ -121,8 +110,7 @@ def read_trajectory(form: Form, dataset: NuScenesOccupancy, i: int) -> np.ndarra
 
 def check_all(read: Callable, count: int, truth: Callable[[int], tuple] = lambda i: ()) -> None:
     """Reads each prediction once before anything is scored; one line names the first bad one and how many
-    there are.
-    """
+    there are."""
     problems = []
     for i in tqdm(range(count), "checking files", leave=False):
         known = truth(i)  # a fault of the dataset's is not the predictions': it ends the audit as it is
@@ -140,8 +128,7 @@ def check_all(read: Callable, count: int, truth: Callable[[int], tuple] = lambda
 
 def audit_occupancy(dataset: NuScenesOccupancy, folder: Path, rays: bool = True) -> dict:
     """-> {"rows": the table, "warnings", "metrics", "per_class"}; scores in rows are percent, in metrics
-    fractions.
-    """
+    fractions."""
     if dataset.gts is None:
         raise InputError(f"{dataset.root}: no gts/ (Occ3D labels) to score against")
     form = find_form(folder, dataset, KEYS["occupancy"])
@@ -365,16 +352,9 @@ def ssc_class_lines(per_class: dict[str, float]) -> list[str]:
 # --- python -m common.metrics audit -------------------------------------------------------------------------
 
 
-def audit(
-    pred: Path | str,
-    data_root: Path | str,
-    version: str | None = None,
-    split: str | None = None,
-    task: str = "occupancy",
-    json_path: Path | str | None = None,
-    cache: Path | str | None = None,
-    rays: bool = True,
-) -> dict:
+def audit(pred: Path | str, data_root: Path | str, version: str | None = None, split: str | None = None,
+          task: str = "occupancy", json_path: Path | str | None = None, cache: Path | str | None = None,
+          rays: bool = True) -> dict:
     """Scores a folder, prints the table, writes it as JSON if asked; -> what the JSON holds."""
     folder = Path(pred)
     if not folder.is_dir():

@@ -24,7 +24,7 @@ from common.files import InputError
 from common.pretrained import load_pretrained, loading
 
 REMEDY = ", or --backbone conv"
-STREET = ("street", "street-depth")
+STREET = {"street": "classes, objects and words", "street-depth": "classes, objects, words and metric depth"}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -97,6 +97,18 @@ class ConvBackbone(nn.Module):
             finer = pyramid.pop()
             top = finer + F.interpolate(top, finer.shape[-2:], mode="bilinear", align_corners=False)
         return self.smooth(top)
+
+
+def encoder_rate(name: str, lr: float) -> float:
+    """Ours: a street encoder, which knows its street, learns at a tenth of what is new."""
+    return 0.1 * lr if name in STREET else lr
+
+
+def start_of(name: str) -> str:
+    """What --backbone knew before this training, for a protocol line."""
+    plain = name.removesuffix("+frozen")
+    knew = f" ({STREET[plain]}, from single pictures of other streets)" if plain in STREET else ""
+    return f"{plain}{knew or ' (random weights)' * (plain == 'conv')}{', frozen' * (plain != name)}"
 
 
 class ImageEncoder(nn.Module):

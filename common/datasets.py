@@ -102,8 +102,7 @@ def voxel_truth(dataset: NuScenesOccupancy | SemanticKITTI, i: int, labels: Labe
 
 def read_frame_list(path: Path, dataset: NuScenesOccupancy | SemanticKITTI) -> list[int]:
     """A label list {"labelled": [token, ...]} -> dataset indices, ascending; InputError: an unknown frame or
-    a broken file.
-    """
+    a broken file."""
     value = read_json(path)
     tokens = value.get("labelled") if isinstance(value, dict) else None
     if not (isinstance(tokens, list) and tokens and all(isinstance(token, str) for token in tokens)):

@@ -180,8 +180,7 @@ class Demonstrations:
 
     def chunk(self, i: int, length: int) -> tuple[Tensor, Tensor]:
         """Actions (A, D) from frame i on, and (A,) which of them are before the end (the last is
-        repeated).
-        """
+        repeated)."""
         e, k = self.place[i]
         actions, index = self.demos[e]["actions"], torch.arange(k, k + length)
         return torch.from_numpy(actions)[index.clamp_max(len(actions) - 1)], index < len(actions)

@@ -1,6 +1,6 @@
 """Features of a frozen image encoder, computed once a keyframe and kept beside the labels.
 
-    views = FrozenViews(net.encoder, dataset, labels)      # prints how many were made, and their size
+    views = frozen_views(net.encoder, dataset, labels)     # prints their number and size; None: it learns
     item = views(i)                                        # as verbs.inputs(dataset[i]), features for images
 
 A training step then costs only what lies behind the encoder. Colours cannot be jittered any more.
@@ -25,6 +25,11 @@ def weights_key(encoder: ImageEncoder, size: tuple[int, int]) -> str:
     for name, value in sorted(encoder.backbone.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def frozen_views(encoder: ImageEncoder | None, dataset, labels: Path) -> "FrozenViews | None":
+    """The cache of an encoder that does not learn; None where a step needs images."""
+    return FrozenViews(encoder, dataset, labels) if encoder is not None and encoder.frozen else None
 
 
 class FrozenViews:

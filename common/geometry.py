@@ -216,43 +216,6 @@ def nearest_ids(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps[..., rows.long(), :][..., columns.long()]
 
 
-def quaternion_to_matrix(wxyz: Tensor) -> Tensor:
-    """Quaternions (..., 4), w x y z, of any length but zero -> rotations (..., 3, 3)."""
-    w, x, y, z = (wxyz / wxyz.norm(dim=-1, keepdim=True)).unbind(-1)
-    rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-            2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-            2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]
-    return torch.stack(rows, -1).unflatten(-1, (3, 3))
-
-
-def matrix_to_quaternion(rotation: Tensor) -> Tensor:
-    """Rotations (..., 3, 3) -> unit quaternions (..., 4), w x y z, w >= 0."""
-    m = rotation
-    diagonal = torch.diagonal(m, dim1=-2, dim2=-1)                                            # (..., 3)
-    trace = diagonal.sum(-1, keepdim=True)
-    # four times the square of each component; the products below give 4 q_i q_j, so row i is 4 q_i times q:
-    # the row of the largest component is the one that loses no digits
-    square = torch.cat([1 + trace, 1 + 2 * diagonal - trace], -1)                             # (..., 4)
-    wx, wy, wz = m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]
-    xy, xz, yz = m[..., 1, 0] + m[..., 0, 1], m[..., 0, 2] + m[..., 2, 0], m[..., 2, 1] + m[..., 1, 2]
-    w2, x2, y2, z2 = square.unbind(-1)
-    rows = torch.stack([w2, wx, wy, wz, wx, x2, xy, xz, wy, xy, y2, yz, wz, xz, yz, z2], -1).unflatten(-1, (4, 4))
-    best = square.argmax(-1)[..., None, None].expand(*square.shape[:-1], 1, 4)
-    q = rows.gather(-2, best)[..., 0, :]                                                      # (..., 4)
-    q = q / q.norm(dim=-1, keepdim=True)
-    return torch.where(q[..., :1] < 0, -q, q)
-
-
-def pose(translation: Tensor, quaternion_wxyz: Tensor) -> Tensor:
-    """translation (..., 3) [m], quaternion (..., 4) w x y z -> T (..., 4, 4), as nuScenes' tables write a pose."""
-    translation, quaternion_wxyz = _promote(translation, quaternion_wxyz)
-    T = torch.zeros(*translation.shape[:-1], 4, 4, dtype=translation.dtype, device=translation.device)
-    T[..., :3, :3] = quaternion_to_matrix(quaternion_wxyz)
-    T[..., :3, 3] = translation
-    T[..., 3, 3] = 1
-    return T
-
-
 # --- rays through voxels ----------------------------------------------------------------------------------------------
 
 _NEVER = 1e30       # stands for 1/0: (face - start) * _NEVER is beyond any t, and 0 * _NEVER is 0 where 0 * inf is NaN
@@ -465,37 +428,6 @@ def traversed(origin: Tensor, end: Tensor, grid: VoxelGrid) -> Tensor:
         for _, _, voxel in _crossings(rays, axis, grid.shape):
             flat[voxel] = True
     return visited
-
-
-@torch.no_grad()
-def ray_voxels(origin: Tensor, end: Tensor, grid: VoxelGrid) -> tuple[Tensor, Tensor]:
-    """The voxels of each segment in the order of the visit: origin (3,) or (R, 3), end (R, 3) [m]
-    -> voxels (P, 3) long, pointer (R + 1,) long: ray r visits voxels[pointer[r]:pointer[r + 1]].
-
-    The same voxels as `traversed`, ray by ray.
-    """
-    X, Y, Z = grid.shape
-    weight = torch.tensor([Y * Z, Z, 1], device=end.device)
-    rays = _clip(origin, None, end, grid)
-    entering = rays.inside.nonzero()[:, 0]
-    rays = rays.of(entering)
-    index, inside = grid.index(end)
-    ending = inside.nonzero()[:, 0]
-    # (ray, t, flat voxel): the first voxels before all crossings, the ends' own voxels after them
-    first = (_unmirror(rays.first, rays.flip, grid.shape) * weight).sum(1)
-    pieces = [(entering, torch.full_like(rays.enter, -1.0), first)]
-    for axis in range(3):
-        for which, t, voxel in _crossings(rays, axis, grid.shape):
-            pieces.append((entering[which].expand_as(voxel).flatten(), t.flatten(), voxel.flatten()))
-    pieces.append((ending, rays.enter.new_full((len(ending),), math.inf), (index[ending] * weight).sum(1)))
-    ray, t, voxel = (torch.cat(parts) for parts in zip(*pieces))
-    order = t.argsort(stable=True)
-    order = order[ray[order].argsort(stable=True)]                                            # by ray, then by t
-    ray, voxel = ray[order], voxel[order]
-    new = torch.ones_like(ray, dtype=torch.bool)                                             # a tie names a voxel twice
-    new[1:] = (ray[1:] != ray[:-1]) | (voxel[1:] != voxel[:-1])
-    pointer = torch.cat([ray.new_zeros(1), torch.bincount(ray[new], minlength=len(end)).cumsum(0)])
-    return torch.stack(torch.unravel_index(voxel[new], grid.shape), -1), pointer
 
 
 # --- point sets -------------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ import torch.nn.functional as F
 
 from common import worlds
 from common.backbones import IMAGENET_MEAN, IMAGENET_STD
-from common.files import InputError, grey16, open_image, read_image, read_json, write_bytes, write_json
+from common.files import (InputError, grey16, open_image, read_image, read_json, reason, write_bytes,
+                          write_json)
 from common.nuscenes import FREE, NuScenesOccupancy
 from common.pretrained import load_pretrained
 
@@ -97,9 +98,8 @@ def map_paths(folder: Path | str, kind: str, camera_files: list[str]) -> list[Pa
 
 
 def read_map(path: Path, bits: int) -> np.ndarray:
-    """One PNG -> (h, w) uint8 or uint16. InputError if it is missing, broken, or has other channels or
-    other bits.
-    """
+    """One PNG -> (h, w) uint8 or uint16. InputError if it is missing, broken, or has other channels or other
+    bits."""
     with open_image(path, "map") as image:
         if bits == 16:
             return grey16(image)
@@ -121,25 +121,21 @@ def read_stack(paths: list[Path], bits: int, shape: tuple[int, int] | None = Non
 
 def read_maps(folder: Path | str, camera_files: list[str], image_shape: tuple[int, int]) -> Maps:
     """One keyframe in the maps format. `image_shape` (H, W): its aspect ratio must be the maps' within 2
-    %.
-    """
+    %."""
     semantic = read_semantic(folder, camera_files, range(FREE), FREE)
     h, w = semantic.shape[1:]
     if abs(w * image_shape[0] / (h * image_shape[1]) - 1) > 0.02:
         path, size = map_paths(folder, "semantic", camera_files)[0], f"{image_shape[1]}x{image_shape[0]}"
-        raise InputError(
-            f"{path}: {w}x{h} px has another shape than the {size} image; maps show the whole image"
-        )
+        raise InputError(f"{path}: {w}x{h} px has another shape than the {size} image; maps show the whole "
+                         "image")
     depth = read_stack(map_paths(folder, "depth", camera_files), 16, (h, w))
     return Maps(semantic, depth * np.float32(1 / DEPTH_SCALE))
 
 
-def read_semantic(
-    folder: Path | str, camera_files: list[str], classes: range, none: int, kind: str = "semantic"
-) -> np.ndarray:
+def read_semantic(folder: Path | str, camera_files: list[str], classes: range, none: int,
+                  kind: str = "semantic") -> np.ndarray:
     """One keyframe's `kind` maps -> (N, h, w) uint8; InputError on an id that is neither of `classes` nor
-    `none`.
-    """
+    `none`."""
     paths = map_paths(folder, kind, camera_files)
     semantic = read_stack(paths, 8)
     for path, values in zip(paths, semantic, strict=True):
@@ -150,9 +146,8 @@ def read_semantic(
     return semantic
 
 
-def write_semantic(
-    folder: Path | str, camera_files: list[str], maps: np.ndarray, kind: str = "semantic"
-) -> None:
+def write_semantic(folder: Path | str, camera_files: list[str], maps: np.ndarray,
+                   kind: str = "semantic") -> None:
     """Writes one keyframe's (N, h, w) values as `kind` maps, each file whole or not at all."""
     from PIL import Image
 
@@ -164,8 +159,7 @@ def write_semantic(
 
 def quantize(depth: np.ndarray) -> np.ndarray:
     """[m] -> uint16 counts of the maps format. Depths beyond DEPTH_MAX become it; negative and nan become 0
-    (none).
-    """
+    (none)."""
     counts = np.rint(np.clip(np.nan_to_num(depth, nan=0, posinf=DEPTH_MAX), 0, DEPTH_MAX) * DEPTH_SCALE)
     return counts.astype(np.uint16)
 
@@ -185,9 +179,8 @@ class Files:
         self.dataset, self.folder = dataset, Path(maps)
         for kind in ("semantic", "depth"):
             if not (self.folder / kind).is_dir():
-                raise InputError(
-                    f"{self.folder / kind}: no such folder; --maps needs semantic/ and depth/ inside"
-                )
+                raise InputError(f"{self.folder / kind}: no such folder; --maps needs semantic/ and depth/ "
+                                 "inside")
         self.note = f"2D maps read from {self.folder}"
 
     def __call__(self, i: int) -> Maps:
@@ -198,10 +191,7 @@ class Files:
 
 # --- lidar --------------------------------------------------------------------------------------------------
 
-EGO_BODY = (
-    (-0.9, 3.6),
-    (-1.0, 1.0),
-)  # [m] x, y around the ego origin; returns in here are the car (4.08 x 1.73 m)
+EGO_BODY = (-0.9, 3.6), (-1.0, 1.0)  # [m] x, y around the ego origin: the car itself (4.08 x 1.73 m)
 MIN_DEPTH = 1.0  # [m] nearer points are not projected, as in the devkit
 GROUND_BAND = 0.3  # [m] a point this near the fitted plane is road
 LIDARSEG_NOISE, LIDARSEG_EGO = 0, 31  # nuScenes-lidarseg's own ids
@@ -253,9 +243,8 @@ class Lidar:
             labels = labels[keep]
         h, w = (max(1, round(self.scale * n)) for n in dataset.image_shape)
         K, T_ego_cam, _ = dataset.calibration(i)
-        semantic, depth, seen = rasterize(
-            points, labels, scale_K(K, dataset.image_size, (h, w)), T_ego_cam, h, w
-        )
+        semantic, depth, seen = rasterize(points, labels, scale_K(K, dataset.image_size, (h, w)), T_ego_cam,
+                                          h, w)
         kept = seen if self.seen_only else np.ones(len(points), bool)
         return Maps(semantic, depth, points[kept], labels[kept])
 
@@ -266,9 +255,7 @@ def box_labels(points: np.ndarray, T_ego_box: np.ndarray, size: np.ndarray, labe
     result = np.full(len(points), FREE, np.uint8)
     for b in np.argsort(-size.prod(1), kind="stable"):  # large first, so that the smallest wins
         near = np.flatnonzero(np.abs(points - T_ego_box[b, :3, 3]).max(1) <= 0.5 * np.linalg.norm(size[b]))
-        local = np.abs(
-            (points[near] - T_ego_box[b, :3, 3]) @ T_ego_box[b, :3, :3]
-        )  # (m, 3) along the box's axes
+        local = np.abs((points[near] - T_ego_box[b, :3, 3]) @ T_ego_box[b, :3, :3])  # (m, 3) along the box
         result[near[(local <= size[b][[1, 0, 2]] / 2).all(1)]] = label[b]
     return result
 
@@ -302,15 +289,8 @@ def fit_ground(points: np.ndarray, seed: int, rounds: int = 256) -> tuple[float,
     return tuple(float(value) for value in plane)
 
 
-def rasterize(
-    points: np.ndarray,
-    labels: np.ndarray,
-    K: np.ndarray,
-    T_ego_cam: np.ndarray,
-    h: int,
-    w: int,
-    none: int = FREE,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rasterize(points: np.ndarray, labels: np.ndarray, K: np.ndarray, T_ego_cam: np.ndarray, h: int, w: int,
+              none: int = FREE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """points (M, 3) [m] ego, labels (M,), K (N, 3, 3), T_ego_cam (N, 4, 4) -> semantic (N, h, w) uint8
     (`none` where no point is), depth (N, h, w) float32 [m] of the nearest point in each pixel, seen (M,)
     bool: inside at least one image."""
@@ -336,14 +316,9 @@ def rasterize(
 # OccNeRF's vocabulary (GroundedSAM_OccNeRF), one run a prompt; a phrase is a detection's text tokens above
 # threshold.
 PROMPTS = (
-    "pedestrian.",
-    "bus.",
-    "truck.",
-    "bicycle, bicyclist.",
-    "motorcycle, motorcyclist.",
-    "barrier, barricade.",
-    "sedan, highway, terrain, tree, sidewalk, building, bridge, pole, billboard, light, ashbin, crane, "
-    "trailer, cone, sky.",
+    "pedestrian.", "bus.", "truck.", "bicycle, bicyclist.", "motorcycle, motorcyclist.",
+    "barrier, barricade.", "sedan, highway, terrain, tree, sidewalk, building, bridge, pole, billboard, "
+    "light, ashbin, crane, trailer, cone, sky.",
 )
 PHRASES = {  # phrase -> Occ3D id; other_flat and others have none
     "barrier": 1, "barricade": 1, "bicycle": 2, "bicyclist": 2, "bus": 3, "sedan": 4, "crane": 5,
@@ -373,15 +348,8 @@ class Foundation:
     device           torch device; None: cuda if there is one
     """
 
-    def __init__(
-        self,
-        dataset: NuScenesOccupancy,
-        grounding: str | None = None,
-        sam: str | None = None,
-        depth: str | None = None,
-        cache_maps: Path | str | None = None,
-        device: str | None = None,
-    ):
+    def __init__(self, dataset: NuScenesOccupancy, grounding: str | None = None, sam: str | None = None,
+                 depth: str | None = None, cache_maps: Path | str | None = None, device: str | None = None):
         self.dataset, self.device = dataset, _device(device)
         names = {"grounding": grounding or GROUNDING, "sam": sam or SAM, "depth": depth or METRIC_DEPTH}
         self.note = f"2D maps by {names['grounding']} + {names['sam']}, depth by {names['depth']}"
@@ -390,8 +358,8 @@ class Foundation:
         settings |= {"box_threshold": BOX_THRESHOLD, "text_threshold": TEXT_THRESHOLD}
         if self.cache is not None:
             _check_cache(self.cache, settings)
-        self.grounding = _load_grounding(names["grounding"], not grounding, self.device)
-        self.sam = _load_sam(names["sam"], not sam, self.device)
+        self.grounding = _load("grounding", names["grounding"], not grounding, self.device)
+        self.sam = _load("sam", names["sam"], not sam, self.device)
         self.depth_of = load_depth(names["depth"], not depth, self.device)
         if self.cache is not None:
             write_json(self.cache / "maps.json", settings)
@@ -419,8 +387,7 @@ class Foundation:
 
     def detect(self, images: list[np.ndarray]) -> list[tuple[torch.Tensor, list[float], list[int]]]:
         """-> per image: boxes (n, 4) xyxy [px], n scores and n ids of the detections whose phrase has a
-        class.
-        """
+        class."""
         found = [(torch.zeros(0, 4), [], []) for _ in images]
         for prompt in PROMPTS:
             results = find_boxes(*self.grounding, images, prompt)
@@ -435,14 +402,12 @@ class Foundation:
 
 def phrase_ids(phrases: list[str]) -> list[int | None]:
     """Decoded phrases -> Occ3D ids; None for a phrase that is not in the dictionary (such as two words in
-    one).
-    """
+    one)."""
     return [PHRASES.get(phrase.replace(".", "").strip().lower()) for phrase in phrases]
 
 
-def find_boxes(
-    model, processor, images: list[np.ndarray], text: str, threshold: float = BOX_THRESHOLD
-) -> list[dict]:
+def find_boxes(model, processor, images: list[np.ndarray], text: str,
+               threshold: float = BOX_THRESHOLD) -> list[dict]:
     """GroundingDINO on images (H, W, 3) uint8 RGB of one size -> per image a dict of boxes (n, 4) xyxy [px],
     scores (n,) and n text_labels.
 
@@ -452,15 +417,13 @@ def find_boxes(
     with torch.inference_mode():
         outputs = model(**inputs)
     sizes = [image.shape[:2] for image in images]
-    return processor.post_process_grounded_object_detection(
-        outputs, inputs.input_ids, threshold=threshold, text_threshold=TEXT_THRESHOLD, target_sizes=sizes
-    )
+    return processor.post_process_grounded_object_detection(outputs, inputs.input_ids, threshold=threshold,
+                                                            text_threshold=TEXT_THRESHOLD, target_sizes=sizes)
 
 
 def sam_masks(model, processor, image: np.ndarray, boxes: torch.Tensor):
     """SAM on an image (H, W, 3) uint8 RGB: yields the mask (H, W) bool of each of the boxes (n, 4) xyxy
-    [px].
-    """
+    [px]."""
     if not len(boxes):
         return
     inputs = processor(images=image, input_boxes=[boxes.tolist()], return_tensors="pt")
@@ -490,17 +453,13 @@ def _check_cache(folder: Path, settings: dict) -> None:
     path = folder / "maps.json"
     if path.is_file():
         made = read_json(path)
-        different = [
-            name for name in settings if not isinstance(made, dict) or made.get(name) != settings[name]
-        ]
-        if different:
-            raise InputError(
-                f"{path}: made with another {different[0]}; use another folder for the maps' cache"
-            )
+        made = made if isinstance(made, dict) else {}
+        if different := [name for name in settings if made.get(name) != settings[name]]:
+            raise InputError(f"{path}: made with another {different[0]}; use another folder for the maps' "
+                             "cache")
     elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise InputError(
-            f"{folder}: not empty and without maps.json; give an empty folder for the maps' cache"
-        )
+        raise InputError(f"{folder}: not empty and without maps.json; give an empty folder for the maps' "
+                         "cache")
 
 
 def _photos(dataset, i: int) -> list[np.ndarray]:
@@ -520,23 +479,22 @@ def _device(name: str | torch.device | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-@functools.lru_cache(maxsize=1)  # one copy a process, however many labelers it makes
-def _load_grounding(name: str, local_only: bool, device):
-    from transformers import AutoProcessor, GroundingDinoForObjectDetection
-
-    classes = (GroundingDinoForObjectDetection, AutoProcessor)
-    words = {"model_type": "grounding-dino", "local_only": local_only}
-    model, processor = load_pretrained("--grounding", name, *classes, **words)
-    return model.to(device).eval(), processor
+MODELS = {  # flag, classes of transformers, model_type of config.json
+    "grounding": ("--grounding", ("GroundingDinoForObjectDetection", "AutoProcessor"), "grounding-dino"),
+    "sam": ("--sam", ("SamModel", "SamProcessor"), "sam"),
+    "sam2": ("--sam", ("Sam2Model",), ("sam2", "sam2_video")),
+}
 
 
-@functools.lru_cache(maxsize=1)
-def _load_sam(name: str, local_only: bool, device):
-    from transformers import SamModel, SamProcessor
+@functools.lru_cache(maxsize=3)  # one copy a process, however many labelers it makes
+def _load(kind: str, name: str, local_only: bool, device) -> list:
+    """-> a model of MODELS, and its processor."""
+    import transformers
 
-    words = {"model_type": "sam", "local_only": local_only}
-    model, processor = load_pretrained("--sam", name, SamModel, SamProcessor, **words)
-    return model.to(device).eval(), processor
+    flag, classes, model_type = MODELS[kind]
+    classes = [getattr(transformers, one) for one in classes]
+    model, *rest = load_pretrained(flag, name, *classes, model_type=model_type, local_only=local_only)
+    return [model.to(device).eval(), *rest]
 
 
 @functools.lru_cache(maxsize=1)
@@ -577,33 +535,25 @@ def _load_metric3d(folder: str, device):
     try:
         model = torch.hub.load(str(place), "metric3d_vit_giant2", source="local", pretrain=True)
     except (OSError, ImportError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{place}: Metric3D does not load ({str(error).splitlines()[0]}); see its README"
-        ) from error
+        raise InputError(f"{place}: Metric3D does not load ({reason(error)}); see its README") from error
     model = model.to(device).eval()
-    mean, std = (
-        torch.tensor(values, device=device).view(3, 1, 1) for values in (METRIC3D_MEAN, METRIC3D_STD)
-    )
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (METRIC3D_MEAN, METRIC3D_STD))
 
     def depth(images: list[np.ndarray], K: np.ndarray) -> np.ndarray:
         H, W = images[0].shape[:2]
         scale = min(METRIC3D_SIZE[0] / H, METRIC3D_SIZE[1] / W)
         h, w = int(H * scale), int(W * scale)
         top, left = (METRIC3D_SIZE[0] - h) // 2, (METRIC3D_SIZE[1] - w) // 2
-        pixels = (
-            torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float()
-        )  # (n, 3, H, W) RGB 0..255
+        pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float()  # RGB 0..255
         small = F.interpolate(pixels, (h, w), mode="bilinear", align_corners=False)  # (n, 3, h, w) RGB
         padded = torch.zeros(len(images), 3, *METRIC3D_SIZE, device=device)  # 0 = the mean colour
         padded[:, :, top : top + h, left : left + w] = (small - mean) / std
         with torch.inference_mode():
             canonical = model.inference({"input": padded})[0]  # (n, 1, 616, 1064)
         canonical = canonical.reshape(len(images), 1, *METRIC3D_SIZE)[:, :, top : top + h, left : left + w]
-        full = F.interpolate(canonical.float(), (H, W), mode="bilinear", align_corners=False)[
-            :, 0
-        ]  # (n, H, W)
+        full = F.interpolate(canonical.float(), (H, W), mode="bilinear", align_corners=False)  # (n, 1, H, W)
         focal = torch.as_tensor(K[:, 0, 0] * scale, dtype=torch.float32, device=device)
-        return (full * (focal / METRIC3D_FOCAL)[:, None, None]).clamp(0, 300).cpu().numpy()
+        return (full[:, 0] * (focal / METRIC3D_FOCAL)[:, None, None]).clamp(0, 300).cpu().numpy()
 
     return depth
 
@@ -623,9 +573,8 @@ class Segmenter:
     Raises InputError if the model cannot be had, or if no class of it has a name.
     """
 
-    def __init__(
-        self, dataset, names: dict[str, int], none: int, model: str | None = None, device: str | None = None
-    ):
+    def __init__(self, dataset, names: dict[str, int], none: int, model: str | None = None,
+                 device: str | None = None):
         self.dataset, self.device, name = dataset, _device(device), model or SEGMENTER
         self.model, self.processor = _load_segmenter(name, not model, self.device)
         known = self.model.config.id2label
@@ -634,9 +583,8 @@ class Segmenter:
             self.table[k] = names.get(label.replace("_", " ").strip().lower(), none)
         if (self.table == none).all():
             shown = ", ".join(list(known.values())[:4])
-            raise InputError(
-                f"--segmenter {name}: none of its classes ({shown}, ...) is in the table of shared classes"
-            )
+            raise InputError(f"--segmenter {name}: none of its classes ({shown}, ...) is in the table of "
+                             "shared classes")
         self.note = f"segmentation by {name}"
 
     def __call__(self, i: int) -> np.ndarray:
@@ -646,31 +594,24 @@ class Segmenter:
             inputs = self.processor(images=image, return_tensors="pt").to(self.device)
             with torch.inference_mode():
                 outputs = self.model(**inputs)
-            found = self.processor.post_process_semantic_segmentation(
-                outputs, target_sizes=[image.shape[:2]]
-            )[0]
+            size = [image.shape[:2]]
+            (found,) = self.processor.post_process_semantic_segmentation(outputs, target_sizes=size)
             maps.append(self.table[found.cpu().numpy()])
         return np.stack(maps)
 
 
 @functools.lru_cache(maxsize=1)
 def _load_segmenter(name: str, local_only: bool, device):
-    from transformers import (
-        MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForSemanticSegmentation,
-        AutoModelForUniversalSegmentation,
-    )
+    from transformers import (MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING, AutoConfig, AutoImageProcessor,
+                              AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation)
 
     (config,) = load_pretrained("--segmenter", name, AutoConfig, local_only=local_only)
     universal = type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
     kind = AutoModelForUniversalSegmentation if universal else AutoModelForSemanticSegmentation
     model, processor = load_pretrained("--segmenter", name, kind, AutoImageProcessor, local_only=local_only)
     if not hasattr(processor, "post_process_semantic_segmentation"):
-        raise InputError(
-            f"--segmenter {name}: a {config.model_type} gives no semantic map; use a semantic segmenter"
-        )
+        raise InputError(f"--segmenter {name}: a {config.model_type} gives no semantic map; use a semantic "
+                         "segmenter")
     return model.to(device).eval(), processor
 
 
@@ -681,19 +622,12 @@ class OpenVocabulary:
     Where masks overlap the largest box score wins (`paint`). Elsewhere `none`.
     """
 
-    def __init__(
-        self,
-        dataset,
-        prompts: dict[int, tuple[str, ...]],
-        none: int,
-        grounding: str | None = None,
-        sam: str | None = None,
-        device: str | None = None,
-    ):
+    def __init__(self, dataset, prompts: dict[int, tuple[str, ...]], none: int, grounding: str | None = None,
+                 sam: str | None = None, device: str | None = None):
         self.dataset, self.prompts, self.none, device = dataset, prompts, none, _device(device)
         names = grounding or GROUNDING, sam or SAM2
-        self.grounding = _load_grounding(names[0], not grounding, device)
-        self.sam = _load_sam2(names[1], not sam, device)
+        self.grounding = _load("grounding", names[0], not grounding, device)
+        (self.sam,) = _load("sam2", names[1], not sam, device)
         self.note = f"open vocabulary by {names[0]} + {names[1]}"
 
     def __call__(self, i: int) -> np.ndarray:
@@ -735,19 +669,8 @@ def sam2_masks(model, image: np.ndarray, boxes: torch.Tensor):
         embeddings = model.get_image_embeddings((pixels - mean) / std)
         for part in stretched.split(CHUNK):
             out = model(image_embeddings=embeddings, input_boxes=part[None], multimask_output=False)
-            yield from (
-                F.interpolate(out.pred_masks[0].float(), (h, w), mode="bilinear", align_corners=False)[:, 0]
-                > 0
-            )
-
-
-@functools.lru_cache(maxsize=1)
-def _load_sam2(name: str, local_only: bool, device):
-    from transformers import Sam2Model
-
-    words = {"model_type": ("sam2", "sam2_video"), "local_only": local_only}
-    (model,) = load_pretrained("--sam", name, Sam2Model, **words)
-    return model.to(device).eval()
+            logits = F.interpolate(out.pred_masks[0].float(), (h, w), mode="bilinear", align_corners=False)
+            yield from logits[:, 0] > 0
 
 
 # Dataset's class <- names in the taxonomies of MSeg, Cityscapes, Mapillary Vistas and ADE20K: the classes
@@ -802,24 +725,11 @@ class TwoSources:
     whole. Raises InputError as the labelers do.
     """
 
-    def __init__(
-        self,
-        name: str,
-        dataset,
-        labels,
-        unaligned: dict[str, tuple[tuple[str, ...], str | None]],
-        *,
-        stride: int = 2,
-        primary_level: str = "mild",
-        auxiliary_level: str = "mild",
-        correlation: float = 0.8,
-        seed: int = 0,
-        segmenter: str | None = None,
-        grounding: str | None = None,
-        sam: str | None = None,
-        maps: str | None = None,
-        auxiliary_maps: str | None = None,
-    ):
+    def __init__(self, name: str, dataset, labels, unaligned: dict[str, tuple[tuple[str, ...], str | None]],
+                 *, stride: int = 2, primary_level: str = "mild", auxiliary_level: str = "mild",
+                 correlation: float = 0.8, seed: int = 0, segmenter: str | None = None,
+                 grounding: str | None = None, sam: str | None = None, maps: str | None = None,
+                 auxiliary_maps: str | None = None):
         self.dataset, self.labels, self.stride = dataset, labels, 1 if name == "lidar" else stride
         self.unaligned = [labels.of_name(c) for c in unaligned]
         if name == "world":
@@ -843,9 +753,8 @@ class TwoSources:
             self.note = "; ".join(source.note for source in self.sources)
         elif name == "files":
             if maps is None:
-                raise InputError(
-                    "labeler files: which folder? give --maps FOLDER (format: common/labelers.py)"
-                )
+                raise InputError("labeler files: which folder? give --maps FOLDER (format: "
+                                 "common/labelers.py)")
             folders = {"--maps": maps, "--auxiliary-maps": auxiliary_maps}
             for flag, folder in folders.items():
                 if folder is not None and not (Path(folder) / "semantic").is_dir():
@@ -854,13 +763,11 @@ class TwoSources:
             self.note = "2D maps read from " + " and ".join(folder for folder in folders.values() if folder)
         elif name == "lidar":
             if dataset.lidarseg(0) is None:
-                raise InputError(
-                    f"{dataset.root}: no point labels of its scans; use --labeler foundation or files"
-                )
+                raise InputError(f"{dataset.root}: no point labels of its scans; use --labeler foundation or "
+                                 "files")
             self.sources = (self._raster, None)
-            self.note = (
-                "annotated LiDAR points, projected (not label-efficient: uses annotations of each frame)"
-            )
+            self.note = ("annotated LiDAR points, projected (not label-efficient: uses annotations of each "
+                         "frame)")
         else:
             raise InputError(f"labeler '{name}': one of world, foundation, lidar, files")
 
@@ -896,8 +803,8 @@ class PromptedMasks:
 
     def __init__(self, grounding: str | None = None, sam: str | None = None, device: str | None = None):
         device = _device(device)
-        self.grounding = _load_grounding(grounding or GROUNDING, not grounding, device)
-        self.sam = _load_sam(sam or SAM, not sam, device)
+        self.grounding = _load("grounding", grounding or GROUNDING, not grounding, device)
+        self.sam = _load("sam", sam or SAM, not sam, device)
 
     def __call__(self, observation) -> list[list[np.ndarray]]:
         """Masks of each view."""

@@ -96,9 +96,8 @@ def label_path(folder: Path, dataset: Any, i: int) -> Path:
     return Path(folder) / dataset.scene_names[i] / dataset.tokens[i].split("/")[-1] / "labels.npz"
 
 
-def label_record(
-    maker: LabelMaker, dataset: Any, labeler: str, options: dict[str, Any], cfg: Any
-) -> dict[str, Any]:
+def label_record(maker: LabelMaker, dataset: Any, labeler: str, options: dict[str, Any],
+                 cfg: Any) -> dict[str, Any]:
     """All that a set of labels depends on, as labels.json keeps it. Raises the labeler's own InputError."""
     note = f"{maker.check(dataset, labeler)}; " if maker.check else ""
     note += maker.open(labeler, dataset, options).note
@@ -108,19 +107,9 @@ def label_record(
     return json.loads(json.dumps(record, default=str))
 
 
-def make_labels(
-    maker: LabelMaker,
-    dataset: Any,
-    labeler: str,
-    options: dict[str, Any],
-    cfg: Any,
-    out: Path,
-    *,
-    only: Iterable[int] | None = None,
-    shard: tuple[int, int] = (0, 1),
-    workers: int = 2,
-    keep_maps: bool = False,
-) -> None:
+def make_labels(maker: LabelMaker, dataset: Any, labeler: str, options: dict[str, Any], cfg: Any, out: Path,
+                *, only: Iterable[int] | None = None, shard: tuple[int, int] = (0, 1), workers: int = 2,
+                keep_maps: bool = False) -> None:
     """Write the labels of `dataset`'s keyframes that are missing in `out`.
 
     only: these keyframes. shard (i, n): the i-th of n parts, by scene; torchrun's ranks divide it further.
@@ -133,9 +122,8 @@ def make_labels(
     if path.is_file():
         old = read_json(path, dict)
         if differ := [name for name in wanted if old.get(name) != wanted[name]]:
-            raise InputError(
-                f"{path}: made with another {', '.join(differ)}; choose another folder or delete this one"
-            )
+            raise InputError(f"{path}: made with another {', '.join(differ)}; choose another folder or "
+                             "delete this one")
     else:
         write_json(path, wanted)
     scenes: dict[str, list[int]] = {}
@@ -158,16 +146,13 @@ def make_labels(
         for job, count in zip(jobs, _each(_label_scene, jobs, processes), strict=True):
             written += count
             bar.update(len(job[3]))
-    print(
-        f"labels: {total} keyframes of {len(jobs)} scenes, {written} new, "
-        f"{time.time() - begun:.0f} s -> {out}"
-    )
+    print(f"labels: {total} keyframes of {len(jobs)} scenes, {written} new, {time.time() - begun:.0f} s -> "
+          f"{out}")
 
 
 def _each(function: Callable, jobs: list, processes: int) -> Iterator:
     """function(job) of every job, in order; in spawned processes, since torch's threads do not survive a
-    fork.
-    """
+    fork."""
     if processes < 2:
         yield from map(function, jobs)
         return
@@ -196,12 +181,10 @@ def _label_scene(job: tuple) -> int:
     return len(todo)
 
 
-def read_label(
-    folder: Path, dataset: Any, i: int, *names: str, shape: tuple[int, ...] = OCC3D.shape, top: int = FREE
-) -> tuple[np.ndarray, ...]:
+def read_label(folder: Path, dataset: Any, i: int, *names: str, shape: tuple[int, ...] = OCC3D.shape,
+               top: int = FREE) -> tuple[np.ndarray, ...]:
     """-> uint8 arrays `semantics`, *names of keyframe i. Raises InputError if one is missing or an id is
-    above `top`.
-    """
+    above `top`."""
     path = label_path(folder, dataset, i)
     if not path.is_file():
         raise InputError(

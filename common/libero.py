@@ -202,9 +202,8 @@ def read_plus_tasks(path: Path | str) -> dict[str, list[dict]]:
     for rows in value.values():
         for row in rows:
             if row.get("category") not in words:
-                raise InputError(
-                    f"{path}: category '{row.get('category')}' of task {row.get('id')} is none of the seven"
-                )
+                raise InputError(f"{path}: category '{row.get('category')}' of task {row.get('id')} is none "
+                                 "of the seven")
     return {suite: [row | {"category": words[row["category"]]} for row in rows] for suite, rows
             in value.items()}
 
@@ -247,17 +246,14 @@ def _libero_package(data_root: Path | None) -> Path:
     package = importlib.import_module("libero.libero")
     configured = hasattr(package, "_packaged_asset_path")  # clones of LIBERO and LIBERO-Plus are not
     if not configured and not (inner / "assets" / LIBERO_SCENE).is_file():
-        raise InputError(
-            f"{inner / 'assets'}: this LIBERO reads its assets from its own folder alone: copy or link "
-            f"{paths['assets']} there"
-        )
+        raise InputError(f"{inner / 'assets'}: this LIBERO reads its assets from its own folder alone: copy "
+                         f"or link {paths['assets']} there")
     return inner
 
 
 def _read_pixels(context, width: int, height: int, depth: bool = False, segmentation: bool = False):
     """robosuite 1.4.0's read_pixels with the segmentation's ids in int32: in uint8 they overflow under numpy
-    2.
-    """
+    2."""
     import mujoco
 
     picture = np.empty((height, width, 3), np.uint8)
@@ -333,8 +329,7 @@ class Libero:
 
     def _build(self, task: str, seed: int) -> None:
         """The task's scene, reset. seed places what the stored states do not hold: cabinets, stoves (openpi's
-        7 for 0).
-        """
+        7 for 0)."""
         from libero.libero.envs import OffScreenRenderEnv
 
         bddl = self.files(task)[0]
@@ -349,10 +344,9 @@ class Libero:
             # MuJoCo's word for a missing mesh is ValueError
             except (FileNotFoundError, ValueError, KeyError) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-                raise InputError(
-                    f"{bddl}: the scene cannot be built ({reason}); a file of the assets is missing (for "
-                    "background, light and layout LIBERO-Plus needs its own assets.zip)"
-                ) from error
+                raise InputError(f"{bddl}: the scene cannot be built ({reason}); a file of the assets is "
+                                 "missing (for background, light and layout LIBERO-Plus needs its own "
+                                 "assets.zip)") from error
             self._task = task
         self.instruction = self._instruction(bddl)
         self._draw(self.draws_always)
@@ -462,11 +456,9 @@ class LiberoPlus(Libero):
         path = next((p for p in [*places, package / "libero" / "benchmark" / "task_classification.json"]
                      if p.is_file()), None)
         if path is None:
-            raise InputError(
-                "LIBERO-Plus: no task_classification.json: put a clone of github.com/sylvestf/LIBERO-plus "
-                "first "
-                "on PYTHONPATH (it replaces the package libero), or the file into --data-root"
-            )
+            raise InputError("LIBERO-Plus: no task_classification.json: put a clone of "
+                             "github.com/sylvestf/LIBERO-plus first on PYTHONPATH (it replaces the package "
+                             "libero), or the file into --data-root")
         # blur and fog call what numpy 2 took out
         wrapper = importlib.import_module("libero.libero.envs.env_wrapper")
         gone = {"fromstring": lambda data, dtype: np.frombuffer(data, dtype), "float_": np.float64}
@@ -477,8 +469,7 @@ class LiberoPlus(Libero):
 
     def files(self, task: str) -> tuple[Path, Path]:
         """See Libero. Layouts have initial states of their own; everything else starts from the base
-        task's.
-        """
+        task's."""
         if task not in self.categories:
             raise InputError(f"task '{task}': not of LIBERO-Plus; as {self.tasks[0]}")
         suite, name = task.split("/")
@@ -544,9 +535,8 @@ def convert_libero(suite: str, demos: Path | str, out: Path | str, data_root: Pa
     try:
         import h5py
     except ImportError as error:
-        raise InputError(
-            "LIBERO's demonstrations are hdf5 files: pip install h5py (make setup-libero brings it)"
-        ) from error
+        raise InputError("LIBERO's demonstrations are hdf5 files: pip install h5py (make setup-libero brings "
+                         "it)") from error
     out, demos = Path(out), Path(demos)
     if (count is not None and count < 1) or size < 32:
         raise InputError(f"--demos {count}, --image {size}: at least 1 demonstration and 32 px")
@@ -574,14 +564,12 @@ def convert_libero(suite: str, demos: Path | str, out: Path | str, data_root: Pa
                 names = sorted(file["data"], key=lambda name: int(name.rpartition("_")[2]))[:count]
                 stored = [(file["data"][n]["actions"][()], file["data"][n]["states"][()]) for n in names]
         except (OSError, KeyError, ValueError) as error:
-            raise InputError(
-                f"{path}: not LIBERO's demonstrations ({str(error)[:100]}); cut short? copy it again"
-            ) from error
+            raise InputError(f"{path}: not LIBERO's demonstrations ({str(error)[:100]}); cut short? copy it "
+                             "again") from error
         if not stored or any(a.ndim != 2 or a.shape[1] != 7 or s.ndim != 2 or len(a) != len(s)
                              or not len(moving_steps(a)) for a, s in stored):
-            raise InputError(
-                f"{path}: demonstrations without states and actions (T, 7) of one length, or without motion"
-            )
+            raise InputError(f"{path}: demonstrations without states and actions (T, 7) of one length, or "
+                             "without motion")
         number = min(len(stored), number or len(stored))
         env.show(task, stored[0][1][0], path)
         roles[task] = goal_roles(read_bddl(env.files(task)[0]).goal, env.things)
@@ -603,8 +591,7 @@ def convert_libero(suite: str, demos: Path | str, out: Path | str, data_root: Pa
 
 def check_libero(root: Path) -> None:
     """Read every definition and its states, print what is there. Raises InputError, naming what is
-    missing.
-    """
+    missing."""
     suites = sorted(p.name for p in (root / "bddl_files").glob("*") if p.is_dir())
     for suite in suites:
         tasks = sorted((root / "bddl_files" / suite).glob("*.bddl"))
@@ -619,10 +606,8 @@ def check_libero(root: Path) -> None:
         lacking = [t.stem for t, n in zip(tasks, rows) if n == 0]
         print(f"{suite:26}{len(tasks)} tasks, {sum(rows)} initial states")
         if lacking:
-            raise InputError(
-                f"{root / 'init_files' / suite / lacking[0]}.pruned_init: missing ({len(lacking)} of "
-                f"{len(tasks)} tasks)"
-            )
+            raise InputError(f"{root / 'init_files' / suite / lacking[0]}.pruned_init: missing "
+                             f"({len(lacking)} of {len(tasks)} tasks)")
     has_assets = (root / "assets" / LIBERO_SCENE).is_file()
     if not suites and not has_assets:  # with the assets alone, the package has the rest
         raise InputError(f"{root / 'bddl_files'}: no suites there")
@@ -638,6 +623,5 @@ def check_plus(path: Path) -> None:
     for row in (row for suite in rows.values() for row in suite):
         if parse_plus_name(row["name"]).category != row["category"]:
             raise InputError(f"{path}: {row['name']} is filed under {row['category']}")
-    print(
-        f"LIBERO-Plus: {sum(map(len, rows.values()))} tasks in {len(rows)} suites, names and categories agree"
-    )
+    print(f"LIBERO-Plus: {sum(map(len, rows.values()))} tasks in {len(rows)} suites, names and categories "
+          "agree")

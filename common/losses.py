@@ -233,10 +233,6 @@ def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 # --- costs of matching Q predictions to T targets, (Q, T), for scipy's linear_sum_assignment --------------------------
 
-def class_cost(logits: Tensor, ids: Tensor) -> Tensor:
-    """DETR: minus the softmax probability of the target's class. logits (Q, K), ids (T,) -> (Q, T)."""
-    return -logits.softmax(-1)[:, ids.long()]
-
 
 def focal_cost(logits: Tensor, ids: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Deformable DETR: focal loss of "is class c" minus that of "is not". logits (Q, K), ids (T,) -> (Q, T)."""
@@ -244,12 +240,3 @@ def focal_cost(logits: Tensor, ids: Tensor, alpha: float = 0.25, gamma: float = 
     present = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     absent = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     return present - absent
-
-
-def mask_costs(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask2Former: logits (Q, P), target masks (T, P) in [0, 1] -> mean binary cross-entropy (Q, T), dice (Q, T)."""
-    target = target.to(logits.dtype)
-    p = logits.sigmoid()
-    bce = (F.softplus(-logits) @ target.T + F.softplus(logits) @ (1 - target).T) / logits.shape[1]
-    dice = 1 - (2 * p @ target.T + 1) / (p.sum(1)[:, None] + target.sum(1)[None] + 1)
-    return bce, dice

@@ -3,7 +3,7 @@
     occupancy_confusion, occupancy_scores    Occ3D mIoU and IoU under six named protocols (`PROTOCOLS`)
     ray_iou, lidar_ray_directions            SparseOcc's RayIoU
     OccupancyMeter                           all of these at once, per scene, over an evaluation
-    constant_prediction, count_labels        what a model must beat: each voxel's most frequent training class
+    constant_prediction                      what a model must beat: each voxel's most frequent training class
     ssc_scores                               SemanticKITTI scene completion
     planning_scores, PlanningMeter           open-loop planning: UniAD, ST-P3, VAD
     qa_scores, openset_scores, libero_plus_average
@@ -247,23 +247,8 @@ def ray_iou(preds: Iterable, gts: Iterable, origins: Iterable) -> dict:
 # --- the constant predictor, the protocol line, the meter ------------------------------------------------------------
 
 
-def count_labels(counts: np.ndarray | None, labels, mask=None) -> np.ndarray:
-    """Adds one frame (X, Y, Z) of ids to (X, Y, Z, 18) uint16 counts, made when None (23 MB on Occ3D's grid), in place.
-
-    mask (X, Y, Z): only these voxels. 255 (not labelled) is not counted. Up to 65535 frames (Occ3D trains on 28130).
-    """
-    labels = np.asarray(labels)
-    if counts is None:
-        counts = np.zeros((*labels.shape, len(CLASSES)), np.uint16)
-    flat = labels.ravel().astype(np.int64)
-    counted = flat < len(CLASSES) if mask is None else (flat < len(CLASSES)) & np.asarray(mask, bool).ravel()
-    voxel = np.flatnonzero(counted)
-    counts.reshape(-1, len(CLASSES))[voxel, flat[voxel]] += 1  # every voxel once: no repeated index
-    return counts
-
-
 def constant_prediction(class_counts) -> np.ndarray:
-    """class_counts (X, Y, Z, 18) of training labels (`count_labels`) -> (X, Y, Z) uint8, most frequent class.
+    """class_counts (X, Y, Z, 18) of training labels -> (X, Y, Z) uint8, most frequent class.
 
     On the label files' own grid. Equal counts: the lower id, so an object rather than free. No count at all: free.
     """
@@ -273,17 +258,9 @@ def constant_prediction(class_counts) -> np.ndarray:
     return best
 
 
-def protocol_line(
-    dataset: str,
-    version: str,
-    split: str,
-    frames: int,
-    grid: str = "200x200x16 at 0.4 m",
-    train_mask: str = "none",
-    eval_mask: str = "camera",
-    classes: str = "17 classes, free not among them",
-    note: str = "",
-) -> str:
+def protocol_line(dataset: str, version: str, split: str, frames: int, grid: str = "200x200x16 at 0.4 m",
+                  train_mask: str = "none", eval_mask: str = "camera",
+                  classes: str = "17 classes, free not among them", note: str = "") -> str:
     """The line that goes with every number: where it was measured, and what was counted."""
     where = f"{dataset} {version} {split}, {frames} frames, grid {grid}"
     what = f"mask: train {train_mask}, eval {eval_mask}; mean over {classes}"

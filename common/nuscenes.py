@@ -780,10 +780,6 @@ class NuScenesOccupancy:
         """Path relative to root ("samples/LIDAR_TOP/x.pcd.bin")."""
         return self._name(self._data_row(i, LIDAR))
 
-    def lidar_token(self, i: int) -> str:
-        """sample_data token of the keyframe's LIDAR_TOP record (names lidarseg files)."""
-        return self._table["sample_lidar_token"][self._rows[i]].decode()
-
     def calibration(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """-> K (6, 3, 3) float32 for `image_size`, T_ego_cam (6, 4, 4) float32, T_global_ego (4, 4) float64."""
         rows = self._camera_rows(i)

@@ -55,8 +55,7 @@ class Environment(Protocol):
 
     def step(self, action: np.ndarray, look: bool = True) -> Outcome:
         """One control step of (D,) numbers; look False: no pictures. NaN aborts; a wrong number:
-        InputError.
-        """
+        InputError."""
 
     def close(self) -> None:
         """Frees the simulator."""
@@ -90,9 +89,8 @@ def check_observation(o: Observation, where: str = "observation") -> Observation
         raise InputError(f"{where}: no depth; 3D tokens need aligned depth (LIBERO: camera_depths, RoboTwin: "
                          f"data_type.depth)")
     if o.depth.shape != (V, H, W):
-        raise InputError(
-            f"{where}: depth of shape {o.depth.shape} with images {V}x{H}x{W}; give it at the images' size"
-        )
+        raise InputError(f"{where}: depth of shape {o.depth.shape} with images {V}x{H}x{W}; give it at the "
+                         "images' size")
     if o.K.shape != (V, 3, 3) or o.T_base_cam.shape != (V, 4, 4):
         raise InputError(f"{where}: K {o.K.shape} and T_base_cam {o.T_base_cam.shape} for {V} views")
     if not np.isfinite(o.K).all() or not np.isfinite(o.T_base_cam).all():
@@ -100,19 +98,15 @@ def check_observation(o: Observation, where: str = "observation") -> Observation
     for v in range(V):
         cx, cy = o.K[v, 0, 2] / W, o.K[v, 1, 2] / H
         if not (0.45 < cx < 0.55 and 0.45 < cy < 0.55):
-            raise InputError(
-                f"{where}: K of view {v} has its centre at {o.K[v, 0, 2]:.0f}, {o.K[v, 1, 2]:.0f} px in a "
-                f"picture "
-                f"of {W}x{H}: a calibration of another image size; scale it "
-                f"(common.geometry.scale_intrinsics)"
-            )
+            raise InputError(f"{where}: K of view {v} has its centre at {o.K[v, 0, 2]:.0f}, "
+                             f"{o.K[v, 1, 2]:.0f} px in a picture of {W}x{H}: a calibration of another image "
+                             "size; scale it (common.geometry.scale_intrinsics)")
     return o
 
 
 def mirror_intrinsics(K: np.ndarray, width: int) -> np.ndarray:
     """K (..., 3, 3) of pictures -> that of the same pictures with their columns reversed (rotate_180's): u ->
-    W - u.
-    """
+    W - u."""
     flip = np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]])
     return flip @ K
 

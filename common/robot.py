@@ -115,10 +115,9 @@ class RoboTwin:
     def __init__(self, data_root: Path | str | None = None):
         self.root = Path(data_root or "RoboTwin").resolve()  # reset changes the folder
         if not (self.root / "envs" / "_base_task.py").is_file():
-            raise InputError(
-                f"{self.root}: no RoboTwin 2.0 there (envs/_base_task.py): clone github.com/"
-                "RoboTwin-Platform/RoboTwin, install it as its page says, give --data-root CLONE"
-            )
+            raise InputError(f"{self.root}: no RoboTwin 2.0 there (envs/_base_task.py): clone "
+                             "github.com/RoboTwin-Platform/RoboTwin, install it as its page says, give "
+                             "--data-root CLONE")
         names = sorted(p.stem for p in (self.root / "envs").glob("[a-z]*.py"))
         self.tasks = tuple(f"{n}@{config}" for config in ("demo_clean", "demo_randomized") for n in names)
         self.max_steps, self.env = 400, None
@@ -162,8 +161,7 @@ class RoboTwin:
 
     def _settings(self, name: str, config: str) -> dict:
         """What setup_demo wants: the task's configuration with its embodiment; depth and hands are switched
-        on.
-        """
+        on."""
         import yaml
 
         def load(path: str) -> dict:
@@ -266,10 +264,8 @@ def _report(title: str, files: list[Path], required: bool) -> None:
         f"{title:26}{len(there)} of {len(files)} files, {sum(f.stat().st_size for f in there) / 1e6:.1f} MB"
     )
     if required and len(there) < len(files):
-        raise InputError(
-            f"{next(f for f in files if f not in there)}: missing or empty ({len(files) - len(there)} of "
-            f"{len(files)})"
-        )
+        raise InputError(f"{next(f for f in files if f not in there)}: missing or empty "
+                         f"({len(files) - len(there)} of {len(files)})")
 
 
 @exit_on_input_error

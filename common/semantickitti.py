@@ -51,13 +51,12 @@ CLASSES = (
     "parking", "sidewalk", "other-ground", "building", "fence", "vegetation", "trunk", "terrain", "pole",
     "traffic-sign",
 )  # fmt: skip
-EMPTY, IGNORED = 0, 255
+IGNORED = 255
 LEARNING_MAP = {  # raw id -> train id; 252 and above are the moving ones
     0: 0, 1: 0, 10: 1, 11: 2, 13: 5, 15: 3, 16: 5, 18: 4, 20: 5, 30: 6, 31: 7, 32: 8, 40: 9, 44: 10, 48: 11, 49: 12,
     50: 13, 51: 14, 52: 0, 60: 9, 70: 15, 71: 16, 72: 17, 80: 18, 81: 19, 99: 0, 252: 1, 253: 7, 254: 6, 255: 8, 256: 5,
     257: 5, 258: 4, 259: 5,
 }  # fmt: skip
-LEARNING_MAP_INV = (0, 10, 11, 15, 18, 20, 30, 31, 32, 40, 44, 48, 49, 50, 51, 70, 71, 72, 80, 81)  # train -> raw
 PALETTE = np.array([  # its color_map (there b, g, r), by train id
     (0, 0, 0), (100, 150, 245), (100, 230, 245), (30, 60, 150), (80, 30, 180), (0, 0, 255), (255, 30, 30),
     (255, 40, 200), (150, 30, 90), (255, 0, 255), (255, 150, 255), (75, 0, 75), (175, 0, 75), (255, 200, 0),
@@ -96,21 +95,11 @@ def to_train(raw: np.ndarray, where: str = "labels", points: bool = False) -> np
     return train
 
 
-def to_raw(train: np.ndarray) -> np.ndarray:
-    """Train ids 0..19 -> raw ids uint16, as in a submission's .label files."""
-    return np.array(LEARNING_MAP_INV, np.uint16)[train]
-
-
 # --- voxels -----------------------------------------------------------------------------------------------------------
 
 
-def unpack(packed: np.ndarray) -> np.ndarray:
-    """(n,) uint8 -> (8 n,) bool, most significant bit first (semantic-kitti-api's `unpack`)."""
-    return np.unpackbits(np.asarray(packed, np.uint8)).astype(bool)
-
-
 def pack(bits: np.ndarray) -> np.ndarray:
-    """Any array of a multiple of 8 elements, in C order -> uint8, an eighth as many; the inverse of `unpack`."""
+    """Any array of a multiple of 8 elements, in C order -> uint8, an eighth as many, most significant bit first."""
     bits = np.asarray(bits)
     if bits.size % 8:
         raise ValueError(f"{bits.size} voxels are not a multiple of 8")
@@ -205,7 +194,7 @@ def read_bits(path: Path) -> np.ndarray:
     size = int(np.prod(SHAPE)) // 8
     if len(packed) != size:
         raise InputError(f"{path}: {len(packed)} bytes, expected {size} (one bit a voxel); copy it again")
-    return unpack(packed).reshape(SHAPE)
+    return np.unpackbits(packed).astype(bool).reshape(SHAPE)  # most significant bit first
 
 
 def read_voxel_labels(path: Path) -> np.ndarray:
@@ -334,17 +323,9 @@ class SemanticKITTI:
     classes, palette = CLASSES, PALETTE
     history = 0  # earlier scans that `[i]` gives; set it after opening
 
-    def __init__(
-        self,
-        root: Path | str,
-        split: str | None = None,
-        image_size: tuple[int, int] | None = None,
-        cache: Path | str | None = None,
-        parts: tuple[str, ...] = PARTS,
-        keyframes: str = "voxels",
-        cameras: tuple[str, ...] = CAMERAS,
-        truth: str = "files",
-    ):
+    def __init__(self, root: Path | str, split: str | None = None, image_size: tuple[int, int] | None = None,
+                 cache: Path | str | None = None, parts: tuple[str, ...] = PARTS, keyframes: str = "voxels",
+                 cameras: tuple[str, ...] = CAMERAS, truth: str = "files"):
         self._arguments = (root, split, image_size, cache, parts, keyframes, cameras, truth)
         self.root, self.split = find_root(root), split or "train"
         if unknown := set(parts) - set(PARTS):
@@ -400,16 +381,14 @@ class SemanticKITTI:
         else:
             chosen = list(dict.fromkeys(name.strip() for name in self.split.split(",")))
             if unknown := [name for name in chosen if name not in here]:
-                raise InputError(
-                    f"sequence or split '{unknown[0]}' is not in {self.root}, which has scans of "
-                    f"{', '.join(here) or 'no sequence'}; splits are {', '.join(SPLITS)} and all"
-                )
+                raise InputError(f"sequence or split '{unknown[0]}' is not in {self.root}, which has scans "
+                                 f"of {', '.join(here) or 'no sequence'}; splits are {', '.join(SPLITS)} and "
+                                 "all")
         if not chosen:
             homes = [name for name, members in SPLITS.items() if set(members) & set(here)]
-            raise InputError(
-                f"{self.root}: split '{self.split}' holds no sequence of this tree, which has scans of "
-                f"{', '.join(here) or 'none'}; use --split {' or '.join(homes + ['all'])}"
-            )
+            raise InputError(f"{self.root}: split '{self.split}' holds no sequence of this tree, which has "
+                             f"scans of {', '.join(here) or 'none'}; use --split "
+                             f"{' or '.join(homes + ['all'])}")
         return chosen
 
     def _open(self, name: str, folder: Path) -> _Sequence:

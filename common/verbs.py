@@ -213,8 +213,7 @@ SOURCE = {"root": str, "version": str, "split": str, "labels": str, "note": str,
 
 def load(build: Callable, cfg: Any, args: Any) -> tuple[nn.Module, Path, dict[str, Any]]:
     """--ckpt -> the network with its weights, in eval mode on --device, the run's folder, its checkpoint's
-    state.
-    """
+    state."""
     out = cli.last_stage(args.ckpt)
     if fault := misfit(args.run["data"], SOURCE, "'data'"):
         raise InputError(f"{out / 'config.json'}: {fault}; train again")
@@ -263,6 +262,5 @@ def source(dataset: NuScenesOccupancy, folder: Path, mask_train: str = "none") -
 
 def inputs(frame: Frame) -> dict[str, Tensor]:
     """What an occupancy network reads of a keyframe: images (6, 3, H, W), K (6, 3, 3), T_ego_cam (6, 4,
-    4).
-    """
+    4)."""
     return {name: torch.as_tensor(getattr(frame, name)) for name in ("images", "K", "T_ego_cam")}

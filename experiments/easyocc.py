@@ -147,8 +147,7 @@ class RayFrames(E.Keyframes):
         at = np.ix_(range(len(maps.depth)), *pixels)
         return torch.from_numpy(maps.semantic[at].copy()), torch.from_numpy(maps.depth[at].copy())
 
-    def freeze(self, encoder: torch.nn.Module) -> None:
-        """Rendering warps images, so a step reads images."""
+    views = property(lambda self: None, lambda self, value: None)  # rendering warps images: no cached features
 
     def __call__(self, i: int, rng: np.random.Generator) -> dict[str, Tensor]:
         item = super().__call__(i, rng) | {"raw": torch.as_tensor(self.dataset[i].images)}

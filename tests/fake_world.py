@@ -1,4 +1,4 @@
-"""A driving dataset of a few boxes on a road, with exact maps or a LiDAR cloud, for the tests of labelers."""
+"""A driving dataset of a few boxes on a road, with exact maps or a LiDAR cloud, and a tiny GroundingDINO."""
 
 from pathlib import Path
 
@@ -12,8 +12,7 @@ YAW = (0, -55, -110, 180, 110, 55)  # [deg] of the six cameras
 
 class FakeWorld:
     """The part of NuScenesOccupancy that labelers use: a road with kerbs, walls and boxes, ray-cast
-    exactly.
-    """
+    exactly."""
 
     def __init__(self, root, scenes=1, frames=2, shape=(40, 72), step=0.0, boxes=12):
         self.root, self.image_shape, self.image_size, self.step = Path(root), shape, shape, step
@@ -97,11 +96,7 @@ class FakeLidar(FakeWorld):
         kerb = np.column_stack([rng.uniform(-30, 30, 500), np.full(500, 12.0), np.full(500, 0)])
         kerb[:, 2] = kerb[:, :2] @ self.slope[:2] + self.slope[2] + rng.uniform(0.5, 3, 500)
         car = np.array([10, 3, 1.0]) + rng.uniform(-0.5, 0.5, (200, 3)) * [4.5, 1.9, 1.6]
-        bicycle = np.array([10, 3.6, 0.9]) + rng.uniform(-0.5, 0.5, (50, 3)) * [
-            1.7,
-            0.6,
-            1.3,
-        ]  # some in the car's box
+        bicycle = np.array([10, 3.6, 0.9]) + rng.uniform(-0.5, 0.5, (50, 3)) * [1.7, 0.6, 1.3]  # some in the car's box
         ego = np.array([1.0, 0, 1.0]) + rng.uniform(-0.4, 0.4, (100, 3))
         self.parts = {"ground": ground, "kerb": kerb, "car": car, "bicycle": bicycle, "ego": ego}
         xyz = np.concatenate(list(self.parts.values()))
@@ -125,3 +120,23 @@ class FakeLidar(FakeWorld):
         none = np.zeros(2)
         return Boxes(T[:, :3, 3], size, none, None, ["vehicle.car", "vehicle.bicycle"], np.array([4, 2], np.uint8),
                      [], none, none, none, [], T)  # fmt: skip
+
+
+def save_grounding_dino(root: Path, words: set[str]) -> None:
+    """A random GroundingDINO that knows these words, in root/dino as from_pretrained reads it."""
+    import transformers as t
+    from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", "?", *sorted(words)]
+    (root / "vocab.txt").write_text("\n".join(vocabulary))
+    swin = t.SwinConfig(image_size=128, embed_dim=12, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4,
+                        out_indices=[2, 3, 4])
+    bert = t.BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=16, max_position_embeddings=64)
+    t.GroundingDinoForObjectDetection(t.GroundingDinoConfig(
+        backbone_config=swin, text_config=bert, d_model=32, num_queries=20, encoder_layers=1, decoder_layers=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2,
+        max_text_len=64, disable_custom_kernels=True)).save_pretrained(root / "dino")
+    size = {"shortest_edge": 128, "longest_edge": 256}  # at least 128 px: the deepest level must not be 1x1
+    tokenizer = t.BertTokenizer(str(root / "vocab.txt"))
+    t.GroundingDinoProcessor(GroundingDinoImageProcessorPil(size=size), tokenizer).save_pretrained(root / "dino")

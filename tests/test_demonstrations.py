@@ -117,8 +117,7 @@ def test_grounding_maps_lie_where_the_picture_has_them(tabletop):
 
 def test_demonstrations_from_elsewhere_bring_their_roles(tabletop, tmp_path):
     """LIBERO's, as common.robot convert writes them: what moves where is in world.json, shapes are not
-    known.
-    """
+    known."""
     shutil.copytree(tabletop, tmp_path / "w")
     world = json.loads((tmp_path / "w" / "world.json").read_text())
     world |= {"name": "LIBERO demonstrations, libero_spatial",

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from pyquaternion import Quaternion
 
-from common.nuscenes import CAMERAS, DETECTION_CLASSES, NuScenesOccupancy
+from common.nuscenes import CAMERAS, DETECTION_CLASSES
 
 matplotlib.use("Agg")
 GIVEN = os.environ.get("MINOCC_WORLD")
@@ -160,34 +160,6 @@ def test_every_sensor_has_the_pose_of_its_own_time(nusc):
         gap = 1e-6 * (sample["timestamp"] - rows["CAM_FRONT_LEFT"]["timestamp"])
         moved.append(np.linalg.norm(lidar - front) / gap)
     assert max(moved) > 2 and max(moved) < 25, "ego speed [m/s] between two sensors' poses"
-
-
-def test_box_velocity_is_the_finite_difference(nusc):
-    """Against the annotations of the same instance, found by search rather than by prev and next."""
-    when = {row["token"]: 1e-6 * row["timestamp"] for row in nusc.sample}
-    tracks = defaultdict(list)
-    for row in nusc.sample_annotation:
-        tracks[row["instance_token"]].append((when[row["sample_token"]], row["token"], row["translation"]))
-    by_attribute = defaultdict(list)
-    for track in tracks.values():
-        track.sort()
-        for k, (_, token, _) in enumerate(track):
-            (t0, _, p0), (t1, _, p1) = track[max(k - 1, 0)], track[min(k + 1, len(track) - 1)]
-            found = nusc.box_velocity(token)
-            longest = 3.0 if 0 < k < len(track) - 1 else 1.5
-            if len(track) == 1 or t1 - t0 > longest:
-                assert np.isnan(found).all()
-                continue
-            np.testing.assert_allclose(found, np.subtract(p1, p0) / (t1 - t0), rtol=1e-9, atol=1e-9)
-            for attribute in nusc.get("sample_annotation", token)["attribute_tokens"]:
-                by_attribute[nusc.get("attribute", attribute)["name"]].append(np.linalg.norm(found))
-    print({name: (len(v), round(float(np.median(v)), 2), round(max(v), 2)) for name, v in sorted(by_attribute.items())})
-    for name, speeds in by_attribute.items():
-        if name in ("vehicle.parked", "cycle.without_rider", "pedestrian.standing", "pedestrian.sitting_lying_down"):
-            assert max(speeds) < 0.05, f"{name} moves"
-        elif name in ("vehicle.moving", "pedestrian.moving"):
-            assert np.median(speeds) > 0.3, f"{name} stands"
-        assert max(speeds) < 40
 
 
 def test_attributes_and_visibility(nusc):
@@ -439,75 +411,6 @@ def test_at_least_eight_classes_in_the_validation_scenes(nusc, tmp_path):
     absent = sorted(set(DETECTION_CLASSES) - set(present))
     assert len(present) >= 8, f"absent: {absent}"
     print(f"{len(present)} of ten; absent: {absent}")
-
-
-# --- prediction ------------------------------------------------------------------------------------------------------
-
-
-def test_predict_helper_returns_the_agents_poses(nusc):
-    from nuscenes.prediction import PredictHelper
-
-    helper = PredictHelper(nusc)
-    when = {row["token"]: row["timestamp"] for row in nusc.sample}
-    tracks = defaultdict(list)
-    for row in nusc.sample_annotation:
-        tracks[row["instance_token"]].append(row)
-    checked = moving = 0
-    for track in tracks.values():
-        track.sort(key=lambda row: when[row["sample_token"]])
-        for row in track[:3]:
-            start = when[row["sample_token"]]
-            later = [other for other in track if 0 < when[other["sample_token"]] - start < 6.15e6][:12]
-            wanted = np.array([other["translation"][:2] for other in later]).reshape(-1, 2)
-            found = helper.get_future_for_agent(row["instance_token"], row["sample_token"], 6, in_agent_frame=False)
-            np.testing.assert_array_equal(np.reshape(found, (-1, 2)), wanted)
-            local = helper.get_future_for_agent(row["instance_token"], row["sample_token"], 6, in_agent_frame=True)
-            ahead, left = np.array([Quaternion(row["rotation"]).rotation_matrix[:2, k] for k in (0, 1)])
-            offset = wanted - np.array(row["translation"][:2])
-            turned = np.stack([-offset @ left, offset @ ahead], 1)  # x right, y ahead
-            np.testing.assert_allclose(np.reshape(local, (-1, 2)), turned, atol=1e-6)
-            checked += len(later)
-            moving += bool(len(later)) and np.linalg.norm(offset[-1]) > 1
-    assert checked > 50 and moving > 0
-    print(f"{checked} future positions")
-
-
-def test_ego_and_agent_futures_of_the_reader(nusc, root, tmp_path):
-    """common.nuscenes' Future against the devkit: agents by PredictHelper, ego by its conversion of the ego poses."""
-    from nuscenes.prediction import PredictHelper
-    from nuscenes.prediction.helper import convert_global_coords_to_local
-
-    helper = PredictHelper(nusc)
-    dataset = NuScenesOccupancy(root, split="all", cache=tmp_path, parts=())
-    steps = 0
-    for i in sorted({int(k) for k in np.linspace(0, len(dataset) - 1, 20)}):
-        future, boxes = dataset.future(i), dataset.boxes(i)
-        sample = nusc.get("sample", dataset.tokens[i])
-        path = []
-        row = sample
-        while row and len(path) < 7:
-            data = nusc.get("sample_data", row["data"]["LIDAR_TOP"])
-            pose = nusc.get("ego_pose", data["ego_pose_token"])
-            mount = nusc.get("calibrated_sensor", data["calibrated_sensor_token"])
-            turn = Quaternion(pose["rotation"])
-            path.append((turn.rotate(np.array(mount["translation"])) + pose["translation"], turn))
-            row = nusc.get("sample", row["next"]) if row["next"] else None
-        assert future.mask.sum() == len(path) - 1
-        origin, heading = path[0][0], path[0][1]
-        if len(path) > 1:
-            later = np.array([place[:2] for place, _ in path[1:]])
-            local = convert_global_coords_to_local(later, tuple(origin), tuple(heading.elements))
-            slack = 0.03 + 0.02 * np.linalg.norm(local, axis=1)  # the LiDAR is mounted within about a degree of ego
-            assert (np.linalg.norm(local - future.trajectory[future.mask], axis=1) < slack).all()
-            steps += len(later)
-        for b, (token, instance) in enumerate(zip(boxes.tokens, boxes.instance.tolist())):
-            name = nusc.instance[instance]["token"]
-            found = helper.get_future_for_agent(name, sample["token"], 3, in_agent_frame=False)
-            found = np.reshape(found, (-1, 2)) - nusc.get("sample_annotation", token)["translation"][:2]
-            assert len(found) == future.agents_mask[b].sum()
-            mine = future.agents[b, future.agents_mask[b]]
-            np.testing.assert_allclose(np.linalg.norm(mine, axis=1), np.linalg.norm(found, axis=1), atol=0.02)
-    assert steps > 3
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------

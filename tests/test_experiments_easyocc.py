@@ -52,7 +52,7 @@ def test_label_quality_table(flags, tmp_path, capsys):
 
 
 def test_an_unknown_claim_costs_one_line(capsys):
-    assert "one of transfer, streamlined, time, unmasked, loss-space, labeler, label-quality" in fails(
+    assert "one of transfer, streamlined, time, unmasked, loss-space, labeler, start, label-quality" in fails(
         capsys, "ablate", "--claim", "magic")  # fmt: skip
 
 

@@ -17,7 +17,7 @@ run, fails = commands.of(O)
 
 
 def test_claims_cover_the_paper():
-    assert [claim.sentence[1] for claim in X.CLAIMS.values()] == list("abcdefghijk")
+    assert [claim.sentence[1] for name, claim in X.CLAIMS.items() if name != "start"] == list("abcdefghijk")
     assert [name for name, claim in X.CLAIMS.items() if claim.seeds == 3] == ["labels", "share", "fusion", "projection"]
     fields = cli.to_dict(O.Config()).keys()
     for claim in X.CLAIMS.values():

@@ -11,30 +11,11 @@ from torch.autograd import gradcheck
 from vectors import SHARED, load
 
 from common import geometry
-from common.geometry import (
-    OCC3D,
-    SEMANTICKITTI,
-    VoxelGrid,
-    cast_rays,
-    farthest_point_sample,
-    hilbert_code,
-    hilbert_order,
-    invert,
-    knn,
-    matrix_to_quaternion,
-    pixel_centers,
-    pose,
-    project,
-    quaternion_to_matrix,
-    ray_voxels,
-    rope,
-    rope_3d,
-    scale_intrinsics,
-    transform,
-    traversed,
-    unproject,
-    z_code,
-)
+from common.geometry import (OCC3D, SEMANTICKITTI, VoxelGrid, cast_rays, farthest_point_sample, hilbert_code,
+                             hilbert_order, invert, knn, pixel_centers, project, rope, rope_3d,
+                             scale_intrinsics, transform, traversed, unproject, z_code)
+from common.nuscenes import pose_matrix
+from data.driving.sensors import quaternion
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 T = torch.from_numpy
@@ -57,9 +38,7 @@ def cells(*shape: int) -> torch.Tensor:
 
 
 def random_pose(seed: int, *batch: int) -> torch.Tensor:
-    g = generator(seed)
-    return pose(torch.randn(*batch, 3, generator=g, dtype=torch.float64),
-                torch.randn(*batch, 4, generator=g, dtype=torch.float64))
+    return T(pose_matrix(torch.randn(*batch, 7, generator=generator(seed), dtype=torch.float64).numpy()))
 
 
 # --- voxel grids ------------------------------------------------------------------------------------------------------
@@ -163,27 +142,29 @@ def test_rigid_inverse_and_mixed_dtypes():
 
 
 def test_quaternions_by_hand_and_back():
+    """The reader's pose_matrix and the world's quaternion, which is its inverse with w >= 0."""
     half = math.sqrt(0.5)
-    quarter = torch.tensor([half, 0.0, 0.0, half], dtype=torch.float64)          # a quarter turn about z: x becomes y
-    turned = quaternion_to_matrix(quarter) @ torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    torch.testing.assert_close(turned, torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
-    q = torch.nn.functional.normalize(torch.randn(500, 4, generator=generator(6), dtype=torch.float64), dim=-1)
-    q = torch.cat([q, torch.eye(4, dtype=torch.float64), torch.tensor([[1e-9, 0.6, 0.0, 0.8]], dtype=torch.float64)])
-    back = matrix_to_quaternion(quaternion_to_matrix(q))
+    quarter = pose_matrix(np.array([1.0, 2.0, 3.0, half, 0.0, 0.0, half]))       # a quarter turn about z: x becomes y
+    np.testing.assert_allclose(quarter @ [1, 0, 0, 1], [1, 3, 3, 1], atol=1e-15)
+    q = np.random.default_rng(6).normal(size=(500, 4))
+    q = np.concatenate([q, np.eye(4), [[1e-9, 0.6, 0.0, 0.8]]])
+    poses = pose_matrix(np.concatenate([np.zeros((len(q), 3)), q], 1))
+    back = np.array([quaternion(R[:3, :3]) for R in poses])
     assert (back[:, 0] >= 0).all()
-    assert ((back * q).sum(-1).abs() - 1).abs().max() < 1e-14
-    torch.testing.assert_close(quaternion_to_matrix(3 * q), quaternion_to_matrix(q))
+    assert np.abs(np.abs((back * q).sum(1)) / np.linalg.norm(q, axis=1) - 1).max() < 1e-14
+    np.testing.assert_allclose(pose_matrix(np.concatenate([np.zeros((len(q), 3)), 3 * q], 1)), poses, atol=1e-15)
 
 
 def test_vectors_quaternions_and_poses():
     v = load("nuscenes_geometry")
-    rotation = quaternion_to_matrix(T(v["quat_wxyz"]))
+    rotation = pose_matrix(np.concatenate([np.zeros((len(v["quat_wxyz"]), 3)), v["quat_wxyz"]], 1))[:, :3, :3]
     v.close("quat_rotmat", rotation, atol=1e-6)
-    v.close("quat_yaw", torch.atan2(rotation[:, 1, 0], rotation[:, 0, 0]), atol=1e-6)
-    v.close("quat_back_wxyz_posw", matrix_to_quaternion(rotation), atol=1e-6)
-    forward = T(v["tm_fwd"])
-    v.close("tm_fwd", pose(forward[:, :3, 3], matrix_to_quaternion(forward[:, :3, :3])), atol=1e-6)
-    v.close("tm_inv", invert(forward), atol=1e-6)
+    v.close("quat_yaw", np.arctan2(rotation[:, 1, 0], rotation[:, 0, 0]), atol=1e-6)
+    v.close("quat_back_wxyz_posw", np.array([quaternion(R) for R in rotation]), atol=1e-6)
+    forward = v["tm_fwd"]
+    turns = [quaternion(R) for R in forward[:, :3, :3]]
+    v.close("tm_fwd", pose_matrix(np.concatenate([forward[:, :3, 3], turns], 1)), atol=1e-6)
+    v.close("tm_inv", invert(T(forward)), atol=1e-6)
 
 
 def test_vectors_real_projection():
@@ -313,18 +294,17 @@ def test_cast_rays_equals_exact_arithmetic(kind):
 
 
 @pytest.mark.parametrize("kind", ["lattice", "random"])
-def test_traversed_and_ray_voxels_equal_exact_arithmetic(kind):
+def test_traversed_equals_exact_arithmetic(kind):
     origin, direction = oracle_rays(kind, 400, seed=1)
     end = origin + 1.5 * direction
     expected = torch.zeros(CUBE.shape, dtype=torch.bool)
-    voxels, pointer = ray_voxels(T(origin), T(end), CUBE)
     for r in range(len(origin)):
         along = [Fraction(e) - Fraction(o) for o, e in zip(origin[r], end[r])]
         path = [step[0] for step in exact_path(origin[r], along, CUBE.shape, limit=1)]
         last = tuple(math.floor(x) for x in end[r])
         if all(0 <= last[a] < CUBE.shape[a] for a in range(3)) and (not path or path[-1] != last):
             path.append(last)
-        assert [tuple(v) for v in voxels[pointer[r] : pointer[r + 1]].tolist()] == path, (origin[r], end[r])
+        assert visited(T(origin[r]), T(end[r : r + 1]), CUBE) == sorted(map(list, path)), (origin[r], end[r])
         for voxel in path:
             expected[voxel] = True
     assert torch.equal(traversed(T(origin), T(end), CUBE), expected) and 0 < expected.sum()
@@ -344,13 +324,17 @@ def test_the_first_hit_by_hand():
     assert depth.dtype == torch.float32
 
 
+def visited(origin: torch.Tensor, end: torch.Tensor, grid: VoxelGrid) -> list[list[int]]:
+    """The voxels of one segment, in C order."""
+    return traversed(origin, end, grid).nonzero().tolist()
+
+
 def test_edges_and_corners_that_are_only_touched_add_no_voxel():
     def visit(start, end):
-        a, b = (torch.tensor([p], dtype=torch.float64) for p in (start, end))
-        return ray_voxels(a, b, CUBE)[0].tolist()
+        return visited(*(torch.tensor([p], dtype=torch.float64) for p in (start, end)), CUBE)
 
     assert visit([0.5, 0.5, 0.5], [2.5, 2.5, 2.5]) == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
-    assert visit([2.5, 2.5, 2.5], [0.5, 0.5, 0.5]) == [[2, 2, 2], [1, 1, 1], [0, 0, 0]]
+    assert visit([2.5, 2.5, 2.5], [0.5, 0.5, 0.5]) == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
     assert visit([0.5, 1.5, 0.5], [1.5, 0.5, 0.5]) == [[0, 1, 0], [1, 0, 0]]
     # within the face y = 2: the voxel above it
     assert visit([0.5, 2.0, 0.5], [1.5, 2.0, 0.5]) == [[0, 2, 0], [1, 2, 0]]
@@ -358,7 +342,7 @@ def test_edges_and_corners_that_are_only_touched_add_no_voxel():
     assert visit([0.5, 0.5, 0.5], [2.0, 0.5, 0.5]) == [[0, 0, 0], [1, 0, 0], [2, 0, 0]]
     assert visit([2.0, 0.5, 0.5], [2.0, 0.5, 0.5]) == [[2, 0, 0]]
     # a start on a face belongs to the side that the segment goes to
-    assert visit([2.0, 0.5, 0.5], [0.5, 0.5, 0.5]) == [[1, 0, 0], [0, 0, 0]]
+    assert visit([2.0, 0.5, 0.5], [0.5, 0.5, 0.5]) == [[0, 0, 0], [1, 0, 0]]
 
 
 def test_a_ray_nearly_through_an_edge_does_not_depend_on_rounding():
@@ -366,9 +350,7 @@ def test_a_ray_nearly_through_an_edge_does_not_depend_on_rounding():
     grid = VoxelGrid((0.0, 0.0, 0.0), (2.0, 2.0, 0.4), (20, 20, 4))
     start = torch.tensor([[0.05, 0.05, 0.05]], dtype=torch.float64)
     end = torch.tensor([[1.95, 1.95, 0.05]], dtype=torch.float64)
-    assert ray_voxels(start, end, grid)[0].tolist() == [[k, k, 0] for k in range(20)]
-    assert ray_voxels(end, start, grid)[0].tolist() == [[k, k, 0] for k in reversed(range(20))]
-    assert traversed(start, end, grid).sum() == 20
+    assert visited(start, end, grid) == visited(end, start, grid) == [[k, k, 0] for k in range(20)]
     index, _, hit = cast_rays(torch.zeros(grid.shape, dtype=torch.bool), start, end - start, grid)
     assert index.tolist() == [[19, 19, 0]] and not hit.any()
 
@@ -427,8 +409,7 @@ def test_rays_empty_and_wrong_input():
     assert (cast_rays(occupied, torch.ones(3), bad, CUBE)[0] == -1).all()
     assert traversed(torch.ones(3), bad, CUBE).sum() == 0
     assert traversed(torch.zeros(0, 3), torch.zeros(0, 3), CUBE).sum() == 0
-    voxels, pointer = ray_voxels(torch.zeros(2, 3) - 5, torch.zeros(2, 3) - 4, CUBE)         # past the grid
-    assert voxels.shape == (0, 3) and pointer.tolist() == [0, 0, 0]
+    assert traversed(torch.zeros(2, 3) - 5, torch.zeros(2, 3) - 4, CUBE).sum() == 0         # past the grid
     with pytest.raises(ValueError, match=r"occupied has shape \(2, 2, 2\)"):
         cast_rays(torch.zeros(2, 2, 2, dtype=torch.bool), torch.zeros(3), torch.ones(1, 3), CUBE)
     with pytest.raises(ValueError, match="direction must be"):
@@ -447,9 +428,10 @@ def test_vectors_voxel_traversal():
     v.exact("has_hit", hit)
     v.close("first_hit_exit_depth", depth, atol=1e-6)
     v.close("dvr_depth_f32", depth, atol=2e-3)
-    voxels, pointer = ray_voxels(origin, origin + 100 * direction, grid)
-    v.exact("path_ptr", pointer)
-    v.exact("path_voxels", voxels)
+    voxels, pointer = T(v["path_voxels"]).long(), T(v["path_ptr"])
+    for ray, start, along in zip(voxels.tensor_split(pointer[1:-1]), origin.expand_as(direction), direction):
+        assert visited(start, (start + 100 * along)[None], grid) == sorted(ray.tolist())
+    v.passed(2)
 
     # what the rays see: free before the first hit, and the hit
     free, into = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))

@@ -20,8 +20,7 @@ from fake_world import FakeWorld
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """24 scenes of two frames without ego motion: everything is the same twice, except what is drawn per
-    frame.
-    """
+    frame."""
     return FakeWorld(tmp_path_factory.mktemp("world"), scenes=24).write()
 
 
@@ -46,11 +45,9 @@ def test_exact_levels_change_nothing_and_equal_files(world):
 
 
 def test_wrong_options_are_refused(world):
-    for options, message in (
-        ({"depth_level": "bad"}, "--depth-level bad: one of exact, mild, heavy"),
-        ({"semantic_level": "x"}, "--semantic-level"),
-        ({"correlation": 1.5}, "--correlation 1.5"),
-    ):
+    for options, message in (({"depth_level": "bad"}, "--depth-level bad: one of exact, mild, heavy"),
+                             ({"semantic_level": "x"}, "--semantic-level"),
+                             ({"correlation": 1.5}, "--correlation 1.5")):
         with pytest.raises(InputError, match=message):
             make_labeler("world", world, **options)
 
@@ -163,8 +160,7 @@ def test_an_object_keeps_its_confused_class_over_time_and_in_all_cameras():
 
 def test_small_objects_are_missed_more_often_than_large_ones_and_take_the_background():
     """100 objects of 1, 4x4 and 6x6 px on a road of 160x160 px: each is missed with missed * exp(-area /
-    small).
-    """
+    small)."""
     errors = SEMANTIC["heavy"]._replace(instance=0, region=0, outline=0, uncertain=0)
     K = np.array([[[160.0, 0, 80], [0, 160, 80], [0, 0, 1]]])
     v, u = np.meshgrid(np.arange(160), np.arange(160), indexing="ij")
@@ -196,8 +192,7 @@ def test_fill_takes_the_nearest_label():
 
 def look_down(x: float, y: float, size: int = 96, height: float = 10.0):
     """A camera `height` m above (x, y) that looks straight down with 1 px per metre, image x along global
-    x.
-    """
+    x."""
     K = np.array([[[height, 0, size / 2], [0, height, size / 2], [0, 0, 1.0]]])
     T = np.array([[1.0, 0, 0, x], [0, -1, 0, y], [0, 0, -1, height], [0, 0, 0, 1]])[None]
     return K, T
@@ -229,8 +224,7 @@ def test_region_errors_stay_at_their_place_in_the_world():
 
 def test_outlines_move_by_the_stated_amount_and_holes_have_the_stated_share():
     """A vertical edge in six cameras of 160x280 px; displacement and holes are functions of the viewing
-    direction.
-    """
+    direction."""
     h, w = 160, 280
     semantic = np.full((6, h, w), 11, np.uint8)
     semantic[:, :, w // 2 :] = 13

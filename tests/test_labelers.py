@@ -17,8 +17,7 @@ from common.files import InputError
 from common.labelers import (PHRASES, PROMPTS, Maps, PromptedMasks, box_labels, fit_ground, make_labeler, map_paths,
                              paint, phrase_ids, rasterize, sam_masks, write_maps)
 from common.nuscenes import DETECTION_CLASSES, FREE, NuScenesOccupancy
-from fake_world import FakeLidar, FakeWorld
-
+from fake_world import FakeLidar, FakeWorld, save_grounding_dino
 
 
 def same(a: Maps, b: Maps) -> bool:
@@ -208,29 +207,13 @@ def models(tmp_path_factory):
     """Tiny random GroundingDINO, SAM and Depth Anything, saved as from_pretrained reads them."""
     import transformers as t
     from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
-    from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
     from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
-    words = sorted({word.strip(",.") for prompt in PROMPTS for word in prompt.split()})
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", "?", *words]
-    (root / "vocab.txt").write_text("\n".join(vocabulary))
-    swin = t.SwinConfig(
-        image_size=128, embed_dim=12, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, out_indices=[2, 3, 4])
-    bert = t.BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=16, max_position_embeddings=64)  # fmt: skip
-    dino = t.GroundingDinoConfig(
-        backbone_config=swin, text_config=bert, d_model=32, num_queries=20, encoder_layers=1, decoder_layers=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, max_text_len=64,
-        disable_custom_kernels=True)  # fmt: skip
-    t.GroundingDinoForObjectDetection(dino).save_pretrained(root / "dino")
-    size = {"shortest_edge": 128, "longest_edge": 256}  # at least 128 px: the deepest level must not be 1x1
-    tokenizer = t.BertTokenizer(str(root / "vocab.txt"))
-    t.GroundingDinoProcessor(GroundingDinoImageProcessorPil(size=size), tokenizer).save_pretrained(root / "dino")
-
+    save_grounding_dino(root, {word.strip(",.") for prompt in PROMPTS for word in prompt.split()})
     sam = t.SamConfig(
         vision_config=t.SamVisionConfig(
             hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8, output_channels=16,
@@ -405,8 +388,7 @@ def test_of_two_boxes_on_one_object_a_robots_masks_keep_the_first(monkeypatch):
     """The second view has no boxes, and no masks."""
     masks = torch.zeros(3, 20, 20, dtype=torch.bool)
     masks[0, 2:10, 2:10], masks[1, 2:10, 2:11], masks[2, 12:18, 12:18] = True, True, True
-    for name in ("_load_grounding", "_load_sam"):
-        monkeypatch.setattr(labelers, name, lambda *_: ("model", "processor"))
+    monkeypatch.setattr(labelers, "_load", lambda *_: ("model", "processor"))
     asked = []
 
     def boxes(model, processor, images, text, threshold):
@@ -432,8 +414,7 @@ def test_the_dictionary_is_occnerfs():
 
 def test_metric3d_is_padded_cropped_and_scaled_by_the_focal_length(photos, tmp_path):
     """A stand-in that answers with its red input channel: the recipe around it must give that channel,
-    scaled.
-    """
+    scaled."""
     (tmp_path / "hubconf.py").write_text(
         "import torch\n"
         "class Red(torch.nn.Module):\n"

@@ -255,8 +255,7 @@ def test_of_two_cameras_the_one_nearer_its_centre_counts_and_hidden_points_have_
 
 def street(x_car: float, label: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """Points on level ground at z = 0, a wall at y = 11.7 and the side of a car-sized block at x_car, y =
-    5.2.
-    """
+    5.2."""
     gx, gy = np.meshgrid(np.arange(-20, 20, 0.3), np.arange(-12, 12, 0.3), indexing="ij")
     ground = np.stack([gx.ravel(), gy.ravel(), np.zeros(gx.size)], 1)
     bx, bz = np.meshgrid(np.arange(-2, 2, 0.2), np.arange(0.25, 1.8, 0.2), indexing="ij")

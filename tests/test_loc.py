@@ -442,8 +442,7 @@ def weights(folder: Path) -> dict:
 
 def test_poisoned_held_out_classes_leave_training_bit_equal(base, tmp_path):
     """Their labels (any of the held-out ids), names and descriptions change; not a bit of the weights
-    does.
-    """
+    does."""
     words, rng, changed = L.read_vocabulary(base.cfg), np.random.default_rng(0), 0
     held = tuple(OCC3D_CLASSES[c] for c in words.novel)
     for name, poison in (("clean", False), ("poisoned", True)):
@@ -598,7 +597,7 @@ def ablate(base, claim: str, steps: int, out: Path, *more) -> None:
 
 
 def test_claims_declare_their_signs_and_share_trainings(base, tmp_path, capsys):
-    assert [claim.sentence[1] for claim in X.CLAIMS.values()] == list("abcdef")
+    assert [claim.sentence[1] for name, claim in X.CLAIMS.items() if name != "start"] == list("abcdef")
     known = set(L.Config.__dataclass_fields__) | {name.replace("-", "_") for name in X.FLAGS}
     assert all(set(fields) <= known for claim in X.CLAIMS.values() for fields in claim.arms.values())
     out = tmp_path / "heads"

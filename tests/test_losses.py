@@ -10,20 +10,8 @@ from torch.autograd import gradcheck
 from vectors import load
 
 from common import losses
-from common.losses import (
-    class_cost,
-    cross_entropy,
-    cxcywh_to_xyxy,
-    dice_loss,
-    focal_cost,
-    generalized_box_iou,
-    geo_scal,
-    lovasz_softmax,
-    mask_costs,
-    mask_cross_entropy,
-    sem_scal,
-    sigmoid_focal_loss,
-)
+from common.losses import (cross_entropy, cxcywh_to_xyxy, dice_loss, focal_cost, generalized_box_iou,
+                           geo_scal, lovasz_softmax, mask_cross_entropy, sem_scal, sigmoid_focal_loss)
 
 DENSE = (cross_entropy, lovasz_softmax, geo_scal, sem_scal)
 T = torch.from_numpy
@@ -297,18 +285,12 @@ def test_boxes_and_elementwise_losses_have_exact_gradients():
         assert gradcheck(lambda x: loss(x, target), logits)
 
 
-def test_costs_equal_losses_of_pairs():
-    g = torch.Generator().manual_seed(10)
-    logits, masks = torch.randn(5, 7, generator=g, dtype=torch.float64), torch.rand(3, 7, generator=g).round().double()
-    bce, dice = mask_costs(logits, masks)
-    for q, t in itertools.product(range(5), range(3)):
-        assert bce[q, t].item() == pytest.approx(mask_cross_entropy(logits[q : q + 1], masks[t : t + 1]).item())
-        assert dice[q, t].item() == pytest.approx(dice_loss(logits[q : q + 1], masks[t : t + 1]).item())
+def test_focal_cost_equals_the_losses_of_pairs():
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
     ids = torch.tensor([6, 0])
-    assert class_cost(logits, ids)[4, 0].item() == pytest.approx(-logits[4].softmax(0)[6].item())
     one, zero = (sigmoid_focal_loss(logits, torch.full((5, 7), value)) for value in (1.0, 0.0))
     torch.testing.assert_close(focal_cost(logits, ids), (one - zero)[:, ids], atol=1e-6, rtol=0)    # its eps is 1e-8
-    assert class_cost(logits, ids[:0]).shape == focal_cost(logits, ids[:0]).shape == (5, 0)
+    assert focal_cost(logits, ids[:0]).shape == (5, 0)
 
 
 # --- reference vectors ------------------------------------------------------------------------------------------------
@@ -385,23 +367,18 @@ def test_vectors_masks_and_boxes():
     masks = T(v["mask_tgt"])
     check(v, "m2f_dice", lambda x: dice_loss(x, masks, 4), v["mask_pred"][:4])
     check(v, "m2f_ce", lambda x: mask_cross_entropy(x, masks), v["mask_pred"][:4])
-    bce, dice = mask_costs(T(v["mask_pred"]), masks)
-    v.close("m2f_batch_ce", bce, atol=1e-6)
-    v.close("m2f_batch_dice", dice, atol=1e-6)
     a, b = (cxcywh_to_xyxy(T(v[f"giou_b{n}_cxcywh"])) for n in (1, 2))
     v.close("giou", generalized_box_iou(a, b), atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["A", "B", "C"])
-@pytest.mark.parametrize("peer", ["detr", "ddetr"])
-def test_vectors_matching(case, peer):
+def test_vectors_matching(case):
     v = load("points_match_loss")
-    cost, weight = (class_cost, 1.0) if peer == "detr" else (focal_cost, 2.0)
     for i, (logits, boxes) in enumerate(zip(T(v[f"m{case}_logits"]), T(v[f"m{case}_boxes"]))):
-        ids, targets, key = T(v[f"m{case}_tl{i}"]), T(v[f"m{case}_tb{i}"]), f"m{case}_{peer}"
-        classes, l1 = cost(logits, ids), torch.cdist(boxes, targets, p=1)
+        ids, targets, key = T(v[f"m{case}_tl{i}"]), T(v[f"m{case}_tb{i}"]), f"m{case}_ddetr"
+        classes, l1 = focal_cost(logits, ids), torch.cdist(boxes, targets, p=1)
         giou = -generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))
-        total = weight * classes + 5 * l1 + 2 * giou
+        total = 2 * classes + 5 * l1 + 2 * giou
         for name, value in (("class", classes), ("l1", l1), ("giou", giou), ("all", total)):
             v.close(f"{key}_{name}_cost{i}", value, atol=1e-6)
         row, column = linear_sum_assignment(total.numpy())

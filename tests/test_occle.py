@@ -14,6 +14,7 @@ import commands
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_world import save_grounding_dino
 from safetensors.torch import load_file
 
 import occle as O
@@ -170,7 +171,6 @@ def test_labels_resume_refuse_other_settings_and_shard(kitti_world, labels, tmp_
 def models(tmp_path_factory) -> Path:
     """Tiny random Mask2Former, SegFormer, GroundingDINO and SAM2, saved as from_pretrained reads them."""
     import transformers as t
-    from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
     from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
@@ -189,16 +189,7 @@ def models(tmp_path_factory) -> Path:
         mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
         dim_feedforward=16, num_queries=8, **named)).save_pretrained(root / "mask2former")
     Mask2FormerImageProcessorPil(size={"height": 64, "width": 96}).save_pretrained(root / "mask2former")
-    words = sorted({word for rule in O.RULES["semantickitti"] for phrase in rule.prompts for word in phrase.split()})
-    (root / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", "?", *words]))
-    bert = t.BertConfig(vocab_size=8 + len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                        max_position_embeddings=64)  # fmt: skip
-    t.GroundingDinoForObjectDetection(t.GroundingDinoConfig(
-        backbone_config=t.SwinConfig(image_size=128, out_indices=[2, 3, 4], **swin), text_config=bert, d_model=32, num_queries=20,
-        encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2,
-        max_text_len=64, disable_custom_kernels=True)).save_pretrained(root / "dino")
-    pictures = GroundingDinoImageProcessorPil(size={"shortest_edge": 128, "longest_edge": 256})
-    t.GroundingDinoProcessor(pictures, t.BertTokenizer(str(root / "vocab.txt"))).save_pretrained(root / "dino")
+    save_grounding_dino(root, {w for rule in O.RULES["semantickitti"] for phrase in rule.prompts for w in phrase.split()})
     hiera = t.Sam2HieraDetConfig(
         hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32, 64],
         num_attention_heads_per_stage=heads, window_size_per_stage=[4, 2, 4, 2], global_attention_blocks=[3],

@@ -26,7 +26,7 @@ from torch import nn
 import occvla as O
 from common import metrics as M
 from common.audit import planning_truth
-from common.files import InputError, read_json, write_json
+from common.files import read_json, write_json
 from common.geometry import OCC3D, rig_offsets
 from common.networks import paligemma as P
 from common.nuscenes import CAMERAS, FREE, Boxes, NuScenesOccupancy
@@ -818,23 +818,9 @@ def test_contradicting_flags(words, message, drives, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not POSES.is_dir(), reason="shared/real/nuscenes-poses absent")
-def test_real_poses_equal_their_expected_arrays(tmp_path, capsys):
-    """40 real keyframes: futures, masks, history and commands, as this method hands them to planners, to 1e-4
-    m."""
+def test_real_poses_are_scored_as_by_hand(tmp_path, capsys):
+    """40 real keyframes (tests/test_nuscenes.py compares their futures): constant velocity's L2 by VAD's rule."""
     expected = np.load(POSES / "expected.npz")
-    data = NuScenesOccupancy(POSES, split="mini_val", cache=tmp_path, parts=())
-    futures = [data.future(i) for i in range(len(data))]
-    assert data.tokens == expected["sample_token"].tolist() and len(data) == 40
-    ego, trajectory = planning.ego_of(futures), np.stack([f.trajectory for f in futures])
-    np.testing.assert_allclose(np.diff(trajectory, axis=1, prepend=0), expected["gt_ego_fut_trajs"],
-                               atol=1e-4)
-    np.testing.assert_array_equal(np.stack([f.mask for f in futures]), expected["gt_ego_fut_masks"] > 0)
-    np.testing.assert_array_equal(ego.command.numpy(), expected["gt_ego_fut_cmd"].argmax(1))
-    history = np.concatenate([ego.history.numpy(), np.zeros((40, 1, 2), np.float32)], 1)
-    known = ego.known[:, 2].numpy()  # both displacements lie in the past
-    np.testing.assert_allclose(np.diff(history, axis=1)[known, 2:], expected["gt_ego_his_trajs"][known],
-                               atol=1e-4)
-    assert known.sum() == 38 and not ego.known[0].any()
     run("baselines", "--data-root", POSES, "--split", "mini_val", "--cache", tmp_path)
     text = capsys.readouterr().out
     assert "34 of 40 keyframes with a full 3 s of future" in text

@@ -422,8 +422,7 @@ def test_completion_reads_masks_where_the_probe_is_seen(observations, monkeypatc
 
 def test_no_view_is_learned_at_hidden_tokens(observations):
     """Completion points are asked for without a view: the self-supervised loss must reach that embedding
-    too.
-    """
+    too."""
     agent = agent_of(variant="B")
     agent.set_stage(2)
     terms = agent(train_batch(observations, agent.cfg))
@@ -678,15 +677,13 @@ def test_bad_input_costs_one_line(small, tabletop, tmp_path, capsys):
     path = cut / "demos/lift_cube/0000/agentview_rgb.png"
     path.write_bytes(path.read_bytes()[:300])
     new = "--out", tmp_path / "x", "--device", "cpu"
-    for words, told in (
-        (("train", "--data-root", cut, *new), "cut short"),
-        (("train", "--data-root", tmp_path, *new), "world.json"),
-        (("train", "--data-root", tabletop, "--base", tmp_path, *new), str(tmp_path)),
-        (("train", "--data-root", tabletop, "--views", "3", *new), "--views 3"),
-        (("ablate", "--claim", "fame"), "one of main"),
-        (("eval", "--ckpt", tmp_path / "none"), "no such folder"),
-        (("ablate", "--claim", "main", "--arms", "A", "Z"), "--arms Z: main has base"),
-    ):
+    for words, told in ((("train", "--data-root", cut, *new), "cut short"),
+                        (("train", "--data-root", tmp_path, *new), "world.json"),
+                        (("train", "--data-root", tabletop, "--base", tmp_path, *new), str(tmp_path)),
+                        (("train", "--data-root", tabletop, "--views", "3", *new), "--views 3"),
+                        (("ablate", "--claim", "fame"), "one of main"),
+                        (("eval", "--ckpt", tmp_path / "none"), "no such folder"),
+                        (("ablate", "--claim", "main", "--arms", "A", "Z"), "--arms Z: main has base")):
         assert told in fails(capsys, *words), words
 
 

@@ -325,8 +325,7 @@ def test_resume_flag(tmp_path, capsys):
 ])  # fmt: skip
 def test_a_nan_is_never_saved(poison, names, says, tmp_path):
     """The line is due at steps 1 and 50 alone, the checkpoint at 5 and 10: the save looks at the loss
-    first.
-    """
+    first."""
     arguments = {"cfg": Config(dropout=0.0), "poison": poison, "names": names, "steps": 10}
     for _ in range(2):  # the same command again: from the good checkpoint, with the same end
         with pytest.raises(InputError) as error:

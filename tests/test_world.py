@@ -192,9 +192,8 @@ def test_masks_equal_the_oracle(tiny_world, devkit):
 
 
 def test_fast_walk_with_ties():
-    """Ends on faces, axis-parallel rays, and from a voxel's middle rays exactly through edges: common.geometry's
-    rule.
-    """
+    """Ends on faces, axis-parallel rays, and from a voxel's middle rays exactly through edges:
+    common.geometry's rule."""
     from common.geometry import OCC3D, traversed
 
     rng = np.random.default_rng(1)

@@ -19,9 +19,12 @@ PASSED: Counter[str] = Counter()        # set -> cases passed in this session
 NOT_USED = (
     "bevpool_lss",
     "points_match_loss: ball query (bq_idx_*), chamfer distance (ch_*), FPS on a distance matrix (fps_mmcv_*), iou",
+    "semantickitti_ssc: bits_out, learning_map_inv (nothing here writes a submission)",
     "ssc_losses: context prior (crp_*), KL_sep",
     "render_curves_rope: sfc16_hilbert_batched (a dummy)",
     "nuscenes_geometry: slerp*, quat_mul_ab, box_*, vp_*, inst_* (the devkit does it)",
+    "points_match_loss: DETR's softmax cost (*_detr_*), Mask2Former's matching costs (m2f_batch_*)",
+    "voxel_traversal: the order of a path",
     "robot_flow: rotations but axis-angle, grippers, openvla_bin_*, the sampler, time_mean, time_var, att_2d",
     "planning_openloop: *_agentdriver_* (its variants of UniAD's and ST-P3's rules)",
     "language_metrics: drivelm_match",

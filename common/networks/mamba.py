@@ -50,8 +50,7 @@ class MambaBlock(nn.Module):
 
     def scan(self, u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Tensor:
         """The recurrence h_t = exp(delta A) h + delta B u, y = C h + D u; on the meta device only its
-        shape.
-        """
+        shape."""
         if u.is_meta:
             return u * delta
         A = -self.A_log.exp()

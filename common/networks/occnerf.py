@@ -43,8 +43,7 @@ def fit(x: Tensor, like: Tensor) -> Tensor:
 
 class Hourglass(nn.Module):
     """PSMNet's hourglass: two strided stages down, two transposed ones up, with skips from the previous
-    hourglass.
-    """
+    hourglass."""
 
     def __init__(self, channels: tuple[int, ...], norm: str):
         super().__init__()
@@ -69,8 +68,7 @@ class Hourglass(nn.Module):
 
 class StackedHourglass(nn.Module):
     """OccNeRF's 3D CNN (2.4): two convolutions, a residual block, three hourglasses, four convolutions before
-    the logits.
-    """
+    the logits."""
 
     def __init__(self, c_in: int, channels: tuple[int, ...], norm: str):
         super().__init__()
@@ -143,8 +141,7 @@ class Rendered(NamedTuple):
 
 def camera_rays(K: Tensor, T_ref_cam: Tensor, size: tuple[int, int], image_size: tuple[int, int]) -> Rays:
     """One ray per element centre of a (h, w) map over each camera's field of view; K (N, 3, 3) at
-    image_size.
-    """
+    image_size."""
     h, w = size
     uv = pixel_centers(h, w).to(K) * K.new_tensor([image_size[1] / w, image_size[0] / h])
     ones = torch.ones(h, w, device=K.device, dtype=K.dtype)
@@ -264,8 +261,7 @@ def photometric_loss(images: Tensor, depth: Tensor, K: Tensor, T_ref_cam: Tensor
 
 def smoothness_loss(depth: Tensor, images: Tensor) -> Tensor:
     """(11) edge-aware first differences of the normalised inverse depth. depth (N, H, W), images (N, 3, H,
-    W).
-    """
+    W)."""
     inverse = 1 / depth
     inverse = inverse / inverse.mean((1, 2), keepdim=True)
     dx, dy = inverse.diff(dim=2).abs(), inverse.diff(dim=1).abs()
@@ -275,8 +271,7 @@ def smoothness_loss(depth: Tensor, images: Tensor) -> Tensor:
 
 def semantic_loss(semantic: Tensor, target: Tensor, class_weight: Tensor) -> Tensor:
     """(12) weighted CE of rendered logits (R, K) against map labels (R,); 255 ignored, sky = 17 counts, as in
-    OccNeRF.
-    """
+    OccNeRF."""
     if not (target != 255).any():
         return semantic.sum() * 0
     return F.cross_entropy(semantic, target.long(), class_weight, ignore_index=255)
@@ -290,8 +285,7 @@ def entropy_loss(light: Tensor) -> Tensor:
 
 def distortion_loss(weight: Tensor, position: Tensor) -> Tensor:
     """(13) mip-NeRF 360: sum_ij w_i w_j |m_i - m_j| + 1/3 sum_i w_i^2 d_i, in O(S) by prefix sums. (R, S)
-    each, m ascending.
-    """
+    each, m ascending."""
     before_w = F.pad(weight[:, :-1].cumsum(-1), (1, 0))  # sum_{j<i} w_j
     before_wm = F.pad((weight * position)[:, :-1].cumsum(-1), (1, 0))
     between = 2 * (weight * (position * before_w - before_wm)).sum(-1)
@@ -304,8 +298,7 @@ def distortion_loss(weight: Tensor, position: Tensor) -> Tensor:
 
 def colour_jitter(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Brightness, contrast, saturation +-.2 and hue +-.1 turn, one draw per keyframe, as OccNeRF. (N, 3, H,
-    W) in [0, 1].
-    """
+    W) in [0, 1]."""
     brightness, contrast, saturation = rng.uniform(0.8, 1.2, 3).tolist()
     turn = float(rng.uniform(-0.1, 0.1)) * 2 * math.pi
     images = images * brightness

@@ -213,8 +213,7 @@ class Finder(nn.Module):
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, V, 3, H, W) in [-1, 1]; ids, mask (B, L) -> logits (B, V, 2, h, w), tokens (B, 2V,
-        C).
-        """
+        C)."""
         near = self.near(images.flatten(0, 1))  # (B V, c, h, w)
         far = F.interpolate(self.far(near), near.shape[-2:], mode="bilinear", align_corners=False)
         features = self.mix(torch.cat([near, far], 1)).unflatten(0, images.shape[:2])  # (B, V, c, h, w)
@@ -260,10 +259,8 @@ class Pi0(nn.Module):
             from transformers import PI0Config, PI0ForConditionalGeneration
         except (ImportError, RuntimeError) as error:
             reason = str(error).splitlines()[0][:100]
-            raise InputError(
-                f"transformers cannot import PI0 here ({reason}); a torchvision that does not fit this torch "
-                "is the usual reason: pip uninstall torchvision"
-            ) from error
+            raise InputError(f"transformers cannot import PI0 here ({reason}); a torchvision that does not "
+                             "fit this torch is the usual reason: pip uninstall torchvision") from error
 
         self.sizes, self.pi05, self.weights = sizes, adarms, vlm
         if vlm and not torch.empty(0).is_meta:
@@ -367,8 +364,7 @@ def pi0_settings(sizes: Sizes) -> dict:
 
 class TimeNorm(nn.Module):
     """adaRMS (pi0.5): an RMS norm, scaled and shifted by the flow time's embedding; `gate` gates its
-    branch.
-    """
+    branch."""
 
     def __init__(self, norm: nn.Module, width: int, time: dict[str, Tensor]):
         super().__init__()

@@ -90,15 +90,9 @@ def encode_text(clip: Clip, texts: list[str]) -> Tensor:
 
 def ensemble(clip: Clip, words: list[str]) -> Tensor:
     """One class's words -> (D,): the prompts' unit vectors, averaged over words and templates (ViLD), of
-    length 1.
-    """
+    length 1."""
     prompts = [template.format(word) for word in words for template in TEMPLATES]
     return F.normalize(encode_text(clip, prompts).mean(0), dim=-1)
-
-
-def fingerprint(clip: Clip) -> list[float]:
-    """Tells one model from another, whatever its folder is called."""
-    return ensemble(clip, ["object"]).half().tolist()
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -165,9 +159,8 @@ def read_words(path: Path | str) -> dict[str, list[str]]:
     """
     path, words = Path(path), {}
     if not path.is_file():
-        raise InputError(
-            f"{path}: file not found; such a file has lines like 'trailer: a long vehicle without windows'"
-        )
+        raise InputError(f"{path}: file not found; such a file has lines like 'trailer: a long vehicle "
+                         "without windows'")
     for number, line in enumerate(read_text(path).splitlines(), 1):
         line = line.split("#")[0].strip()
         if not line:
@@ -175,9 +168,8 @@ def read_words(path: Path | str) -> dict[str, list[str]]:
         name, colon, rest = line.partition(":")
         name, where = name.strip(), f"{path}:{number}"
         if name not in OCC3D_CLASSES[:-1]:
-            raise InputError(
-                f"{where}: '{name}' is not an Occ3D class; one of {', '.join(OCC3D_CLASSES[:-1])}"
-            )
+            raise InputError(f"{where}: '{name}' is not an Occ3D class; one of "
+                             f"{', '.join(OCC3D_CLASSES[:-1])}")
         if name in words:
             raise InputError(f"{where}: '{name}' a second time; give each class one line")
         parts = [part.strip() for part in rest.split(",")]
@@ -187,9 +179,8 @@ def read_words(path: Path | str) -> dict[str, list[str]]:
         for k, part in enumerate(parts):
             if part.lower() in known or part.lower() in [p.lower() for p in parts[:k]]:
                 other = known.get(part.lower(), name)
-                raise InputError(
-                    f"{where}: the prompt '{part}' is already there for '{other}'; prompts must differ"
-                )
+                raise InputError(f"{where}: the prompt '{part}' is already there for '{other}'; prompts must "
+                                 "differ")
         words[name] = parts
     if not words:
         raise InputError(f"{path}: no line 'class: word' in it")

@@ -37,12 +37,8 @@ def tiny_processor(sentences: list[str], sizes: Sizes = SIZES) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=sizes.vocabulary,
-        special_tokens=[*names.values(), "<image>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
+    trainer = trainers.BpeTrainer(vocab_size=sizes.vocabulary, special_tokens=[*names.values(), "<image>"],
+                                  initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(sentences, trainer)
     image_token = {"image_token": "<image>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=image_token, **names)

@@ -68,9 +68,8 @@ class VoxelEncoding(nn.Module):
         """split: cells of `grid` per coarse cell along x, y, z."""
         super().__init__()
         self.grid, self.split, self.coarse, self.most = grid, split, grid.coarsen(split), most
-        self.point = nn.Sequential(
-            nn.Linear(11, channels), nn.LayerNorm(channels), nn.ReLU(), nn.Linear(channels, channels)
-        )
+        self.point = nn.Sequential(nn.Linear(11, channels), nn.LayerNorm(channels), nn.ReLU(),
+                                   nn.Linear(channels, channels))
 
     def forward(self, clouds: list[Tensor]) -> Voxels:
         """clouds: one (M, 5) per sample, x, y, z [m], intensity 0..255, 1 if of an earlier sweep."""

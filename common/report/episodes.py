@@ -318,8 +318,7 @@ class Marks(NamedTuple):
 
 def paint(o: Observation, marks: Marks | None, side: int = 320) -> np.ndarray:
     """All views with masks (tinted), objects (circles), points (crosses) and the sentence: (H, W, 3)
-    uint8.
-    """
+    uint8."""
     panels = []
     for v in range(len(o.images)):
         image = cv2.resize(o.images[v], (side, side), interpolation=cv2.INTER_CUBIC)
@@ -343,8 +342,7 @@ def paint(o: Observation, marks: Marks | None, side: int = 320) -> np.ndarray:
 
 def to_film(env: Environment, listed: Listed, count: int) -> dict[int, list[np.ndarray]]:
     """Episodes that become GIFs, a clean one, a hard one, then perturbed ones, each of another task: index ->
-    [].
-    """
+    []."""
     of: dict[str, list[int]] = {}
     for k, (task, _) in enumerate(listed):
         of.setdefault(env.category(task), []).append(k)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from common.files import InputError, write_npz
 from common.geometry import OCC3D, SEMANTICKITTI
 from common.labels import read_label
+from common.backbones import start_of
 from common.metrics import (OccupancyMeter, constant_prediction, protocol_line, shown, ssc_confusion,
                             ssc_scores_of)
 from common.nuscenes import FREE, Frame, NuScenesOccupancy
@@ -60,7 +61,6 @@ def ground_truth(dataset: NuScenesOccupancy | SemanticKITTI, labels: Path | None
     truth.
     """
     if labels is not None:
-
         def of_label(i: int) -> tuple[np.ndarray, ...]:
             semantics, camera, lidar = read_label(labels, dataset, i, "mask_camera", "mask_lidar")
             return semantics, camera > 0, lidar > 0
@@ -222,8 +222,7 @@ def merge(meter: "OccupancyMeter | SscMeter", groups: list[str], rays: bool) -> 
 
 def with_images(dataset: Any, indices: list[int], k: int, images: str) -> Frame:
     """Frame indices[k] with its own images, those of the frame half the list away (shuffled), or black
-    ones.
-    """
+    ones."""
     frame = dataset[indices[k]]
     if images == "shuffled":
         return frame._replace(images=dataset[indices[(k + len(indices) // 2) % len(indices)]].images)
@@ -268,12 +267,15 @@ def report(predict: Predict, *, dataset: NuScenesOccupancy | SemanticKITTI, trai
         return metrics
     data = describe_dataset(dataset, len(indices))
     against_what = against or ("ground truth" if ssc else "Occ3D ground truth")
+    encoder = run.get("config", {}).get("backbone")
     protocol = protocol | {"truth": against_what} | RULES["ssc" if ssc else "occ3d"]
+    protocol |= {"encoder": start_of(encoder)} if encoder else {}
     cost = {"params": params, "steps": state["step"]} | {name: state[name] for name in ("train_s", "peak_gb")}
     meter.save(out / "by_scene.npz")
     write_result(out, method=run["method"], preset=run["preset"], seed=run["seed"], dataset=data,
                  protocol=protocol, metrics=metrics, per_class=meter.per_class(), cost=cost)
-    rules = {"train_mask": protocol["mask_train"], "note": f"against {against_what}"}
+    note = f"against {against_what}" + (f"; encoder {protocol['encoder']}" if encoder else "")
+    rules = {"train_mask": protocol["mask_train"], "note": note}
     if ssc:
         rules |= {"grid": "256x256x32 at 0.2 m", "eval_mask": protocol["mask_eval"],
                   "classes": "classes 1..19, absent ones as 0"}

@@ -37,19 +37,9 @@ def chosen(n: int, count: int) -> list[int]:
     return sorted({round(k) for k in np.linspace(0, n - 1, min(n, count))}) if count else []
 
 
-def draw(
-    predict: Callable,
-    dataset,
-    indices: list[int],
-    out: Path,
-    *,
-    title: str,
-    truth: Callable | None = None,
-    labels: Path | None = None,
-    against: str = "ground truth",
-    sheets: int = 3,
-    style: Style = OCC3D_STYLE,
-) -> list[Path]:
+def draw(predict: Callable, dataset, indices: list[int], out: Path, *, title: str,
+         truth: Callable | None = None, labels: Path | None = None, against: str = "ground truth",
+         sheets: int = 3, style: Style = OCC3D_STYLE) -> list[Path]:
     """Draw keyframes `indices`: PNG sheets of the first ones, one HTML viewer of all; -> their paths.
 
     truth(i) -> (ids, mask, ...); None: predictions alone. against: what the truth is called.
@@ -68,16 +58,9 @@ def draw(
         if len(paths) < sheets:
             note = f"\nerrors inside the {style.mask}" if truth else ""
             paths.append(out / "pictures" / f"{len(paths)}_{frame.scene}.png")
-            viz.sheet(
-                paths[-1],
-                frame.images,
-                panels,
-                style.grid,
-                mask=known[1],
-                title=f"{title}: {name}{note}",
-                error=(against, "prediction") if truth else None,
-                **drawn,
-            )
+            viz.sheet(paths[-1], frame.images, panels, style.grid, mask=known[1],
+                      title=f"{title}: {name}{note}", error=(against, "prediction") if truth else None,
+                      **drawn)
         frames.append(viz.ViewerFrame(name, panels, np.asarray(frame.images), known[1]))
     if frames:
         viz.viewer(out / "viewer.html", frames, grid=style.grid, title=title, **drawn)

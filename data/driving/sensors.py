@@ -33,10 +33,15 @@ LIDAR_LAYOUT = (0.94, 0.0, 1.84, -90.0)
 
 def quaternion(R: np.ndarray) -> list[float]:
     """Rotation (3, 3) -> w, x, y, z, w >= 0."""
-    import torch
-
-    from common.geometry import matrix_to_quaternion
-    return matrix_to_quaternion(torch.from_numpy(np.ascontiguousarray(R, np.float64))).tolist()
+    m = np.asarray(R, np.float64)
+    trace = m[0, 0] + m[1, 1] + m[2, 2]
+    wx, wy, wz = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]
+    xy, xz, yz = m[1, 0] + m[0, 1], m[0, 2] + m[2, 0], m[2, 1] + m[1, 2]
+    w, x, y, z = 1 + trace, *(1 + 2 * m.diagonal() - trace)
+    rows = np.array([[w, wx, wy, wz], [wx, x, xy, xz], [wy, xy, y, yz], [wz, xz, yz, z]])  # row i: 4 q_i times q
+    q = rows[rows.diagonal().argmax()]  # the largest component's row loses no digits
+    q = q / np.sqrt((q * q).sum())
+    return (-q if q[0] < 0 else q).tolist()
 
 
 def matrix(row: dict) -> np.ndarray:

@@ -277,46 +277,6 @@ def startup_row(root: str) -> Row:
         "nuscenes-devkit": lambda: NuScenes(version, dataroot=root, verbose=False)})
 
 
-def arms_row(device: str) -> Row:
-    """One training step (forward, loss, backward, update) of each model that EasyOcc's claims compare."""
-    from dataclasses import replace
-
-    import easyocc
-    from common.train import make_optimizer
-    from data.driving.sensors import calibration, matrix
-
-    cfg = replace(easyocc.TINY, **easyocc.ABLATION)
-    (H, W), (h, w), g = cfg.image_size, cfg.render_size, torch.Generator().manual_seed(0)
-    rig = [row for name, row in calibration(np.random.default_rng(0), cfg.image_size).items() if name != "LIDAR_TOP"]
-    K = torch.tensor([row["camera_intrinsic"] for row in rig])
-    T = torch.from_numpy(np.stack([matrix(row) for row in rig])).float()
-    image, step_back = torch.rand(6, 3, H, W, generator=g), torch.eye(4)
-    step_back[0, 3] = 0.5
-    batch = {"images": image, "raw": image, "K": K, "T_ego_cam": T, "ray_K": K, "ray_T": T, "target": city(),
-             "ray_semantic": torch.randint(18, (6, h, w), generator=g, dtype=torch.uint8), "ray_depth": 30 * torch.rand(6, h, w, generator=g)}
-    for side in ("prev", "next"):
-        batch |= {f"{side}_images": image.flip(0), f"{side}_T": step_back @ T, f"{side}_valid": torch.ones(6, dtype=torch.bool)}
-    batch = {name: x[None].to(device) for name, x in batch.items()}
-    weights = torch.ones(18, device=device)
-
-    def arm(model: str) -> Callable:
-        arm_cfg = replace(cfg, model=model)
-        torch.manual_seed(0)
-        net = easyocc.build(arm_cfg).to(device)
-        optimizer = make_optimizer(cfg.optimizer, net, cfg.lr_enc, cfg.lr_dec, cfg.weight_decay)
-
-        def step():
-            terms = easyocc.loss(net(batch), batch, net, weights, arm_cfg, torch.Generator().manual_seed(0))
-            optimizer.zero_grad(set_to_none=True)
-            sum(terms.values()).backward()
-            optimizer.step()
-
-        return step
-
-    names = {"EasyOcc": "easyocc", "OccNeRF": "occnerf", "OccNeRF + labels": "occnerf+labels", "rendered 2D": "rendered"}
-    return Row(f"6 x {H} x {W} images, {h} x {w} rays, {cfg.samples} samples", {name: arm(model) for name, model in names.items()})
-
-
 def rows(device: str, data_root: str | None) -> dict[str, Callable[[], Row]]:
     lengths = (4096, 16384) if device == "cpu" else (16384, 262_144)
     wide = {} if device == "cpu" else {"D": 128}
@@ -331,7 +291,7 @@ def rows(device: str, data_root: str | None) -> dict[str, Callable[[], Row]]:
             "voxel_vote 1 frame": lambda: vote_row(device, 35_000)}
     if device == "cpu":
         out |= {"occupancy_confusion": confusion_row, "ray_iou": ray_row, "traversed": traversal_row, "knn": knn_row,
-                "farthest_point_sample": fps_row, "easyocc training step": lambda: arms_row(device)}
+                "farthest_point_sample": fps_row}
         if data_root:
             out["dataset start-up"] = lambda: startup_row(data_root)
     return out

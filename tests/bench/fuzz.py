@@ -299,7 +299,8 @@ def targets(root: Path) -> list[Target]:
 
     data = nuscenes.NuScenesOccupancy(tree, split="all", cache=cache)
     use(data)
-    scene, token, seg = data.scene_names[0], data.tokens[0], f"{data.lidar_token(0)}_lidarseg.bin"
+    scene, token = data.scene_names[0], data.tokens[0]
+    seg = Path(data._table["sample_lidarseg"][data._rows[0]].decode()).name
     add("tables", 8, open_tables, *sorted((tree / "v1.0-mini").glob("*.json")))
     opened = partial(nuscenes.NuScenesOccupancy, tree, split="all", cache=cache)
     add("cache", 2, lambda _: opened(), next(cache.glob("nuscenes*/meta.json")))
@@ -360,7 +361,6 @@ def targets(root: Path) -> list[Target]:
     planned = ("planning", audit.read_trajectory, "trajectory", np.zeros((6, 2)))
     for_tasks = ("occupancy", audit.read_occupancy, "pred", ids), planned
     for task, read, key, array in for_tasks:
-
         def score(path: Path, read: Callable = read, task: str = task) -> None:
             read(audit.find_form(path.parent, data, audit.KEYS[task]), data, 0)
 
@@ -467,19 +467,11 @@ def plan(found: list[Target], inputs: int) -> list[tuple[Target, int]]:
     return list(turns)[:inputs]
 
 
-def fuzz(
-    root: Path,
-    inputs: int,
-    seed: int = 0,
-    seconds: float = 10,
-    only: tuple[str, ...] = (),
-    first: int = 0,
-    leave: tuple[str, ...] = (),
-    tell: Callable[[int, str, int, str, str], None] = lambda *_: None,
-) -> collections.Counter:
+def fuzz(root: Path, inputs: int, seed: int = 0, seconds: float = 10, only: tuple[str, ...] = (),
+         first: int = 0, leave: tuple[str, ...] = (),
+         tell: Callable[[int, str, int, str, str], None] = lambda *_: None) -> collections.Counter:
     """Run the inputs from `first` on -> how many ended how. tell(place, target, number, outcome, detail)
-    after each.
-    """
+    after each."""
     found = [one for one in targets(root) if one.name not in leave and (not only or one.name in only)]
     ends: collections.Counter = collections.Counter()
     with np.errstate(all="ignore"):

@@ -62,8 +62,7 @@ def regression(x: Tensor, y: Tensor, steps: int, batch: int) -> nn.Module:
 def unseen(episodes: int, share: float = 0.35) -> list[tuple[str, Observation, dict[str, np.ndarray],
                                                              np.ndarray]]:
     """Some frames of the expert's episodes with evaluation's seeds: task, observation, things' positions, its
-    action.
-    """
+    action."""
     world, frames, rng = Tabletop(), [], np.random.default_rng(0)
 
     def watch(w: Tabletop) -> None:

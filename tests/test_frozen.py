@@ -1,0 +1,46 @@
+"""Cached features of a frozen encoder: what a network makes of them is what it makes of the images."""
+
+import numpy as np
+import torch
+
+import easyocc
+from common import verbs
+from common.backbones import ImageEncoder
+from common.engine import stack
+from common.frozen import frozen_views, weights_key
+from common.nuscenes import NuScenesOccupancy
+
+CFG = easyocc.Config(backbone="street-depth+frozen", channels=8, cnn3d="unet", cnn_channels=(8, 16), gates=True,
+                     grid_stride=(4, 4, 2), logit_norm=False, norm="group", image_size=(56, 100), amp="off")
+
+
+def test_cached_features_give_the_same_prediction(tiny_world, tmp_path, capsys):
+    dataset = NuScenesOccupancy(tiny_world, split="all", image_size=CFG.image_size, cache=tmp_path / "cache")
+    torch.manual_seed(0)
+    net = easyocc.build(CFG).eval()
+    views = frozen_views(net.encoder, dataset, tmp_path / "labels")
+    assert f"{len(dataset)} keyframes" in capsys.readouterr().out and len(list(views.folder.iterdir())) == len(dataset)
+    with torch.no_grad():
+        seen, cached = (net(stack([item], "cpu")) for item in (verbs.inputs(dataset[0]), views(0)))
+    assert torch.allclose(seen, cached, atol=2e-2)  # half precision
+    assert (seen.argmax(1) == cached.argmax(1)).float().mean() > 0.99
+    stamps = [path.stat().st_mtime_ns for path in sorted(views.folder.iterdir())]
+    again = frozen_views(net.encoder, dataset, tmp_path / "labels")
+    assert stamps == [path.stat().st_mtime_ns for path in sorted(again.folder.iterdir())]
+    assert frozen_views(ImageEncoder("street", 8), dataset, tmp_path) is None  # it learns: a step needs images
+
+
+def test_other_weights_or_sizes_have_other_folders():
+    keys = {weights_key(ImageEncoder(name, 8), size) for name in ("street", "street-depth") for size in ((56, 100), (64, 96))}
+    assert len(keys) == 4
+    torch.manual_seed(1)
+    assert weights_key(ImageEncoder("street", 8), (56, 100)) in keys  # the neck, which is random, does not count
+
+
+def test_a_step_reads_features_in_place_of_images(tiny_world, tmp_path):
+    dataset = NuScenesOccupancy(tiny_world, split="all", image_size=CFG.image_size, cache=tmp_path / "cache")
+    items, encoder = easyocc.Keyframes(dataset, tmp_path, CFG), ImageEncoder("street+frozen", 8)
+    items.target = lambda i: torch.zeros(1)
+    assert items(0, np.random.default_rng(0))["images"].shape == (6, 3, 56, 100)
+    items.views = frozen_views(encoder, dataset, tmp_path)
+    assert items(0, np.random.default_rng(0))["images"].shape == (6, 82, 14, 25)
