@@ -1,6 +1,6 @@
 # minocc: every recipe is the real command; run it yourself to change a flag.
 .DEFAULT_GOAL := help
-.PHONY: foundation help setup setup-libero libero demo test test-gpu world smoke bench fuzz table
+.PHONY: foundation help setup setup-libero libero demo test test-gpu world smoke bench fuzz faults table
 
 # An active virtual environment (or PYTHON=...) is used as it is; otherwise .venv is made from requirements.lock.
 ifdef VIRTUAL_ENV
@@ -67,6 +67,9 @@ bench: $(READY)  ## kernels and CPU paths against references and peers, as ratio
 
 fuzz: $(READY)  ## 100,000 broken files through every reader of common/ (minutes; tests/test_fuzz.py is the short form)
 	$(PYTHON) -m tests.bench.fuzz --inputs 100000 --seed 0
+
+faults: $(READY)  ## 500 kills, full disks, second runs, NaNs and damaged files over every verb (minutes; Linux)
+	$(PYTHON) -m tests.bench.faults --count 500 --seed 0
 
 table: $(READY)  ## RESULTS.md, its forest plot and a page a method, from experiments/results/*.json
 	$(PYTHON) -m experiments.runner table

@@ -45,6 +45,7 @@ ASSUMPTIONS    Unpublished; the flag or the line that changes it stands beside.
 DEVIATIONS
     * cameras are brought to the LiDAR timestamp's ego pose through global; OccNeRF ignores that motion.
     * a camera sees a voxel if its centre projects inside the image; OccNeRF tests for non-zero features.
+    * tiny's encoder (common/networks/street.py) knows metric depth, as the maker of its labels does.
     * tiny, for compute: coarser cells (--grid-stride, --lift-stride), a position factor that starts as range
       gates (--gates), Muon (--optimizer), logits that are not normalised.
 
@@ -95,7 +96,7 @@ class Config:
     map_fill: float = 0.0  # [m] ours: points between the far-apart rows of small maps; 0: none
     # network
     image_size: tuple[int, int] = (336, 672)  # [px] height, width; OccNeRF's code
-    backbone: str = "microsoft/resnet-101"  # hub id, local path, or "conv"; Sec. 2.2: ResNet-101
+    backbone: str = "microsoft/resnet-101"  # hub id, path, conv, street...; Sec. 2.2: ResNet-101
     channels: int = 64  # of the lifted features; OccNeRF's code
     cnn3d: Literal["hourglass", "unet"] = "hourglass"  # OccNeRF's code: PSMNet's three hourglasses; tiny: CPU
     cnn_channels: tuple[int, ...] = (32, 64, 64)  # OccNeRF's code
@@ -124,10 +125,11 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        outlier_nb=8, map_stride=(2, 4), map_fill=0.4, image_size=(112, 200), backbone="conv", channels=32,
-        cnn3d="unet", cnn_channels=(24, 48, 96), grid_stride=(2, 2, 1), lift_stride=(2, 2, 2), gates=True,
-        logit_norm=False, norm="group", steps=450, optimizer="muon", lr=1e-2, weight_decay=0.6,
-        schedule="cosine", warmup=20, grad_clip=5.0, jitter=1.0, amp="off"),
+        outlier_nb=8, map_stride=(2, 4), map_fill=0.4, image_size=(112, 200),
+        backbone="street-depth+frozen", channels=32, cnn3d="unet", cnn_channels=(24, 48, 96), gates=True,
+        grid_stride=(2, 2, 1), lift_stride=(2, 2, 2), logit_norm=False, norm="group", steps=450,
+        optimizer="muon", lr=1e-2, weight_decay=0.6, schedule="cosine", warmup=20, grad_clip=5.0, jitter=1.0,
+        amp="off"),
     "base": Config(image_size=(256, 704), batch=2, grid_stride=(2, 2, 1), lift_stride=(1, 1, 2)),  # 24 GB GPU
     "paper": Config(),
 }
@@ -300,9 +302,7 @@ class OccupancyNet(nn.Module):
         return self.head(self.voxels(batch))
 
 
-def build(cfg: Config, classes: int = 18, pretrained: bool = True) -> OccupancyNet:
-    """The network protocol: net.grid, net.channels, net.voxels(batch), net.head(features)."""
-    return OccupancyNet(cfg, classes, pretrained)
+build = OccupancyNet  # the network protocol: net.grid, net.channels, net.voxels(batch), net.head(features)
 
 
 # --- 3  Loss ------------------------------------------------------------------------------------------------
@@ -329,8 +329,7 @@ class Keyframes:
     """What a training step reads of a keyframe: six images, their cameras, the pseudo-label."""
 
     def __init__(self, dataset: NuScenesOccupancy, labels: Path, cfg: Config):
-        self.dataset, self.labels, self.cfg = dataset, labels, cfg
-        self.views = None  # or a frozen encoder's cached features, in place of images
+        self.dataset, self.labels, self.cfg, self.views = dataset, labels, cfg, None  # views: cached features
 
     def target(self, i: int) -> Tensor:
         """The label of keyframe i on the network's cells, uint8, 255 ignored."""
@@ -367,8 +366,8 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, network=O
     keyframes = items(dataset, labels, cfg)
     class_weight = keyframes.class_weight().to(run.device)
     net = network(cfg).to(run.device)
-    lr_encoder = cfg.lr if cfg.backbone == "conv" else 0.1 * cfg.lr  # OccNeRF's code: 1e-4
-    optimizer = make_optimizer(cfg.optimizer, net, lr_encoder, cfg.lr, cfg.weight_decay, net.encoder.learned)
+    rates = (1 if cfg.backbone == "conv" else 0.1) * cfg.lr, cfg.lr  # OccNeRF's code: 1e-4, 1e-3
+    optimizer = make_optimizer(cfg.optimizer, net, *rates, cfg.weight_decay, net.encoder.learned)
     model = run.attach(net, optimizer)
     keyframes.views = frozen_views(net.encoder, dataset, labels)
     for step, batch in run.batches(keyframes, args.workers):

@@ -148,10 +148,10 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        network_preset="tiny", image_size=(112, 200), backbone="conv", occ_hidden=0, lang_kernel=1, clip=None,
-        clip_dim=64, clip_image=(112, 200), dcl_samples=64, image_samples=512, lambda_dcl=0.5, lambda_img=0.5,
-        lambda_depth=0.3, optimizer="muon", steps=360, lr=1e-2, weight_decay=0.6, warmup=20, jitter=1.0,
-        amp="off"),
+        network_preset="tiny", image_size=(112, 200), backbone="street", occ_hidden=0, lang_kernel=1,
+        clip=None, clip_dim=64, clip_image=(112, 200), dcl_samples=64, image_samples=512, lambda_dcl=0.5,
+        lambda_img=0.5, lambda_depth=0.3, optimizer="muon", steps=360, lr=1e-2, weight_decay=0.6, warmup=20,
+        jitter=1.0, amp="off"),
     "base": Config(network_preset="base", batch=2, steps=60_000, warmup=3000),  # one 24 GB GPU
     "paper": Config(),
 }

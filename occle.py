@@ -154,7 +154,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        image_size=(112, 200), n_sweeps=2, backbone="conv", channels=24, geo_channels=16,
+        image_size=(112, 200), n_sweeps=2, backbone="street", channels=24, geo_channels=16,
         unet_channels=(16, 32, 64), grid_channels=24, head_channels=16, grid_stride=(2, 2, 1),
         mamba_stride=(2, 2, 2), d_state=4, expand=1, class_weights="sqrt", ema=0.98, scatter_stride=8,
         branch_share=0.4, optimizer="muon", steps=180, lr=1e-2, warmup=20, grad_clip=5.0, amp="off"),
@@ -882,7 +882,7 @@ def train(cfg: Config, dataset, labels: Path, args, network=OccLE, teacher=Teach
         optimizer = make_optimizer(cfg.optimizer, learns, *rates, 0.01, "encoder.backbone")
         heads = [m for name, m in learns.named_modules() if name.endswith(("last", "header2d", "header3d"))]
         set_apart(optimizer.param_groups, [p for m in heads for p in m.parameters()], orthogonal=False)
-        model = run.attach(saved, optimizer, learns)
+        model = run.attach(saved, optimizer, learns, find_unused=not stage)  # what only the fusion reads
         for k, batch in run.batches(data, args.workers, partial(stack_items, device=run.device, n=cfg.batch)):
             lr = set_lr(optimizer, schedule(k, count, "cosine", cfg.warmup))
             terms = step(model, saved["teacher"], batch, done + k, done + count, weights, cfg, run.autocast)

@@ -136,7 +136,8 @@ class ImageEncoder(nn.Module):
             self.backbone, (fine, coarse) = load_backbone(name, pretrained)
             config = getattr(self.backbone, "config", None)
             self.patch = config.patch_size if config is not None and config.model_type == "dinov2" else 1
-            self.neck = UpNeck(fine, coarse, channels, "instance" if norm == "batch" else norm)
+            width = 64 if name == "efficientnet-lite0" else 512  # a small network's neck is small
+            self.neck = UpNeck(fine, coarse, channels, "instance" if norm == "batch" else norm, width)
         if self.frozen and self.neck is None:
             raise InputError(f"--backbone {name}+frozen: it has no weights but random ones; let it learn")
         if self.frozen:

@@ -155,8 +155,7 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 def from_dict(config: type, stored: dict[str, Any], where: Path | str) -> Any:
     """A config from its JSON form (`to_dict`). Unknown, missing or misshapen fields: InputError that names
-    them.
-    """
+    them."""
     hints = _hints(config)
     for word, names in (("unknown", stored.keys() - hints), ("missing", hints.keys() - stored)):
         if names:

@@ -80,6 +80,7 @@ class Session:
         self.saved, self.optimizer = saved, optimizer
         if self.start:
             self.state = parts.load_checkpoint(self.out, *self.whole(), self.run, self.settings)
+            del self.state["step"]  # of that checkpoint, not of those to come
         self.lines = parts.Log(self.out, self.run, self.steps, self.start, self.state)
         called = saved if called is None else called
         return called if self.sharded else parts.wrap(called, self.run, find_unused)
@@ -109,8 +110,7 @@ class Session:
 
     def log(self, step: int, terms: dict[str, Tensor], lr: float) -> None:
         """Note a finished step: a line when one is due, the loss being the terms' sum; likewise a
-        checkpoint.
-        """
+        checkpoint."""
         done = step + 1
         due = done % self.save_every == 0 or done == self.steps
         self.lines(step, {"loss": sum(terms.values()), **terms}, lr, look=due, samples=self._seen)

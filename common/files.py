@@ -13,12 +13,13 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -199,8 +200,7 @@ def _lock(path: Path, wait: bool = False) -> int | None:
 
 def sweep(folder: Path) -> None:
     """Remove temporary files and folders that no living process writes; a process looks once into each
-    folder.
-    """
+    folder."""
     if folder in _SWEPT:
         return
     _SWEPT.add(folder)
@@ -208,6 +208,26 @@ def sweep(folder: Path) -> None:
         if (lock := _lock(path)) is not None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             os.close(lock)
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """Yield a folder inside `folder`, removed at the end; after a kill, by the next writer there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    temporary, lock = _reserve(folder / "scratch", True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds no file but what killed writers left."""
+    return not any(path.is_file() and not any(map(_TEMPORARY.fullmatch, path.relative_to(folder).parts))
+                   for path in folder.rglob("*"))
 
 
 def hold(folder: Path | str) -> None:
@@ -251,8 +271,7 @@ def write_json(path: Path | str, value, indent: int | None = 1) -> None:
 
 def write_npz(path: Path | str, **arrays: np.ndarray) -> None:
     """Write a compressed npz with the same bytes for the same arrays (np.savez puts the time into the
-    zip).
-    """
+    zip)."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in arrays.items():
@@ -260,6 +279,19 @@ def write_npz(path: Path | str, **arrays: np.ndarray) -> None:
             np.lib.format.write_array(data, np.ascontiguousarray(array), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), data.getvalue(), zipfile.ZIP_DEFLATED, 1)
     write_bytes(path, buffer.getvalue())
+
+
+def end_with_parent() -> None:
+    """In a worker process: end as soon as the process that started it is gone, however it went.
+
+    A worker that lived on would write beside the run that is started again.
+    """
+
+    def wait() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -408,8 +440,7 @@ def _read_array(file: BinaryIO, size: int, name: str, shape: Shape, dtype: str |
 @contextmanager
 def open_image(path: Path | str, what: str = "image") -> Iterator[Any]:
     """Yield a PIL image whose pixels are not decoded yet. Raises InputError as `read_image`, inside the block
-    too.
-    """
+    too."""
     from PIL import Image
 
     path = Path(path)
@@ -431,8 +462,7 @@ def to_rgb(image) -> Any:
 
 def grey16(image) -> np.ndarray:
     """A PIL image of one 16-bit channel -> (H, W) uint16. Raises ValueError for other modes and larger
-    values.
-    """
+    values."""
     if not image.mode.startswith("I"):
         raise ValueError(f"PIL mode '{image.mode}', expected 16 bits and one channel")
     values = np.asarray(image)
@@ -449,6 +479,5 @@ def read_image(path: Path | str) -> np.ndarray:
 
 def short_hash(value) -> str:
     """A short name for a JSON value (what JSON lacks by its str): settings that several arms share are made
-    once.
-    """
+    once."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.backbones import ImageEncoder
+from common.backbones import ImageEncoder, UpNeck
 from common.files import read_npz, write_npz
 from common.geometry import scale_to
 from common.train import joined
@@ -28,8 +28,9 @@ def weights_key(encoder: ImageEncoder, size: tuple[int, int]) -> str:
 
 
 def frozen_views(encoder: ImageEncoder | None, dataset, labels: Path) -> "FrozenViews | None":
-    """The cache of an encoder that does not learn; None where a step needs images."""
-    return FrozenViews(encoder, dataset, labels) if encoder is not None and encoder.frozen else None
+    """The cache of a frozen street encoder; None where a step needs images (it learns, or is no street)."""
+    cached = encoder is not None and encoder.frozen and not isinstance(encoder.neck, UpNeck)
+    return FrozenViews(encoder, dataset, labels) if cached else None
 
 
 class FrozenViews:

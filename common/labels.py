@@ -19,18 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import InputError, read_json, read_npz, write_json, write_npz
+from common.files import InputError, end_with_parent, read_json, read_npz, write_json, write_npz
 from common.geometry import OCC3D
 from common.nuscenes import FREE
 
 IGNORE = 255
-WORLD = {
-    "depth_level": "mild",
-    "semantic_level": "mild",
-    "correlation": 0.8,
-    "seed": 0,
-}  # a synthetic world's 2D maps
-
+WORLD = {"depth_level": "mild", "semantic_level": "mild", "correlation": 0.8, "seed": 0}  # its 2D maps
 
 OPTIONS = {  # labeler -> its options, and the flag of each
     "world": {"depth_level": "depth_level", "semantic_level": "semantic_level", "correlation": "correlation",
@@ -131,17 +125,12 @@ def make_labels(maker: LabelMaker, dataset: Any, labeler: str, options: dict[str
         scenes.setdefault(scene, []).append(i)
     asked = set(range(len(dataset)) if only is None else only)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mine = sorted(scene for scene in scenes if asked & set(scenes[scene]))[
-        shard[0] * ranks + rank :: shard[1] * ranks
-    ]
-    jobs = [
-        (maker, dataset, scenes[scene], asked & set(scenes[scene]), labeler, options, cfg, out, keep_maps)
-        for scene in mine
-    ]
+    mine = sorted(scene for scene in scenes if asked & set(scenes[scene]))
+    mine = mine[shard[0] * ranks + rank :: shard[1] * ranks]
+    jobs = [(maker, dataset, scenes[scene], asked & set(scenes[scene]), labeler, options, cfg, out, keep_maps)
+            for scene in mine]
     total, written = sum(len(job[3]) for job in jobs), 0
-    processes = (
-        1 if labeler == "foundation" else min(workers, len(jobs))
-    )  # foundation: one set of models in memory
+    processes = 1 if labeler == "foundation" else min(workers, len(jobs))  # one set of models in memory
     with tqdm(total=total, desc="labels", unit="keyframe") as bar:
         for job, count in zip(jobs, _each(_label_scene, jobs, processes), strict=True):
             written += count
@@ -156,8 +145,13 @@ def _each(function: Callable, jobs: list, processes: int) -> Iterator:
     if processes < 2:
         yield from map(function, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _start_worker) as pool:
         yield from pool.imap(function, jobs)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    end_with_parent()
 
 
 def _label_scene(job: tuple) -> int:

@@ -645,29 +645,23 @@ def qa_scores(rows: Iterable[dict]) -> dict[str, tuple[int, int, float]]:
 def openset_scores(score, unknown) -> dict[str, float]:
     """score (M,), higher = more unknown; unknown (M,) bool -> {"auroc", "aupr", "fpr95"}, unknown being positive.
 
-    Equal scores move together (one step of the curve), so ties are worth one half in AUROC and no order is assumed.
-    AUPR is the average precision (steps, no interpolation). FPR95: false positives at the first threshold that finds
-    95 % of the unknown. NaN where there is no unknown or no known element. scikit-learn's three numbers.
+    scikit-learn's: equal scores move together, AUPR is the average precision (steps, no interpolation). FPR95: false
+    positives at the first threshold that finds 95 % of the unknown. NaN where there is no unknown or no known element.
     """
-    score, unknown = _tensor(score).flatten().double(), _tensor(unknown).flatten().bool()
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+    score, unknown = _tensor(score).flatten().double().cpu().numpy(), _tensor(unknown).flatten().bool().cpu().numpy()
     if score.shape != unknown.shape:
         raise ValueError(f"{len(score)} scores for {len(unknown)} labels")
-    if score.isnan().any():
-        raise ValueError(f"{int(score.isnan().sum())} of {len(score)} scores are NaN")
-    positive = int(unknown.sum())
-    if positive in (0, len(score)):
+    if np.isnan(score).any():
+        raise ValueError(f"{int(np.isnan(score).sum())} of {len(score)} scores are NaN")
+    if unknown.all() or not unknown.any():
         return {"auroc": NAN, "aupr": NAN, "fpr95": NAN}
-    score, order = score.sort(descending=True)
-    last = torch.cat([score[1:] != score[:-1], score.new_ones(1, dtype=torch.bool)])  # last of each run of equal scores
-    true = unknown[order].cumsum(0)[last].double()
-    false = torch.arange(1, len(score) + 1, device=score.device)[last] - true
-    recall, fallout, precision = true / positive, false / (len(score) - positive), true / (true + false)
-    zero = recall.new_zeros(1)
-    gain = torch.diff(recall, prepend=zero)
+    false, true, _ = roc_curve(unknown, score, drop_intermediate=False)
     return {
-        "auroc": float(torch.trapezoid(torch.cat([zero, recall]), torch.cat([zero, fallout]))),
-        "aupr": float((gain * precision).sum()),
-        "fpr95": float(fallout[recall >= 0.95][0]),
+        "auroc": float(roc_auc_score(unknown, score)),
+        "aupr": float(average_precision_score(unknown, score)),
+        "fpr95": float(false[true >= 0.95][0]),
     }
 
 

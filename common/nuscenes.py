@@ -31,20 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import (
-    InputError,
-    atomic,
-    exit_on_input_error,
-    misfit,
-    note,
-    open_image,
-    read_json,
-    read_npz,
-    reading,
-    short_hash,
-    to_rgb,
-    write_json,
-)
+from common.files import (InputError, atomic, exit_on_input_error, misfit, note, open_image, read_json,
+                          read_npz, reading, short_hash, to_rgb, write_json)
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CHANNELS = CAMERAS + ("LIDAR_TOP",)  # the sensors that are read; radar rows are left out of the cache
@@ -174,6 +162,40 @@ def stack(frames: list[Frame]) -> dict:
             values = torch.stack(values)
         batch[name] = values
     return batch
+
+
+def check_parts(parts: tuple[str, ...], known: tuple[str, ...], image_size: tuple[int, int] | None) -> None:
+    """Raises InputError if a reader is opened for a part that it does not know, or for images of no size."""
+    if unknown := set(parts) - set(known):
+        raise InputError(f"parts: unknown {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
+        raise InputError(f"image size {image_size}: expected height and width, both at least 1")
+
+
+def read_frame(dataset, i: int) -> Frame:
+    """Frame i of either reader, with what its `parts` name."""
+    if not -len(dataset) <= i < len(dataset):
+        raise IndexError(f"frame {i} of {len(dataset)}")
+    i = range(len(dataset))[i]
+    fields = dict(zip(("K", "T_ego_cam", "T_global_ego"), dataset.calibration(i)))
+    if "points" in dataset.parts:
+        fields["points"] = dataset.points(i, dataset.history)
+        if dataset.history:
+            own = len(dataset.points(i))
+            fields["points"], fields["history"] = fields["points"][:own], fields["points"][own:]
+    if "labels" in dataset.parts:
+        fields |= zip(("semantics", "mask_camera", "mask_lidar"), dataset.labels(i) or ())
+    fields |= {name: getattr(dataset, name)(i) for name in dataset.parts if name not in ("points", "labels")}
+    tensors = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in fields.items()}
+    return Frame(dataset.tokens[i], dataset.scene_names[i], **{"images": None, "points": None} | tensors)
+
+
+def read_images(paths: list[Path], native: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """-> (N, 3, H, W) float32 RGB in [0, 1] by `read_resized`."""
+    images = np.empty((len(paths), 3, *size), np.float32)
+    for path, image in zip(paths, images):
+        np.divide(read_resized(path, native, size).transpose(2, 0, 1), np.float32(255), out=image)
+    return images
 
 
 # --- rigid transforms of the tables' float64 arrays ------------------------------------------------------------------
@@ -615,23 +637,14 @@ class NuScenesOccupancy:
 
     history = 0  # earlier LiDAR sweeps that `[i]` gives; set it after opening
 
-    def __init__(
-        self,
-        root: Path | str,
-        version: str | None = None,
-        split: str | None = None,
-        image_size: tuple[int, int] | None = None,
-        cache: Path | str | None = None,
-        parts: tuple[str, ...] = PARTS,
-    ):
+    def __init__(self, root: Path | str, version: str | None = None, split: str | None = None,
+                 image_size: tuple[int, int] | None = None, cache: Path | str | None = None,
+                 parts: tuple[str, ...] = PARTS):
         self._arguments = (root, version, split, image_size, cache, parts)
         given, self.root = Path(root), find_root(root)
         self.version = find_version(self.root, version)
         self.cache = Path(cache or default_cache())
-        if unknown := set(parts) - set(PARTS):
-            raise InputError(f"parts: unknown {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
-        if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
-            raise InputError(f"image size {image_size}: expected height and width, both at least 1")
+        check_parts(parts, PARTS, image_size)
         self.parts = tuple(parts)
 
         folder = cache_folder(self.root, self.version, cache)
@@ -685,41 +698,15 @@ class NuScenesOccupancy:
         if not len(rows):
             homes = [name for name, members in splits.items() if set(members) & set(scenes)]
             shown = ", ".join(scenes[:5]) + (f" and {len(scenes) - 5} more" if len(scenes) > 5 else "")
-            raise InputError(
-                f"{self.root}: split '{self.split}' holds no scene of this tree, which has {shown or 'none'}; "
-                f"use --split {' or '.join(homes + ['all'])}"
-            )
+            raise InputError(f"{self.root}: split '{self.split}' holds no scene of this tree, which has "
+                             f"{shown or 'none'}; use --split {' or '.join(homes + ['all'])}")
         return rows
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, i: int) -> Frame:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"frame {i} of {len(self)}")
-        i = range(len(self))[i]
-        tensor = lambda array: None if array is None else torch.from_numpy(array)  # noqa: E731
-        K, T_ego_cam, T_global_ego = self.calibration(i)
-        points = self.points(i, self.history) if "points" in self.parts else None
-        own = len(self.points(i)) if self.history and points is not None else None
-        labels = self.labels(i) if "labels" in self.parts else None
-        semantics, mask_camera, mask_lidar = labels or (None, None, None)
-        return Frame(
-            token=self.tokens[i],
-            scene=self.scene_names[i],
-            images=tensor(self.images(i) if "images" in self.parts else None),
-            K=tensor(K),
-            T_ego_cam=tensor(T_ego_cam),
-            points=tensor(None if points is None else points[:own]),
-            history=tensor(points[own:] if self.history and points is not None else None),
-            T_global_ego=tensor(T_global_ego),
-            semantics=tensor(semantics),
-            mask_camera=tensor(mask_camera),
-            mask_lidar=tensor(mask_lidar),
-            boxes=self.boxes(i) if "boxes" in self.parts else None,
-            future=self.future(i) if "future" in self.parts else None,
-            questions=self.questions(i) if "questions" in self.parts else None,
-        )
+        return read_frame(self, i)
 
     # places in time
 
@@ -806,11 +793,7 @@ class NuScenesOccupancy:
         return self._read_images(self._camera_rows(i))
 
     def _read_images(self, rows: np.ndarray) -> np.ndarray:
-        images = np.empty((len(rows), 3, *self.image_size), np.float32)
-        for n, row in enumerate(rows):
-            pixels = read_resized(self._file(row), self.image_shape, self.image_size)
-            np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=images[n])
-        return images
+        return read_images([self._file(row) for row in rows], self.image_shape, self.image_size)
 
     def points(self, i: int, sweeps: int = 0) -> np.ndarray:
         """(M, 5) float32: x, y, z [m] in the reference ego, intensity, ring. Optionally with up to `sweeps` earlier

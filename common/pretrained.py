@@ -63,8 +63,7 @@ def load_pretrained(flag: str, name: str, *kinds: Any, model_type: str | tuple[s
 @contextmanager
 def loading(flag: str, name: str) -> Iterator[None]:
     """Whatever a damaged or foreign model raises (SafetensorError, RuntimeError, KeyError, ...) becomes
-    InputError.
-    """
+    InputError."""
     try:
         yield
     except InputError:
@@ -76,8 +75,7 @@ def loading(flag: str, name: str) -> Iterator[None]:
 
 def check_sizes(config: Any, key: str = "") -> None:
     """Raises ValueError at a number in a config.json that no network has: building one would take all
-    memory.
-    """
+    memory."""
     for inner in config if isinstance(config, list) else ():
         check_sizes(inner, key)
     for name, inner in config.items() if isinstance(config, dict) else ():

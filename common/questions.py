@@ -53,6 +53,15 @@ WORDINGS = {
     ),
 }
 
+BALANCED = {  # forms of the text-balanced set (data/driving/balanced.py); no sentence of NuScenes-QA's form
+    "any": "Can I see any {whats} to the {where} of me?",
+    "number": "How many {whats} can I see to the {where} of me?",
+    "nearest": "What is the nearest thing that I can see to the {where} of me?",
+    "within": "Can I see any {whats} within 10 m of me?",
+    "nearer": "Is the nearest {what} nearer to me than the nearest {other}?",
+    "behind": "Is the nearest {what} to the back of the nearest {other}?",
+}
+
 
 def words(phrase: int, plural: bool = False) -> str:
     """Row of PHRASES -> "parked bus" or "parked buses"."""
@@ -63,6 +72,7 @@ def words(phrase: int, plural: bool = False) -> str:
 def sentences() -> list[str]:
     """Wordings, answers, phrases and directions: what a small tokenizer learns its words from."""
     texts = [text for wordings in WORDINGS.values() for text in wordings]
+    texts += list(BALANCED.values())
     texts += [*ANSWERS, *(f" {answer}" for answer in ANSWERS)]
     texts += [f" {words(p, plural)}" for p in range(len(PHRASES)) for plural in (False, True)]
     return texts + [f" {direction} of me" for direction in DIRECTIONS]

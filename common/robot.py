@@ -237,7 +237,7 @@ def check(root: Path | str) -> None:
                    in range(world["demos"])]
         names = ["episode.npz", *(f"{camera}_{what}.png" for camera in world["cameras"] for what
                                   in ("rgb", "depth", "instance"))]
-        _report("demonstrations", [folder / name for folder in folders for name in names], required=True)
+        _report("demonstrations", [folder / name for folder in folders for name in names])
         for folder in folders:
             read_episode(folder, world["cameras"])
     if any((root / name).exists() for name in ("bddl_files", "init_files", Path("assets") / LIBERO_SCENE)):
@@ -251,19 +251,19 @@ def check(root: Path | str) -> None:
         names = [p for p in (root / "envs").glob("[a-z]*.py")]
         print(f"RoboTwin 2.0: {len(names)} tasks")
         _report("RoboTwin settings", [root / "task_config" / f"{c}.yml" for c
-                                      in ("demo_clean", "demo_randomized")], required=True)
+                                      in ("demo_clean", "demo_randomized")])
         print(f"{'assets':26}{'found' if (root / 'assets').is_dir() else 'missing'}")
     if not found:
         raise InputError(f"{root}: neither a tabletop world (world.json), LIBERO (bddl_files/, init_files/), "
                          f"LIBERO-Plus " "(task_classification.json) nor RoboTwin (envs/)")
 
 
-def _report(title: str, files: list[Path], required: bool) -> None:
+def _report(title: str, files: list[Path]) -> None:
     there = [f for f in files if f.is_file() and f.stat().st_size]
     print(
         f"{title:26}{len(there)} of {len(files)} files, {sum(f.stat().st_size for f in there) / 1e6:.1f} MB"
     )
-    if required and len(there) < len(files):
+    if len(there) < len(files):
         raise InputError(f"{next(f for f in files if f not in there)}: missing or empty "
                          f"({len(files) - len(there)} of {len(files)})")
 

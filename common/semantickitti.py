@@ -38,11 +38,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from common.files import InputError, atomic, exit_on_input_error, open_image, read_text
 from common.geometry import SEMANTICKITTI, VoxelGrid
-from common.nuscenes import FAR, Frame, _line, _sizes, read_resized, rigid_inverse
+from common.nuscenes import FAR, Frame, _line, _sizes, check_parts, read_frame, read_images, rigid_inverse
 
 # --- classes: semantic-kitti-api's config/semantic-kitti.yaml ---------------------------------------------------------
 
@@ -328,12 +327,9 @@ class SemanticKITTI:
                  cameras: tuple[str, ...] = CAMERAS, truth: str = "files"):
         self._arguments = (root, split, image_size, cache, parts, keyframes, cameras, truth)
         self.root, self.split = find_root(root), split or "train"
-        if unknown := set(parts) - set(PARTS):
-            raise InputError(f"parts: unknown {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
+        check_parts(parts, PARTS, image_size)
         if keyframes not in ("voxels", "scans"):
             raise InputError(f"keyframes '{keyframes}': choose voxels or scans")
-        if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
-            raise InputError(f"image size {image_size}: expected height and width, both at least 1")
         self.parts, self.cameras, self.truth = tuple(parts), tuple(cameras), truth
         if truth == "aggregate":
             self.label_shift = 0  # the labels are made here, where they belong
@@ -423,28 +419,7 @@ class SemanticKITTI:
         return len(self.tokens)
 
     def __getitem__(self, i: int) -> Frame:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"frame {i} of {len(self)}")
-        i = range(len(self))[i]
-        tensor = lambda array: None if array is None else torch.from_numpy(array)  # noqa: E731
-        K, T_ego_cam, T_global_ego = self.calibration(i)
-        points = self.points(i, self.history) if "points" in self.parts else None
-        own = len(self.points(i)) if self.history and points is not None else None
-        labels = self.labels(i) if "labels" in self.parts else None
-        semantics, valid, visible = labels or (None, None, None)
-        return Frame(
-            token=self.tokens[i],
-            scene=self.scene_names[i],
-            images=tensor(self.images(i) if "images" in self.parts else None),
-            K=tensor(K),
-            T_ego_cam=tensor(T_ego_cam),
-            points=tensor(None if points is None else points[:own]),
-            history=tensor(points[own:] if self.history and points is not None else None),
-            T_global_ego=tensor(T_global_ego),
-            semantics=tensor(semantics),
-            mask_camera=tensor(valid),
-            mask_lidar=tensor(visible),
-        )
+        return read_frame(self, i)
 
     # places in time
 
@@ -516,13 +491,8 @@ class SemanticKITTI:
     # sensors
 
     def _read_images(self, i: int, step: int = 0) -> np.ndarray:
-        native = self.native(i)
-        size = self._size or native
-        images = np.empty((len(self.cameras), 3, *size), np.float32)
-        for n, camera in enumerate(self.cameras):
-            pixels = read_resized(self._file(i, camera, "png", step), native, size)
-            np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=images[n])
-        return images
+        paths, native = [self._file(i, camera, "png", step) for camera in self.cameras], self.native(i)
+        return read_images(paths, native, self._size or native)
 
     def images(self, i: int) -> np.ndarray:
         """(N, 3, H, W) float32 RGB in [0, 1]."""

@@ -1,21 +1,6 @@
 """What every training loop needs and no paper invents: seeds, ranks, data order, checkpoints, log line, result.json.
 
-A method keeps its own loop; these are the pieces, in the order in which a loop meets them:
-
-    run = setup(args.device)                                     # torchrun's ranks, or one process
-    start = begin(args.out, run, settings(args, cfg, steps=steps, data=...), resume=args.resume)
-    if start is None: return                                     # finished already
-    seed_everything(args.seed)                                   # the same weights on every rank
-    net, optimizer = ...;  model = wrap(net, run)
-    state = load_checkpoint(args.out, net, optimizer, run) if start else {}
-    order = DataOrder(len(data), cfg.batch, run.world, run.rank, args.seed)
-    log = Log(args.out, run, steps, start, state)
-    for step, batch in prefetch(make_item, order, start, steps, cfg.workers, log):
-        set_lr(optimizer, schedule(step, steps, "cosine", cfg.warmup))
-        ...
-        log(step, {"loss": loss, "ce": ce}, lr)
-        if (step + 1) % every == 0 or step + 1 == steps:
-            save_checkpoint(args.out, run, net, optimizer, step + 1, log.state())
+A method keeps its own loop, around common.engine.Session, which puts these pieces together.
 
 Determinism: the batch of a step depends on (seed, step) alone, every item has its own generator, and a checkpoint holds
 all else, so on a CPU an interrupted run ends bit-equal to an uninterrupted one. Two processes with batch b see the data
@@ -52,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.cli import RUN, to_dict
-from common.files import InputError, atomic, naming, read_json, reading, reason, write_bytes, write_json
+from common.files import InputError, atomic, naming, read_json, reading, reason, sweep, write_bytes, write_json
 
 # --- seeds, device, ranks --------------------------------------------------------------------------------------------
 
@@ -73,13 +58,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def setup(device: str, threads: int | None = None) -> Run:
-    """One process, or one of torchrun's (gloo on a CPU, nccl on CUDA). threads: torch's CPU threads, None = its choice.
+def setup(device: str) -> Run:
+    """One process, or one of torchrun's (gloo on a CPU, nccl on CUDA).
 
     On a CPU the operators with a deterministic variant use it: resume is bit-equal there.
     """
-    if threads:
-        torch.set_num_threads(threads)
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -348,14 +331,8 @@ class MixedOrder:
         return math.ceil(epochs * seen / (self.batch * self.first.world))
 
 
-def prefetch(
-    make: Callable[[int, np.random.Generator], Any],
-    order: DataOrder,
-    start: int,
-    steps: int,
-    workers: int = 2,
-    log: "Log | None" = None,
-) -> Iterator[tuple[int, list[Any]]]:
+def prefetch(make: Callable[[int, np.random.Generator], Any], order: DataOrder, start: int, steps: int,
+             workers: int = 2, log: "Log | None" = None) -> Iterator[tuple[int, list[Any]]]:
     """Yields (step, [make(index, generator), ...]) for start <= step < steps, made ahead by `workers` threads.
 
     `make` must draw from its generator alone. What it raises is raised here, at its step. workers 0: no threads.
@@ -409,9 +386,8 @@ def schedule(step: int, steps: int, kind: str = "cosine", warmup: int = 0, floor
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * ratio))
 
 
-def param_groups(
-    net: nn.Module, lr_enc: float, lr_dec: float, weight_decay: float, encoder: str = "encoder", muon: bool = False
-) -> list[dict[str, Any]]:
+def param_groups(net: nn.Module, lr_enc: float, lr_dec: float, weight_decay: float, encoder: str = "encoder",
+                 muon: bool = False) -> list[dict[str, Any]]:
     """Groups for an optimiser: parameters of a part named `encoder` learn at lr_enc, the rest at lr_dec; vectors (norms, biases)
     do not decay. Each group keeps its own rate in `base_lr`, which `set_lr` scales. muon: the weights of convolutions
     and linear layers get groups of their own with `orthogonal` True, for `Muon`."""
@@ -424,10 +400,8 @@ def param_groups(
             decay = weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, decay, id(parameter) in matrices), []).append(parameter)
     extra = [{"orthogonal": orthogonal} if muon else {} for _, _, orthogonal in groups]
-    return [
-        {"params": p, "lr": lr, "base_lr": lr, "weight_decay": wd} | e
-        for ((lr, wd, _), p), e in zip(groups.items(), extra, strict=True)
-    ]
+    return [{"params": p, "lr": lr, "base_lr": lr, "weight_decay": wd} | e for ((lr, wd, _), p),
+            e in zip(groups.items(), extra, strict=True)]
 
 
 def set_apart(groups: list[dict], parameters: Sequence[Tensor], **changes: Any) -> None:
@@ -469,9 +443,8 @@ class Muon(torch.optim.AdamW):
         return p.grad.lerp(momentum, 0.95).flatten(1)
 
 
-def make_optimizer(
-    name: str, net: nn.Module, lr_enc: float, lr_dec: float, weight_decay: float, encoder: str = "encoder"
-) -> torch.optim.Optimizer:
+def make_optimizer(name: str, net: nn.Module, lr_enc: float, lr_dec: float, weight_decay: float,
+                   encoder: str = "encoder") -> torch.optim.Optimizer:
     """name: adamw or muon. encoder: the parameters that learn at lr_enc."""
     muon = name == "muon"
     groups = param_groups(net, lr_enc, lr_dec, weight_decay, encoder, muon)
@@ -555,6 +528,7 @@ def begin(out: Path | str, run: Run, wanted: dict[str, Any], resume: bool = Fals
             raise InputError(f"{out}: holds a run with other settings ({shown}{more}); {hint or 'use another --out'}")
         if not longer and found is not None and found >= wanted["steps"]:
             if run.is_main:
+                sweep(out), _clean(out)  # what a kill at the very end left
                 print(f"{out}: finished, {found} steps; nothing to train (another --out trains anew)")
             return None
         if run.is_main:
@@ -616,9 +590,8 @@ def command() -> str:
 # A new folder is complete on disk before latest.json names it, and the old one goes only afterwards.
 
 
-def save_checkpoint(
-    out: Path | str, run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]
-) -> None:
+def save_checkpoint(out: Path | str, run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, step: int,
+                    state: dict[str, Any]) -> None:
     """Writes the checkpoint after `step` finished steps. All ranks call it; state: JSON values (best, train_s, ...).
 
     Raises InputError, and leaves the last checkpoint as it is, if a weight or the optimiser's state is not finite.
@@ -700,13 +673,8 @@ def load_weights(out: Path, net: nn.Module) -> set[str]:
     return set(weights)
 
 
-def load_checkpoint(
-    out: Path | str,
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    run: Run | None = None,
-    wanted: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+def load_checkpoint(out: Path | str, net: nn.Module, optimizer: torch.optim.Optimizer | None = None,
+                    run: Run | None = None, wanted: dict[str, Any] | None = None) -> dict[str, Any]:
     """Loads weights (and with an optimiser: its state and this rank's random state); -> the saved state with "step".
 
     wanted: settings(...) of the caller, so that a checkpoint that does not fit is explained by the fields that differ.
@@ -860,9 +828,8 @@ class Log:
     so each line shows means over its steps and over the processes. Raises InputError if one of them is not finite.
     """
 
-    def __init__(
-        self, out: Path | str, run: Run, steps: int, start: int = 0, state: dict | None = None, every: int = 0
-    ):
+    def __init__(self, out: Path | str, run: Run, steps: int, start: int = 0, state: dict | None = None,
+                 every: int = 0):
         self.path, self.run, self.steps, self.start = Path(out) / "log.jsonl", run, steps, start
         self.every = every or max(1, min(50, steps // 20))
         self.waited = 0.0  # [s] for data, since the last line
@@ -952,26 +919,15 @@ def _step_of(line: str) -> int | None:
 # --- result.json -----------------------------------------------------------------------------------------------------
 
 
-def write_result(
-    folder: Path | str,
-    *,
-    method: str,
-    preset: str,
-    seed: int,
-    dataset: dict[str, Any],
-    protocol: dict[str, Any],
-    metrics: dict[str, float],
-    per_class: dict[str, Any],
-    cost: dict[str, float],
-) -> dict[str, Any]:
+def write_result(folder: Path | str, *, method: str, preset: str, seed: int, dataset: dict[str, Any],
+                 protocol: dict[str, Any], metrics: dict[str, float], per_class: dict[str, Any],
+                 cost: dict[str, float]) -> dict[str, Any]:
     """Writes <folder>/result.json; -> what it wrote. metrics: flat fractions; an undefined one (NaN) is left out.
 
     dataset needs name, version, split, frames; cost params, steps, train_s, peak_gb.
     """
-    for name, wanted, value in (
-        ("dataset", ("name", "version", "split", "frames"), dataset),
-        ("cost", ("params", "steps", "train_s", "peak_gb"), cost),
-    ):
+    for name, wanted, value in (("dataset", ("name", "version", "split", "frames"), dataset),
+                                ("cost", ("params", "steps", "train_s", "peak_gb"), cost)):
         if not set(wanted) <= value.keys():
             raise ValueError(f"result.json: {name} needs {', '.join(sorted(set(wanted) - value.keys()))}")
     if not protocol:

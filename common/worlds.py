@@ -14,7 +14,8 @@ def make(kind: str, out: Path | str | None = None, **options) -> Path:
     """Makes what `kind` names in folder `out`, unless it is there -> its folder.
 
     kind       options                                        default of `out`, in WORLDS
-    driving    size mini|demo|claims|drives, seed             driving-<size>; drives: 55 scenes of 12 keyframes
+    driving    size mini|demo|claims|drives|questions, seed   driving-<size>; drives: 55 scenes of 12
+                                                              keyframes, questions: 190 (data/driving)
     kitti      size mini|demo|claims, seed                    kitti-<size>
     tabletop   demos, seed                                    tabletop-<demos>
     tinyclip   hide (file of the kinds it never names)        the shipped one, or tinyclip-without-<stem of hide>

@@ -19,6 +19,8 @@ def make_default(kind: str, out: Path | None = None, **options) -> Path:
             size == "drives"
         ):  # the shortest scenes with 2 s of past and 3 s of future: 45 to train, 10 to validate
             options = {"scenes": 55, "keyframes": 12, "sweeps": 0} | options | {"size": "demo"}
+        if size == "questions":
+            options = {"sweeps": 0} | options
         return make_world(out or WORLDS / f"driving-{size}", **options)
     if kind == "kitti":
         from data.driving.semantickitti_writer import make_kitti_world

@@ -46,7 +46,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common.files import InputError, exit_on_input_error, read_json, write_json
+from common.files import InputError, end_with_parent, exit_on_input_error, is_empty, read_json, write_json
 from common.demonstrations import write_episode
 from data.render import (BOX, CLOTH, CONCRETE, CYLINDER, ELLIPSOID, PLAIN, STRIPES, WOOD, Light, Primitives, Scene,
                          camera_rays, develop, draw, noise, shade)
@@ -1304,11 +1304,11 @@ def make_world(out: Path, seed: int = 0, demos: int = 30, tasks: tuple[str, ...]
         if differ := [k for k in settings if old.get(k) != settings[k]]:
             raise InputError(f"{out}: holds another world ({', '.join(f'{k} {old.get(k)}' for k in differ)}); use "
                              f"another --out, or remove it")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and not is_empty(out):
         raise InputError(f"{out}: not empty, and not a world of this maker; use another --out")
     jobs = [(out / "demos" / task / f"{k:04d}", task, 1000 * seed + k, size) for k in range(demos) for task in tasks]
     jobs = [job for job in jobs if not (job[0] / "episode.npz").is_file()]
-    if path.is_file() and not jobs:
+    if path.is_file() and not jobs and old.get("whole"):
         return
     write_json(path, settings | {"whole": False})
     workers = min(workers or os.cpu_count() or 1, max(len(jobs), 1))
@@ -1319,7 +1319,8 @@ def make_world(out: Path, seed: int = 0, demos: int = 30, tasks: tuple[str, ...]
             _write_job(job)
             bar.update()
     else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
             for _ in pool.map(_write_job, jobs):
                 bar.update()
     bar.close()

@@ -16,7 +16,6 @@ WHAT IT SEES   Photographs by a car's six cameras, one at a time, in streets of 
     differs from any world that is trained or evaluated on. No scene, object or calibration carries over.
 """
 
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.files import InputError, read_json, write_json
+from common.files import InputError, atomic, read_json, write_json
 from common.nuscenes import FREE, LIDARSEG_TO_OCC3D
 from common.questions import CLASSES, MOST, PHRASES, WORDINGS, words
 from common.train import Muon, param_groups, schedule, set_apart, set_lr
@@ -265,17 +264,14 @@ def make_tinyvlm(
     tokens = partial(processor.tokenizer.encode, add_special_tokens=False)
     names = {c: [tokens(f" {name}") for name in both] for c, both in NAMES.items()}
     known = pretrain(vlm, names, answer_loss, make_pictures(pictures, image), steps)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
-        whole = Path(place) / "vlm"
-        vlm.save_pretrained(whole)
-        processor.save_pretrained(whole)
-        write_json(whole / "tinyvlm.json", wanted | known)
-        try:
-            whole.rename(out)
-        except OSError:  # another process made the same at the same time
-            if not (out / "tinyvlm.json").is_file():
-                raise
+    try:
+        with atomic(out, folder=True) as whole:
+            vlm.save_pretrained(whole)
+            processor.save_pretrained(whole)
+            write_json(whole / "tinyvlm.json", wanted | known)
+    except OSError:  # another process made the same at the same time
+        if not (out / "tinyvlm.json").is_file():
+            raise
     cells, commonest, answers = (f"{100 * share:.0f} %" for share in known.values())
     print(
         f"tiny VLM {out}: {pictures} photographs of other worlds, {steps} steps; {cells} of the cells "

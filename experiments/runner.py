@@ -31,6 +31,7 @@ A gate says when a comparison means anything. Always checked: not both arms belo
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -214,6 +215,8 @@ def main(doc: str, config: type, presets: dict[str, Any], claims: dict[str, Clai
     name = letters.get(args.claim, args.claim)
     if name not in claims and name not in (other or {}):
         raise InputError(f"--claim {args.claim}: one of {', '.join([*claims, *(other or {})])}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("ablate runs its arms in one process; start it without torchrun")
     args.data_root = args.data_root or world(args)
     args.out = args.out or Path("runs/ablate") / args.method / name
     args.pool = args.out.parent / "arms"

@@ -72,8 +72,8 @@ def write(results: Path, out: Path = Path("RESULTS.md")) -> None:
 
 
 def rank(record: dict[str, Any]) -> tuple[int, str]:
-    """Demos, claims by their letter, label quality, benches."""
-    kind = ("run", "claim", "labels", "bench").index(record["kind"])
+    """Demos, claims by their letter, label quality, benches, reliability."""
+    kind = ("run", "claim", "labels", "bench", "reliability").index(record["kind"])
     sentence = record.get("sentence", "")
     return kind, sentence if sentence.startswith("(") else "(z)"
 
@@ -130,10 +130,22 @@ def page(records: dict[str, dict], results: Path, plots: dict[bool, Path], proto
         lines += ["### Runs", "", *run_tables(runs, results, protocols)]
         if missing := [m for m in METHODS if m not in {r["method"] for r in runs.values()}]:
             lines += [f"{NOT_RUN}: {', '.join(missing)}", ""]
+    for r in (r for r in records.values() if r["kind"] == "reliability"):
+        lines += ["## Reliability", "", *reliability_part(r), ""]
     pages = ", ".join(f"[{m}]({(results / f'{m}.md').as_posix()})" for m in METHODS)
     lines += ["## Details", "", f"Arms, seeds, cost, label quality, benches: {pages}.", ""]
     lines += ["## Protocols", "", *protocols.lines()]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def reliability_part(r: dict[str, Any]) -> list[str]:
+    """What was done to the program, what was found in the last run, and what earlier runs had it mended."""
+    rows = [[f"`{x['command']}`", x["date"], x["commit"][:8], f"{sum(x['counts'].values()):,}",
+             ", ".join(f"{name} {n:,}" for name, n in x["counts"].items()), str(x["findings"])]
+            for x in r["runs"]]
+    head = ["command", "date", "commit", "cases", "of these", "findings"]
+    return [r["sentence"], "", *grid(head, rows), "", "Found before, and mended:", "",
+            *(f"* {one}" for one in r["mended"])]
 
 
 def comparison_rows(name: str, r: dict[str, Any], results: Path, protocols: Protocols) -> list[list[str]]:
@@ -209,6 +221,9 @@ def method_page(method: str, records: dict[str, dict], protocols: Protocols) -> 
         flat = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items()
                 if not isinstance(v, (dict, list)) and k not in ("kind", "method")]
         lines += [f"**[{name}]({name}.json)** {', '.join(flat)}", ""]
+        if rows := r.get("rows"):
+            shown = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+            lines += [*grid(list(rows[0]), shown), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

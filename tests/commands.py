@@ -1,5 +1,8 @@
-"""A method's command line, run inside the test's own process."""
+"""A method's command line, run inside the test's own process or by torchrun in two; losses of a run."""
 
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,3 +30,15 @@ def of(method: ModuleType) -> tuple[Callable, Callable]:
         return lines[0]
 
     return run, fails
+
+
+def torchrun(script: str, *words) -> subprocess.CompletedProcess:
+    """A method's script with these words in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    return subprocess.run([*command, *map(str, words)], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def losses(stage: Path) -> list[float]:
+    """The loss of each line of a stage's log."""
+    return [json.loads(line)["loss"] for line in (stage / "log.jsonl").read_text().splitlines()]

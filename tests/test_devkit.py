@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 import os
-import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -330,30 +329,6 @@ def test_multisweep(nusc):
     distance = cKDTree(now).query(before[near])[0]
     print(f"median distance of the earlier sweep from this one: {np.median(distance):.3f} m")
     assert np.median(distance) < 0.15
-
-
-# --- lidarseg --------------------------------------------------------------------------------------------------------
-
-
-def printed(text: str, field: str) -> dict[str, int]:
-    """The devkit's lines "index  name  field=count" -> {name: count}."""
-    return {name: int(n.replace(",", "")) for name, n in re.findall(rf"^ *\d+  (\S+) +{field}= *([\d,]+)$", text, re.M)}
-
-
-def test_lidarseg_statistics(nusc, root, capsys):
-    sample = nusc.sample[0]
-    nusc.get_sample_lidarseg_stats(sample["token"], sort_by="index")
-    found = printed(capsys.readouterr().out, "n")
-    label = np.fromfile(root / nusc.get("lidarseg", sample["data"]["LIDAR_TOP"])["filename"], np.uint8)
-    wanted = {nusc.lidarseg_idx2name_mapping[k]: n for k, n in Counter(label.tolist()).items()}
-    assert found == wanted and sum(found.values()) == len(label)
-
-    nusc.list_lidarseg_categories(sort_by="count")
-    found = printed(capsys.readouterr().out, "nbr_points")
-    labels = [np.fromfile(root / row["filename"], np.uint8) for row in nusc.lidarseg]
-    counts = np.sum([np.bincount(label, minlength=32) for label in labels], 0)
-    assert found == {nusc.lidarseg_idx2name_mapping[k]: int(n) for k, n in enumerate(counts)}
-    assert found["noise"] == found["vehicle.ego"] == 0 and found["flat.driveable_surface"] == max(found.values())
 
 
 # --- detection -------------------------------------------------------------------------------------------------------

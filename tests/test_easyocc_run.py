@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ SMALL = [*LABEL, "--grid-stride", "4", "4", "2", "--lift-stride", "1", "1", "1",
 
 
 run, fails = commands.of(E)
+torchrun = partial(commands.torchrun, "easyocc.py")
 
 
 @pytest.fixture(scope="module")
@@ -151,24 +153,14 @@ def test_killed_training_goes_on_bit_equal(data, trained, tmp_path):
 
 def test_two_processes_equal_one_with_the_doubled_batch(data, tmp_path):
     flags, labels = data
-    words = ["train", *map(str, flags), "--labels", str(labels), "--steps", "2", "--jitter", "0", *SMALL]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "easyocc.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, *words, "--out", str(tmp_path / "two")], cwd=ROOT, env=env, capture_output=True, text=True)
+    words = ["train", *flags, "--labels", labels, "--steps", "2", "--jitter", "0", *SMALL]
+    done = torchrun(*words, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-2000:]
     run(*words, "--batch", "2", "--out", tmp_path / "one")
-    one, two = ([json.loads(line)["loss"] for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4)
+    assert commands.losses(tmp_path / "one") == pytest.approx(commands.losses(tmp_path / "two"), rel=1e-4)
 
 
 # --- eval, pictures, claims, describe ----------------------------------------------------------------------------------
-
-
-def torchrun(*words) -> subprocess.CompletedProcess:
-    """easyocc.py in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "easyocc.py"]
-    return subprocess.run([*command, *map(str, words)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, check=False)  # fmt: skip
 
 
 def test_two_processes_share_labels_and_eval(data, trained, tmp_path):
@@ -280,13 +272,13 @@ def test_bad_label_files(damage, names, data, tmp_path, capsys):
     assert names in line and str(tmp_path / "l") in line
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a jpeg"])
-def test_bad_images(content, tiny_world, data, tmp_path, capsys):
+@pytest.mark.parametrize("content, backbone", [(None, "conv"), (b"", "street+frozen"), (b"not a jpeg", "conv")])
+def test_bad_images(content, backbone, tiny_world, data, tmp_path, capsys):
     shutil.copytree(tiny_world, tmp_path / "w")
     for image in (tmp_path / "w" / "samples" / "CAM_BACK").glob("*.jpg"):
         image.unlink() if content is None else image.write_bytes(content)
     line = fails(capsys, "train", "--data-root", tmp_path / "w", "--cache", tmp_path / "c", "--labels", data[1], "--out", tmp_path / "x",
-                 "--steps", "1", *SMALL)  # fmt: skip
+                 "--steps", "1", *SMALL, "--backbone", backbone)  # fmt: skip
     assert "CAM_BACK" in line
 
 

@@ -1,6 +1,7 @@
 """EasyOcc's claims on a tiny world, by the method's own command line: every arm learns its terms, nothing runs twice."""
 
 import json
+import sys
 
 import commands
 import numpy as np
@@ -49,6 +50,12 @@ def test_label_quality_table(flags, tmp_path, capsys):
     rows = json.loads((tmp_path / "q" / "label_quality.json").read_text())["rows"]
     assert len(rows) == 8 and all(0 < row["precision camera"] < 1 for row in rows.values())
     assert "13 past, movers kept" in capsys.readouterr().out
+
+
+def test_claims_run_in_one_process(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("os._exit", sys.exit)  # as a rank ends
+    assert "start it without torchrun" in fails(capsys, "ablate", "--claim", "time")
 
 
 def test_an_unknown_claim_costs_one_line(capsys):

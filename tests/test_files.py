@@ -228,6 +228,38 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
+WORKER = """
+import multiprocessing, os, sys, time
+from common.files import end_with_parent
+def work(start):
+    start()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work, args=(end_with_parent,)).start()
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    (tmp_path / "w.py").write_text(WORKER)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "w.py"], env=environment, stdout=subprocess.PIPE)
+    assert int(parent.stdout.readline()) != parent.pid
+    parent.kill(), parent.wait()
+    assert parent.stdout.read() == b""  # the worker had the pipe too: it has ended
+    parent.stdout.close()
+
+
+def test_scratch_folders_and_leftovers_are_nothing(tmp_path):
+    (tmp_path / "a").mkdir()
+    with F.scratch(tmp_path / "a") as folder:
+        (folder / "x").write_text("x")
+        assert F.is_empty(tmp_path) and folder.parent == tmp_path / "a"
+    assert not list((tmp_path / "a").iterdir()) and F.is_empty(tmp_path)
+    (tmp_path / "a/.hidden").touch()
+    assert not F.is_empty(tmp_path)
+
+
 def test_a_failed_writer_leaves_nothing(tmp_path):
     for folder in (False, True):
         with pytest.raises(ZeroDivisionError), atomic(tmp_path / "x", folder=folder):

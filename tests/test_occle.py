@@ -2,10 +2,7 @@
 
 import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +15,14 @@ from fake_world import save_grounding_dino
 from safetensors.torch import load_file
 
 import occle as O
-from common import semantickitti
-from common.datasets import LABEL_SETS, open_dataset, read_frame_list, voxel_truth
+from common.datasets import LABEL_SETS, open_dataset, read_frame_list
 from common.engine import Session
 from common.files import InputError
 from common.geometry import VoxelGrid, hilbert_order
-from common.labelers import SEGMENTER_WORDS, map_paths, read_semantic
+from common.labelers import SEGMENTER_WORDS, read_semantic
 from common.labels import make_labels
 from common.metrics import OccupancyMeter
-from common.nuscenes import FREE, OCC3D_CLASSES, NuScenesOccupancy
+from common.nuscenes import NuScenesOccupancy
 from common.train import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -593,13 +589,11 @@ def test_a_run_killed_in_either_stage_ends_bit_equal(stage, roots, labels, train
 
 def test_two_processes_equal_one_with_the_doubled_batch(roots, labels, tmp_path):
     kind = "semantickitti"
-    args = ["train", *map(str, flags(kind, roots, labels)), "--steps", "2", "--label-ratio", "1", "--branch-share", "0"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "occle.py"]
-    done = subprocess.run([*torchrun, *args, "--out", str(tmp_path / "two")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)  # fmt: skip
+    args = ["train", *flags(kind, roots, labels), "--steps", "2", "--label-ratio", "1", "--branch-share", "0"]
+    done = commands.torchrun("occle.py", *args, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-2000:]
     run(*args, "--batch", "2", "--batch-unlabelled", "2", "--out", tmp_path / "one")
-    one, two = ([json.loads(line)["loss"] for line in (tmp_path / n / "2-fusion" / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    one, two = (commands.losses(tmp_path / name / "2-fusion") for name in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-4)
 
 
@@ -666,47 +660,6 @@ def test_describe_paper(kind, capsys):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def broken(kitti_world, tmp_path) -> Path:
-    shutil.copytree(kitti_world, tmp_path / "b")
-    return tmp_path / "b"
-
-
-def nan(path):
-    values = np.fromfile(path, "<f4")
-    values[5] = np.nan
-    values.tofile(path)
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda s: nan(s / "velodyne/000000.bin"), "nan"),
-    (lambda s: (s / "velodyne/000000.bin").write_bytes(b""), "000000.bin"),
-    (lambda s: (s / "calib.txt").write_text((s / "calib.txt").read_text().replace("Tr:", "Tx:")), "no line 'Tr:'"),
-    (lambda s: (s / "voxels/000000.label").write_bytes(b"1234"), "expected 4194304"),
-    (lambda s: (s / "voxels/000000.invalid").write_bytes(b"1234"), "expected 262144"),
-], ids=["nan", "empty", "calib", "label", "invalid"])  # fmt: skip
-def test_broken_files_are_one_line(change, message, broken, labels, tmp_path, capsys):
-    change(broken / "sequences" / "00")
-    args = flags("semantickitti", {"semantickitti": broken}, labels)
-    assert message in fails(capsys, "train", *args, "--out", tmp_path / "x", "--steps", "2", "--label-ratio", "0.5")
-
-
-def test_point_labels_of_another_length_are_one_line(broken, tmp_path, capsys):
-    path = broken / "sequences" / "00" / "labels" / "000000.label"
-    path.write_bytes(path.read_bytes()[:-8])
-    line = fails(capsys, "labels", "--data-root", broken, "--labeler", "lidar", "--out", tmp_path / "l", "--workers", "1")
-    assert "000000.label" in line and "points of its scan" in line
-
-
-def test_nan_points_of_nuscenes_are_one_line(tiny_world, labels, tmp_path, capsys):
-    shutil.copytree(tiny_world, tmp_path / "b")
-    for path in (tmp_path / "b").glob("samples/LIDAR_TOP/*"):
-        nan(path)
-    args = flags("occ3d", {"occ3d": tmp_path / "b"}, labels)
-    line = fails(capsys, "train", *args, "--out", tmp_path / "x", "--steps", "2")
-    assert "nan or inf" in line and "LIDAR_TOP" in line
-
-
 def test_bad_lists_and_flags_are_one_line(kitti_world, labels, tmp_path, capsys):
     base = ["train", *flags("semantickitti", {"semantickitti": kitti_world}, labels), "--out", tmp_path / "x"]
     lists = tmp_path / "l.json"
@@ -736,37 +689,6 @@ def real():
 
 
 @needs_real
-def test_real_points_project_onto_what_they_are(real):
-    """The loader's LiDAR on image_2, judged by colour: points of vegetation fall on pixels that are greener than a car's."""
-    dataset, _ = real
-    green = {15: [], 1: []}
-    for i in (0, 5):
-        K, T, _ = dataset.calibration(i)
-        points, ids = dataset.points(i), dataset.lidarseg(i)
-        image = torch.from_numpy(dataset.images(i)[0])
-        for label, values in green.items():
-            places = (torch.from_numpy(v) for v in (points[ids == label, :3], K, T))
-            rgb, seen = O.lift(image[None], *places, dataset.image_size)  # (n, 3)
-            values.append((rgb[:, 1] - rgb[:, [0, 2]].mean(1))[seen].mean().item())
-            assert seen.sum() > 100
-    assert np.mean(green[15]) > np.mean(green[1]) + 0.01, green
-
-
-@needs_real
-def test_real_scans_fill_the_packed_voxels(real):
-    """Voxelised scan against voxels/*.bin, read as common.semantickitti explains: the trap is a stream one bit late."""
-    dataset, _ = real
-    voxels = semantickitti.SemanticKITTI(REAL, "00", parts=())
-    for i in range(2):
-        own = semantickitti.voxel_index(dataset.points(dataset.index(voxels.tokens[i])))
-        filled = np.zeros(np.prod(voxels.grid.shape), bool)
-        filled[own[own >= 0]] = True
-        stored = voxels.bits(i, "bin").ravel()
-        assert (filled & stored).sum() / (filled | stored).sum() > 0.97
-        assert (filled & semantickitti.read_bits(voxels._file(i, "voxels", "bin")).ravel()).sum() < 0.5 * filled.sum()
-
-
-@needs_real
 def test_the_semantic_branch_learns_from_real_images_and_point_labels(real, tmp_path, monkeypatch):
     monkeypatch.setattr(O, "augment", lambda item, rng, strong: {name: item[name] for name in ("images", "points", "history")})
     dataset, cfg = real
@@ -787,15 +709,3 @@ def test_the_semantic_branch_learns_from_real_images_and_point_labels(real, tmp_
         total.backward()
         optimizer.step()
     assert scores[0] < 0.3 and scores[-1] > scores[0] + 0.3, (scores[0], scores[-1])
-
-
-@needs_real
-def test_aggregated_real_scans_are_a_truth(real):
-    dataset, _ = real
-    space = LABEL_SETS["semantickitti"]
-    ids = voxel_truth(dataset, 4, space)
-    classes = np.bincount(ids[ids < 19], minlength=19)
-    assert classes[space.classes.index("road")] > 3000 and classes[space.classes.index("vegetation")] > 3000
-    one = dataset.aggregate(4, 0, 0)
-    assert (ids < 19).sum() > 1.5 * (one > 0).sum(), "several scans fill more than one"
-    assert OCC3D_CLASSES[:FREE] == LABEL_SETS["occ3d"].classes and len(map_paths("x", "semantic", dataset.camera_files(0))) == 1

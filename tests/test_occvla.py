@@ -5,10 +5,7 @@ import contextlib
 import io
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,36 +148,6 @@ def test_the_stream_reads_the_joint_pass_as_the_prefix_alone():
         seen = net.vlm.encode(pictures())
         joint = net.vlm.run(seen, net.vlm.stack(exchanges(net)[:1], CPU), ONE, hidden=True)
         assert torch.allclose(net.occupy(joint), occupied(net), atol=1e-5)
-
-
-def test_stream_attaches_to_another_host():
-    """By three facts alone: hidden states of its layers, mask of its image tokens, their width (SmolVLM)."""
-    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    text = {"model_type": "llama", "vocab_size": 40, "num_hidden_layers": 3, "num_key_value_heads": 2,
-            "pad_token_id": 0}
-    vision = {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
-    config = SmolVLMConfig(image_token_id=5, scale_factor=2, pad_token_id=0, text_config=text | sizes,
-                           vision_config=vision | sizes)
-    model, ids = SmolVLMForConditionalGeneration(config), torch.tensor([[1, *[5] * 8, 7, 9, 11]])
-    inputs = {"input_ids": ids, "pixel_values": torch.rand(1, 2, 3, 32, 32)}
-    vision, layers, mask = model.model.vision_model, model.model.text_model.layers, ids == 5
-    cfg = replace(TINY, rig_bias=False)
-    stream = O.OccupancyTransformer(16, len(layers), int(mask.sum()), 25, 32, cfg)
-    out = model(**inputs, output_hidden_states=True)
-    predicted = stream(out.hidden_states, mask)
-    assert predicted.shape == (1, 32, 25, 25)
-    predicted.square().mean().backward()
-    some = lambda m: any(p.grad is not None and p.grad.abs().sum() > 0 for p in m.parameters())  # noqa: E731
-    assert some(vision) and all(some(layer) for layer in layers[:-1]) and not some(layers[-1])
-    assert torch.equal(model(**inputs).logits, out.logits)
-    with torch.no_grad():  # the image tokens' states are read, and nothing else
-        changed = [torch.where(mask[..., None], h, h + 1) for h in out.hidden_states]
-        assert torch.equal(stream(changed, mask), stream(out.hidden_states, mask))
-        changed = [torch.where(mask[..., None], h + torch.randn_like(h), h) for h in out.hidden_states]
-        assert not torch.allclose(stream(changed, mask), stream(out.hidden_states, mask))
 
 
 def test_queries_unfold_to_the_latents_cells():
@@ -594,8 +561,7 @@ def test_resume_is_bit_equal(drives, trained, tmp_path, stop, monkeypatch):
     run(*words)
     for stage in O.STAGES[stop:]:
         assert same_weights(tmp_path / "x" / stage, trained / stage)
-        losses = [[row["loss"] for row in lines_of(folder / stage)] for folder in (tmp_path / "x", trained)]
-        assert losses[0] == losses[1]
+        assert commands.losses(tmp_path / "x" / stage) == commands.losses(trained / stage)
 
 
 def test_labels_of_another_source_supervise(drives, tmp_path):
@@ -631,16 +597,12 @@ def test_stage_zero_may_be_given(drives, trained, tmp_path, capsys):
 def test_two_processes_equal_one_with_the_doubled_batch(parallel, drives, trained, tmp_path):
     words = [*drives[1], *SMALL, "--steps", "4", "--tokenizer", trained / O.STAGES[0], "--optimizer", "adamw",
              "--lr-vlm", "1e-3", "--stage-lr", "1e-3", "1e-3", "1e-3", "1e-3"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "occvla.py",
-               "train", *words, "--out", tmp_path / "two", "--stage-batch", "1", "1", "1", "2",
-               *(["--fsdp"] if parallel == "fsdp" else [])]
-    done = subprocess.run([str(w) for w in command], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
+    done = commands.torchrun("occvla.py", "train", *words, "--out", tmp_path / "two", "--stage-batch", 1, 1, 1, 2,
+                             *(["--fsdp"] if parallel == "fsdp" else []))
     assert done.returncode == 0, done.stderr[-3000:]
     run("train", *words, "--out", tmp_path / "one", "--stage-batch", "2", "2", "2", "4")
     for stage in O.STAGES[1:]:
-        one, two = ([row["loss"] for row in lines_of(tmp_path / n / stage)] for n in ("one", "two"))
+        one, two = (commands.losses(tmp_path / name / stage) for name in ("one", "two"))
         assert one == pytest.approx(two, rel=2e-3), stage
 
 
@@ -791,16 +753,6 @@ def test_an_answer_outside_the_vocabulary(drives, tmp_path, capsys):
     write_json(path, content)
     line = fails(capsys, "train", *flags, "--out", tmp_path / "x", "--steps", "1", *SMALL)
     assert "'a red dragon'" in line and content["questions"][2]["sample_token"] in line and "thirty" in line
-
-
-def test_a_missing_view(drives, trained, tmp_path, capsys):
-    root, flags = copied_world(drives, tmp_path)
-    for path in (root / "samples" / "CAM_BACK").glob("*.jpg"):
-        path.unlink()
-    line = fails(capsys, "train", *flags, "--out", tmp_path / "x", "--tokenizer", trained / O.STAGES[0],
-                 "--steps", "1",
-                 *SMALL)
-    assert "CAM_BACK" in line and ("not found" in line or "no such file" in line.lower())
 
 
 @pytest.mark.parametrize("words, message", [

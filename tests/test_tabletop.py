@@ -374,6 +374,9 @@ def test_make_world_writes_resumes_and_refuses(tmp_path, capsys):
     (out / "world.json").write_text(json.dumps(json.loads(files[T.Path("world.json")]) | {"whole": False}))
     make_world(out, seed=3, **settings)
     assert written() == files                                               # same bytes
+    (out / "world.json").write_text(json.dumps(json.loads(files[T.Path("world.json")]) | {"whole": False}))
+    make_world(out, seed=3, **settings)                                     # killed before the last word
+    assert written() == files
     (out / "demos/open_drawer/0000/episode.npz").unlink()                   # a whole world that has lost one mends it
     make_world(out, seed=3, **settings)
     assert written() == files

@@ -103,15 +103,6 @@ def test_directions_in_the_picture(dx, dy, dz, side):
     assert sign * move[axis] > 5 and abs(move[axis]) > abs(move[1 - axis])
 
 
-def test_a_voxel_on_the_left_is_left_of_the_middle():
-    labels = empty()
-    labels[9:11, 17, 0:3], labels[9:11, 2, 0:3] = CAR, TREE  # y = +5.6 m car, y = -5.6 m tree
-    picture = viz.render_voxels(labels, **LOOK).astype(int)
-    blue = np.nonzero((picture[..., 2] > picture[..., 0] + 60))[1]
-    green = np.nonzero((picture[..., 1] > picture[..., 0] + 60) & (picture[..., 1] > picture[..., 2] + 60))[1]
-    assert len(blue) > 20 and len(green) > 20 and blue.max() < 120 < green.min()
-
-
 def test_free_and_ignored_voxels_are_not_drawn():
     blank = viz.render_voxels(empty(), **LOOK)
     ignored = empty()
@@ -163,13 +154,6 @@ def test_bev_is_the_palette_colour_of_the_highest_voxel():
             column = [k for k in labels[x, y] if k != FREE]
             expected = viz.PALETTE[column[-1]] if column else viz._PANEL
             assert (picture[2 * (19 - x), 2 * (19 - y)] == expected).all()
-
-
-def test_palette_is_the_standard_one():
-    assert viz.PALETTE.shape == (18, 3) and viz.PALETTE.dtype == np.uint8
-    assert len(np.unique(viz.PALETTE, axis=0)) == 18
-    assert viz.PALETTE[CAR].tolist() == [0, 150, 245] and viz.PALETTE[ROAD].tolist() == [255, 0, 255]
-    assert viz.PALETTE[7].tolist() == [255, 0, 0] and viz.PALETTE[FREE].tolist() == [255, 255, 255]
 
 
 # --- error map, sheet, overlay, curves ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.backbones import ImageEncoder, UNet3D
-from common.geometry import OCC3D, VoxelGrid, invert, project, scale_to, where_true
+from common.geometry import OCC3D, coordinates, invert, project, scale_to, where_true
 
 Bins = tuple[float, float, float]  # [m] first, last, step
 
@@ -64,14 +64,6 @@ def lift(context: Tensor, depth: Tensor, centers: Tensor, K: Tensor, T_ref_cam: 
     return volume / seen_by.clamp_min(1)
 
 
-def coordinates(centers: Tensor, grid: VoxelGrid) -> Tensor:
-    """(V, 3) [m] -> (V, 5): x, y, z in the box's [-1, 1]^3, distance in the plane, height over it. Ours."""
-    lower, upper = centers.new_tensor(grid.lower), centers.new_tensor(grid.upper)
-    unit = 2 * (centers - lower) / (upper - lower) - 1
-    far = unit[:, :2].norm(dim=-1, keepdim=True)
-    return torch.cat([unit, far, unit[:, 2:] / (far + 0.1)], -1)
-
-
 class LiftNet(nn.Module):
     """Six images -> features and depth -> voxels -> 3D U-Net. It keeps the network protocol."""
 
@@ -97,7 +89,8 @@ class LiftNet(nn.Module):
         centers = self.lifted.centers(device=K.device).view(-1, 3)
         frames = zip(features, depth, K, T, strict=True)
         volume = [lift(f, d, centers, k, t, self.bins) for f, d, k, t in frames]
-        place = coordinates(centers, self.grid).expand(len(volume), -1, -1)
+        lower, upper = centers.new_tensor(self.grid.lower), centers.new_tensor(self.grid.upper)
+        place = coordinates(2 * (centers - lower) / (upper - lower) - 1).expand(len(volume), -1, -1)
         x = torch.cat([torch.stack(volume), place], -1).unflatten(1, self.lifted.shape).movedim(-1, 1)
         return self.divide(self.spread(self.cnn(x))), depth  # x (B, C + 7, X', Y', Z')
 

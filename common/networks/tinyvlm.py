@@ -53,36 +53,14 @@ def tiny_vlm(processor: Any, sizes: Sizes = SIZES) -> nn.Module:
 
     text, w = processor.tokenizer, sizes.width
     # Gemma 2 normalises what each layer adds: from the usual 0.02 a narrow model's image tokens would drown
-    # in it
     shared = {"hidden_size": w, "initializer_range": w**-0.5}
     ids = {name: getattr(text, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": w,
-        "intermediate_size": 3 * w,
-        "num_hidden_layers": sizes.vision_layers,
-        "num_attention_heads": 4,
-        "patch_size": sizes.patch,
-        "image_size": sizes.image,
-        "vision_use_head": False,
-    }
-    language = {
-        "model_type": "gemma2",
-        "intermediate_size": 3 * w,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": w // 4,
-        "query_pre_attn_scalar": w // 4,
-        "vocab_size": len(text),
-    }
-    config = PaliGemmaConfig(
-        vision_config=vision,
-        text_config=language | shared | ids,
-        projection_dim=w,
-        vocab_size=len(text),
-        image_token_index=text.image_token_id,
-        **shared,
-        **ids,
-    )
+    vision = {"model_type": "siglip_vision_model", "hidden_size": w, "intermediate_size": 3 * w,
+              "num_hidden_layers": sizes.vision_layers, "num_attention_heads": 4, "patch_size": sizes.patch,
+              "image_size": sizes.image, "vision_use_head": False}
+    language = {"model_type": "gemma2", "intermediate_size": 3 * w, "num_hidden_layers": sizes.layers,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": w // 4,
+                "query_pre_attn_scalar": w // 4, "vocab_size": len(text)}
+    config = PaliGemmaConfig(vision_config=vision, text_config=language | shared | ids, projection_dim=w,
+                             vocab_size=len(text), image_token_index=text.image_token_id, **shared, **ids)
     return PaliGemmaForConditionalGeneration(config)

@@ -26,10 +26,10 @@ class Style(NamedTuple):
     mask: str  # what the errors are confined to
 
 
+SHEETS = 3  # PNG sheets of a run; the viewer has all keyframes
 OCC3D_STYLE = Style(OCC3D, OCC3D_CLASSES, viz.PALETTE, FREE, (0.0, 0.0, 0.0), "camera mask")
-SSC_STYLE = Style(
-    SEMANTICKITTI, SSC_CLASSES, SSC_PALETTE, 0, (0.0, 0.0, -1.73), "valid voxels"
-)  # LiDAR 1.73 m up
+LIDAR = (0.0, 0.0, -1.73)  # it is 1.73 m up
+SSC_STYLE = Style(SEMANTICKITTI, SSC_CLASSES, SSC_PALETTE, 0, LIDAR, "valid voxels")
 
 
 def chosen(n: int, count: int) -> list[int]:
@@ -39,7 +39,7 @@ def chosen(n: int, count: int) -> list[int]:
 
 def draw(predict: Callable, dataset, indices: list[int], out: Path, *, title: str,
          truth: Callable | None = None, labels: Path | None = None, against: str = "ground truth",
-         sheets: int = 3, style: Style = OCC3D_STYLE) -> list[Path]:
+         style: Style = OCC3D_STYLE) -> list[Path]:
     """Draw keyframes `indices`: PNG sheets of the first ones, one HTML viewer of all; -> their paths.
 
     truth(i) -> (ids, mask, ...); None: predictions alone. against: what the truth is called.
@@ -55,7 +55,7 @@ def draw(predict: Callable, dataset, indices: list[int], out: Path, *, title: st
             panels["label"] = read_npz(label, {"semantics": (style.grid.shape, "uint8")})["semantics"]
         panels["prediction"] = predict(frame)
         name = f"{frame.scene} {frame.token[-9:] if '/' in frame.token else frame.token[:8]}"
-        if len(paths) < sheets:
+        if len(paths) < SHEETS:
             note = f"\nerrors inside the {style.mask}" if truth else ""
             paths.append(out / "pictures" / f"{len(paths)}_{frame.scene}.png")
             viz.sheet(paths[-1], frame.images, panels, style.grid, mask=known[1],

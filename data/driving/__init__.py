@@ -3,6 +3,7 @@
     python -m data.driving --out DIR --seed 0                  # mini: its ten scenes' names, 20 keyframes each
     python -m data.driving --out DIR --seed 0 --size demo      # 45 training and 10 validation scenes of 3 keyframes
     python -m data.driving --out DIR --format semantickitti    # the same city as KITTI's car records it: other module
+    python -m data.driving --out DIR --size questions --sweeps 0   # 150 and 40 scenes of 12 keyframes, see SHOWN
 
 What is written: all thirteen v1.0 tables (the unmodified nuscenes-devkit loads them), six cameras as JPEG, LIDAR_TOP
 keyframes and sweeps, lidarseg, map masks, gts/ (Occ3D's form), questions/ (NuScenes-QA's form), and exact/: depth,
@@ -34,6 +35,15 @@ LABELS    gts: a voxel is occupied if the keyframe's world (at its LiDAR time) h
           exact/depth holds (1/256 m), or out of the grid where it holds none: the voxels on it and its end's.
           So both masks can be recomputed from the files alone. Ties on faces: common.geometry's rule (float64; a voxel
           counts if the ray spends a positive length in it; what runs within a face belongs to the voxel above).
+
+SHOWN     --size questions is made for claims about what a network reads off images. It differs from the others in what
+          decides a plan and in what is parked; the renderer, sensors and labels are the same.
+          * Ego's wanted speed is the neighbourhood's (residential 6 m/s to avenue 10.5) plus 1.5 m/s for each further
+            lane, give or take 6 %; other traffic wants 70 to 105 % of it. Elsewhere both are drawn freely.
+          * Ego's manoeuvre comes 0.8 s after the scene's begin to 0.7 s before its end, so that it falls into the 3 s
+            that are scored. At 60 % of ego's junctions with lights, the light changes during the scene.
+          * Vehicles of every class drive, or wait in their lane, about as often as they park: bays are emptier, and
+            construction vehicles, trailers and cycles are part of the traffic. Half of the people stand or sit.
 """
 
 from data.driving.world import make_world

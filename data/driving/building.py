@@ -1,17 +1,14 @@
 """A world's folder while it is being built: whose it is, and the processes that record its scenes."""
 
 import multiprocessing
-import multiprocessing.connection
-import os
 import shutil
-import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 
-from common.files import InputError, read_json, write_json
+from common.files import InputError, end_with_parent, is_empty, read_json, write_json
 
 
 def describe_world(settings: NamedTuple) -> dict:
@@ -33,7 +30,7 @@ def claim_folder(out: Path, settings: NamedTuple) -> bool:
             if path == finished:
                 shutil.rmtree(out / "exact" / "building", ignore_errors=True)
             return path == plan
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or not is_empty(out)):
         raise InputError(f"{out}: not empty and not a world of data.driving: choose another --out")
     try:
         write_json(plan, wanted)
@@ -73,13 +70,7 @@ def _start_worker(counter) -> None:
     global _COUNTER
     _COUNTER = counter
     _one_thread()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, however it went."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    end_with_parent()
 
 
 def _one_thread() -> None:

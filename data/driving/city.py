@@ -14,16 +14,17 @@ from data.render import ELLIPSOID, PrimitiveList, Primitives, Scene, corners
 from data.driving.streets import (EGO_CENTER, EGO_SIZE, ID, SHADE_CELL, TICK, WARM_UP, Builder, CityGround, Junction,
                           add_backdrop, add_crossing_structure, add_frontage, add_furniture, add_traffic_light, linear,
                           make_style, make_weather, rectangle, rot_y, rot_z)
-from data.driving.traffic import Actor, Path, clashes, make_network, make_path, plan_ego, red, simulate
+from data.driving.traffic import Actor, Path, clashes, make_network, make_path, plan_ego, red, simulate, wanted_speed
 
 
 class City:
     """One scene. `actors[0]` is ego (no primitives); all others are annotated objects with instance = their index."""
 
-    def __init__(self, seed_words: list[int], duration: float, singapore: bool, turn: int = 0):
-        """duration [s]; turn 0..6: whose turn it is to have certain rare classes for sure (`_rare_things`)."""
+    def __init__(self, seed_words: list[int], duration: float, singapore: bool, turn: int = 0, shown: bool = False):
+        """duration [s]; turn 0..6: whose turn it is to have certain rare classes for sure (`_rare_things`). shown: the
+        street shows how fast to drive, and no class is mostly parked (data/driving/__init__.py)."""
         r = np.random.default_rng(seed_words)
-        self.turn = turn
+        self.turn, self.shown = turn, shown
         self.rng, self.duration = r, duration
         self.size = 300.0 + 12 * max(duration - 2, 0)
         self.style = make_style(r, singapore)
@@ -34,7 +35,8 @@ class City:
         self.ticks = int((WARM_UP + duration + 1.0) / TICK) + 2
         self.lamps: list = []
         self.signals: list = []
-        self.plan, ego_path, ego_start, blocker = plan_ego(r, self.net, self.middle, duration)
+        self.plan, ego_path, ego_start, blocker = plan_ego(
+            r, self.net, self.middle, duration, self.style.name if shown else "")
         self.actors = [Actor(Model(ID["vehicle.ego"], EGO_SIZE, PrimitiveList().build(), np.zeros(0), np.zeros(0),
                                    np.zeros(0, bool)),
                              path=ego_path, start=ego_start)]
@@ -156,7 +158,8 @@ class City:
         for make, share, turns in ((construction, 0.4, (0, 2, 4, 6)), (trailer, 0.35, (1, 3, 5)),
                                    (bus, 0.25, (0, 2, 4, 6)), (truck, 0.5, (1, 3, 5))):
             if has(share, *turns):
-                park_big(bus(r, BENDY) if make is bus and r.random() < 0.15 else make(r))
+                if not self.shown or r.random() < 0.5:            # else it may drive (`_moving_vehicles`)
+                    park_big(bus(r, BENDY) if make is bus and r.random() < 0.15 else make(r))
         if has(0.15, 2, 5):
             on_pavement(bicycle(r, False), "cycle.without_rider")
         if has(0.2, 3, 6):
@@ -219,7 +222,8 @@ class City:
             mid = self._middle_of(i)
             for side, bay in ((1, road.parking[0]), (-1, road.parking[1])):
                 for s in np.arange(mid - reach, mid + reach, 6.2):
-                    if bay == 0 or (s < 4 and not road.start_open) or r.random() > self.style.parking:
+                    taken = self.style.parking * (0.4 if self.shown else 1.0)
+                    if bay == 0 or (s < 4 and not road.start_open) or r.random() > taken:
                         continue
                     kind = r.choice(["car", "truck", "motorcycle", "police"], p=[0.93, 0.05, 0.01, 0.01])
                     model = truck(r) if kind == "truck" else motorcycle(r, False) if kind == "motorcycle" else \
@@ -246,9 +250,12 @@ class City:
             road, s = net.roads[i], self._middle_of(i) - 100 + r.uniform(0, 30)
             while s < self._middle_of(i) + 110:
                 s += r.exponential(26) / dense + 10
-                kind = r.choice(["car", "truck", "bus", "motorcycle", "ambulance"], p=[0.83, 0.1, 0.04, 0.02, 0.01])
-                model = {"car": car, "truck": truck, "bus": bus}[kind](r) if kind in ("car", "truck", "bus") else \
-                    motorcycle(r, True) if kind == "motorcycle" else car(r, ID["vehicle.emergency.ambulance"])
+                makers = {"car": car, "truck": truck, "bus": bus, "construction": construction, "trailer": trailer,
+                          "motorcycle": lambda r: motorcycle(r, True), "bicycle": lambda r: bicycle(r, True),
+                          "ambulance": lambda r: car(r, ID["vehicle.emergency.ambulance"])}
+                kind = str(r.choice(list(makers), p=[0.52, 0.12, 0.08, 0.08, 0.06, 0.07, 0.06, 0.01])) if self.shown \
+                    else r.choice(["car", "truck", "bus", "motorcycle", "ambulance"], p=[0.83, 0.1, 0.04, 0.02, 0.01])
+                model = makers[kind](r)
                 here = np.array(road.at(s, road.lane(net.side, direction, lane))[:2])
                 apart = min(np.linalg.norm(here - other) for other in taken) > 8 + model.size[0] / 2
                 if not apart or (s < 15 and not road.start_open) or self._near_junction(*here, 1):
@@ -256,6 +263,14 @@ class City:
                 taken.append(here)
                 points, stops = net.lane_points(i, direction, lane, s, length, choose)
                 speed, phase = r.uniform(6, 12.5), r.uniform(0, 6)
+                if self.shown:
+                    speed = wanted_speed(self.style.name, net.roads[0].lanes) * r.uniform(0.7, 1.05)
+                    speed *= 0.6 if kind == "bicycle" else 1.0
+                    if r.random() < 0.25 and np.linalg.norm(ego_path.xy - here, axis=1).min() > 3:
+                        x, y, yaw = road.at(s, road.lane(net.side, direction, lane))       # it waits in its lane
+                        self._park(model, x, y, yaw + (np.pi if direction < 0 else 0), "cycle.with_rider" if kind in
+                                   ("motorcycle", "bicycle") else "vehicle.stopped")
+                        continue
                 drift = r.normal(0, 0.6 if kind == "motorcycle" else 0.2)
                 path = make_path(points, stops, speed, lambda q, a=drift, b=phase: a + 0.12 * np.sin(q / 17 + b))
                 self.actors.append(Actor(model, path=path, speed=speed))
@@ -290,14 +305,14 @@ class City:
                 model = pedestrian(r, semantic)
                 walk = r.random()
                 half = float(road.half_width(np.array([side]), np.array([s]))[0])
-                if walk < 0.62:
+                if walk < (0.4 if self.shown else 0.62):
                     direction, speed = int(r.choice([-1, 1])), float(r.uniform(0.8, 1.7))
                     speed *= 2.5 if semantic == SCOOTER else 1
                     d = side * (half + outer + 0.7 * g)
                     span = np.arange(-8, speed * (self.duration + WARM_UP + 2) + 8, 0.7)
                     edges = side * (road.half_width(np.full(len(span), side), s + direction * span) + outer + 0.7 * g)
                     points = np.array([road.at(s + direction * u, e)[:2] for u, e in zip(span, edges)])
-                elif walk < 0.74 and self.style.crossings and net.junctions:     # at a crossing
+                elif walk < (0.5 if self.shown else 0.74) and self.style.crossings and net.junctions:     # at a crossing
                     junction = net.junctions[int(r.integers(len(net.junctions)))]
                     main = net.roads[junction.road]
                     cross = net.roads[junction.other]

@@ -369,11 +369,17 @@ def _through(point, heading, arcs, s, lanes, width, median, parking) -> Road:
     return Road(float(start[0]), float(start[1]), turn, arcs, lanes, width, median, parking)
 
 
-def plan_ego(r: np.random.Generator, net: Net, middle: float, duration: float):
+def wanted_speed(style: str, lanes: int) -> float:
+    """The speed [m/s] that a street shows to be wanted: its neighbourhood, and its lanes for each direction."""
+    return {"residential": 6.0, "park": 7.5, "downtown": 8.0, "industry": 9.0, "avenue": 10.5}[style] + 1.5 * (lanes - 1)
+
+
+def plan_ego(r: np.random.Generator, net: Net, middle: float, duration: float, style: str = ""):
     """What ego does -> name, path, start on it [m], pose of a vehicle to overtake or None.
 
     On an open road ego would be at the manoeuvre (the bend, the lane change, the vehicle to overtake) at a random time
-    of the scene; traffic and lights may hold it up.
+    of the scene; traffic and lights may hold it up. style: of a world whose plans can be read off its images
+    (data/driving/__init__.py): there the time lies inside the scene and a light may turn as ego comes.
     """
     plan = str(r.choice(["straight", "left", "right", "lane change", "overtake"], p=[0.18, 0.25, 0.25, 0.16, 0.16]))
     if not net.junctions and plan in ("left", "right"):
@@ -381,12 +387,15 @@ def plan_ego(r: np.random.Generator, net: Net, middle: float, duration: float):
     when = WARM_UP + float(r.uniform(-0.5, duration + 0.8))       # [s] from the start of the simulation
     direction, speed = int(r.choice([-1, 1])), float(r.uniform(6.0, 11.5))
     number, road, at = None, 0, middle + r.uniform(-25, 25)
+    if style:
+        when = WARM_UP + float(r.uniform(0.8, max(0.9, duration - 0.7)))
+        speed = wanted_speed(style, net.roads[0].lanes) * float(r.uniform(0.94, 1.06))
     if plan in ("lane change", "overtake"):
         for _ in range(20):                                       # well away from junctions
             at = middle + r.uniform(-55, 55)
             if all(abs(j.s - at) > 30 for j in net.junctions):
                 break
-    elif plan in ("left", "right") or (net.junctions and r.random() < 0.35):
+    elif plan in ("left", "right") or (net.junctions and r.random() < (0.8 if style else 0.35)):
         number = int(np.argmin([abs(j.s - middle) for j in net.junctions]))
         junction = net.junctions[number]
         road, at = (junction.road, junction.s) if r.random() < 0.65 else (junction.other, junction.s_other)
@@ -395,6 +404,10 @@ def plan_ego(r: np.random.Generator, net: Net, middle: float, duration: float):
         if junction.signals and r.random() < 0.7:                 # mostly green when ego comes
             middle_of_green = 3.25 if road == junction.road else 10.75
             net.junctions[number] = junction._replace(green=when - WARM_UP - middle_of_green + float(r.uniform(-2, 2)))
+        if junction.signals and style and r.random() < 0.6:       # it turns red before ego, or lets it start
+            end, begin = (6.5, 15.0) if road == junction.road else (14.0, 7.5)
+            turns = float(r.uniform(-1, duration - 1))
+            net.junctions[number] = junction._replace(green=turns - (end if r.random() < 0.5 else begin))
     here = net.roads[road]
     outer = (plan == "right") == (net.side > 0)
     lane = int(r.integers(here.lanes)) if plan not in ("left", "right") else (here.lanes - 1 if outer else 0)

@@ -55,7 +55,8 @@ class Recorder:
         place = (0, 0, 1, 0, 2, 0, 3)[self.number % 7]                  # half of nuScenes is from Boston
         self.location = LOCATIONS[MINI_LOCATIONS.get(self.name, place)]
         duration = 0.5 * (settings.keyframes - 1)
-        self.city = City([seed, self.number], duration, not self.location.startswith("boston"), self.number % 7)
+        self.city = City([seed, self.number], duration, not self.location.startswith("boston"), self.number % 7,
+                         settings.size == "questions")
         self.rng = np.random.default_rng([seed, self.number, 1])
         self.id = lambda *words: token(seed, self.name, *words)    # noqa: E731
         hour = {"night": 20, "dusk": 18}.get(self.city.weather, int(self.rng.integers(9, 17)))
@@ -319,8 +320,9 @@ def record_scene(root: Path, settings: Settings, index: int, tick=tick_keyframe)
 # --- the world --------------------------------------------------------------------------------------------------------
 
 # version, keyframes a scene, camera sweeps a keyframe
-SIZES = {"mini": ("v1.0-mini", 20, 0), "demo": ("v1.0-trainval", 2, 0), "claims": ("v1.0-trainval", 30, 2)}
-SCENES = {"demo": (61, 13), "claims": (24, 10)}                        # training and validation scenes
+SIZES = {"mini": ("v1.0-mini", 20, 0), "demo": ("v1.0-trainval", 2, 0), "claims": ("v1.0-trainval", 30, 2),
+         "questions": ("v1.0-trainval", 12, 0)}
+SCENES = {"demo": (61, 13), "claims": (24, 10), "questions": (150, 40)}    # training and validation scenes
 
 
 def scene_names(size: str, scenes: int | None) -> list[str]:
@@ -386,7 +388,7 @@ def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int |
     results = [read_json(building / name / "rows.json") for name in settings.scenes]
     _write_instances(out, settings, results)
     write_tables(out / version, seed, [r["rows"] for r in results])
-    make_questions(out, version, seed)
+    make_questions(out, version, seed, balanced=size == "questions")
     write_json(out / "exact" / "world.json", describe_world(settings))
     shutil.rmtree(building, ignore_errors=True)                        # another run may clean up too
     if made:
