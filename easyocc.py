@@ -76,8 +76,9 @@ from common.geometry import (OCC3D, VoxelGrid, between_rows, coarsen, coordinate
                              traversed, unproject, where_true)
 from common.kernels.voxel_vote import voxel_vote
 from common.labels import IGNORE, LabelMaker, class_weights, read_label
-from common.losses import cross_entropy, geo_scal, lovasz_softmax, sem_scal
+from common.losses import geo_scal, lovasz_softmax, occupancy_cross_entropy, occupied_or_free, sem_scal
 from common.networks.occnerf import StackedHourglass, colour_jitter
+from common.networks.street import Evidence, lift_at_depth
 from common.nuscenes import FREE, Frame, NuScenesOccupancy
 from common.train import make_optimizer, schedule, set_lr
 
@@ -90,7 +91,7 @@ class Config:
     past_frames: int = 13  # Sec. 2.1: past keyframes, 6.5 s
     dynamic_ids: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 9, 10)  # assumption: classes dropped from past frames
     clamp_oob: bool = True  # assumption from the paper's figure: points beyond the grid land in its border
-    free_mode: Literal["unhit", "carved"] = "unhit"  # assumption; carved: ignore what no ray crossed
+    free_unseen: float = 1.0  # assumption: share of the cells no ray crossed that count as free; 0: carved ones
     outlier_nb: int = 20  # assumption: neighbours in Open3D's statistical filter; 0: no filter
     map_stride: tuple[int, int] = (1, 1)  # every n-th row and column is back-projected; tiny: CPU
     map_fill: float = 0.0  # [m] ours: points between the far-apart rows of small maps; 0: none
@@ -109,6 +110,7 @@ class Config:
     l_ce: float = 1.0  # (9), assumption
     l_lov: float = 1.0  # (9), assumption
     l_scal: float = 0.0  # (8) has 1, assumption
+    l_free: float = 1.0  # ours: weight of free against occupied; tiny: rays are thinned, what they met is not
     # optimisation
     batch: int = 1  # keyframes per process; OccNeRF's code (8 GPUs)
     epochs: int = 12  # OccNeRF's code
@@ -125,11 +127,11 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        outlier_nb=8, map_stride=(2, 4), map_fill=0.4, image_size=(112, 200),
+        clamp_oob=False, free_unseen=0.05, outlier_nb=0, map_stride=(1, 4), map_fill=0.4, image_size=(112, 200),
         backbone="street-depth+frozen", channels=32, cnn3d="unet", cnn_channels=(24, 48, 96), gates=True,
         grid_stride=(2, 2, 1), lift_stride=(2, 2, 2), logit_norm=False, norm="group", steps=450,
         optimizer="muon", lr=1e-2, weight_decay=0.6, schedule="cosine", warmup=20, grad_clip=5.0, jitter=1.0,
-        amp="off"),
+        amp="off", l_free=2.0),
     "base": Config(image_size=(256, 704), batch=2, grid_stride=(2, 2, 1), lift_stride=(1, 1, 2)),  # 24 GB GPU
     "paper": Config(),
 }
@@ -178,8 +180,8 @@ def keyframe_cloud(dataset: NuScenesOccupancy, i: int, maps, cfg: Config) -> tup
         depth, semantic = torch.as_tensor(maps.depth), torch.as_tensor(maps.semantic)
         K = scale_to(K, dataset.image_size, depth.shape[-2:])
         cloud = backproject(depth, semantic, K, T_ego_cam, cfg.map_stride, cfg.outlier_nb, cfg.map_fill)
-        short = math.hypot(*OCC3D.voxel_size)  # the voxel of a pixel without a class is not free
-        origin, end = image_rays(depth, K, T_ego_cam, 2 * max(cfg.map_stride), semantic != FREE, short)
+        stride, short = max(2, *cfg.map_stride), math.hypot(*OCC3D.voxel_size)  # a pixel without a class: not free
+        origin, end = image_rays(depth, K, T_ego_cam, stride, semantic != FREE, short)
     return Cloud(transform(T_global_ego, cloud.points), cloud.label), traversed(origin, end, OCC3D)
 
 
@@ -264,14 +266,17 @@ class OccupancyNet(nn.Module):
         self.register_buffer("centers", centers, persistent=False)  # (V, 3) [m]
         norm2d = "group" if cfg.backbone == "conv" else "instance"
         self.encoder = ImageEncoder(cfg.backbone, cfg.channels, norm2d, pretrained)
-        first = range_gates(centers, cfg.channels) if cfg.gates else torch.ones(len(centers), cfg.channels)
+        self.bins, C = self.encoder.bins, cfg.channels  # depth that the encoder knows: ours, tiny
+        first = range_gates(centers, C) if cfg.gates and not self.bins else torch.ones(len(centers), C)
         self.position = nn.Parameter(first)  # (V, C)
         self.register_buffer("place", coordinates(unit) if cfg.gates else unit[:, :0], persistent=False)
         cnn3d = StackedHourglass if cfg.cnn3d == "hourglass" else UNet3D
-        self.cnn = cnn3d(cfg.channels + self.place.shape[1], cfg.cnn_channels, cfg.norm)
+        more = C + 2 if self.bins else 0  # the features that stop in the cell, two channels of depth
+        self.cnn = cnn3d(C + self.place.shape[1] + more, cfg.cnn_channels, cfg.norm)
         cells_in = math.prod(self.split)  # predicted cells in a lifted one
-        self.channels = (C := cfg.cnn_channels[0]) // (2 if cells_in > 1 else 1)
-        self.spread = nn.Conv3d(C, self.channels * cells_in, 1) if cells_in > 1 else nn.Identity()
+        self.channels = 32 if self.bins else cfg.cnn_channels[0] // (2 if cells_in > 1 else 1)
+        self.spread = nn.Conv3d(cfg.cnn_channels[0], self.channels * cells_in, 1) if cells_in > 1 or self.bins else nn.Identity()
+        self.evidence = Evidence(self.grid, self.channels) if self.bins else None
         self.classify = nn.Conv3d(self.channels, classes, 1)
         self.logit_norm = norm_layer(cfg.norm, classes, 3) if cfg.logit_norm else nn.Identity()
 
@@ -284,15 +289,18 @@ class OccupancyNet(nn.Module):
     def voxels(self, batch: dict) -> Tensor:
         """images (B, N, 3, H, W), K (B, N, 3, 3), T_ego_cam (B, N, 4, 4) -> features (B, C, X, Y, Z)."""
         images, K, T = batch["images"], batch["K"], batch["T_ego_cam"]
-        features = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # (B, N, C, h, w)
+        C, known = self.position.shape[1], [18, self.bins] if self.bins else []
+        features, *known = self.encoder(images, self.bins > 0).split([C, *known], 2)  # (B, N, C, h, w)
         K = scale_to(K, images.shape[-2:], features.shape[-2:])
         volume = [lift(f, self.centers, k, t) for f, k, t in zip(features, K, T, strict=True)]
         volume = torch.stack(volume) * self.position  # (B, V, C)
-        volume = torch.cat([volume, self.place.expand(len(volume), -1, -1)], -1)
+        more = [lift_at_depth(features, known[1], self.centers, K, T)] if known else []
+        volume = torch.cat([volume, self.place.expand(len(volume), -1, -1), *more], -1)
         x = self.spread(self.cnn(volume.unflatten(1, self.cells).movedim(-1, 1)))  # (B, C s^3, X', Y', Z')
         x = x.unflatten(1, (*self.split, -1))  # (B, sx, sy, sz, C, X', Y', Z')
         x = x.permute(0, 4, 5, 1, 6, 2, 7, 3)  # (B, C, X', sx, Y', sy, Z', sz)
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (B, C, X, Y, Z)
+        x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (B, C, X, Y, Z)
+        return self.evidence(x, *known, K, T) if known else x
 
     def head(self, features: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> logits (B, 18, X, Y, Z); channel 17 = free."""
@@ -314,7 +322,7 @@ def pseudo_loss(logits: Tensor, batch: dict, class_weight: Tensor, cfg: Config) 
     logits (B, 18, X, Y, Z); batch["target"] (B, X, Y, Z), 255 ignored; class_weight (18,) -> weighted terms.
     """
     target = batch["target"]
-    terms = {"ce": cfg.l_ce * cross_entropy(logits, target, class_weight, IGNORE),
+    terms = {"ce": cfg.l_ce * occupancy_cross_entropy(logits, target, class_weight, FREE, cfg.l_free, IGNORE),
              "lov": cfg.l_lov * lovasz_softmax(logits, target, ignore=IGNORE, per_sample=True)}
     if cfg.l_scal:
         semantic = sem_scal(logits, target, per_sample=True)
@@ -331,12 +339,14 @@ class Keyframes:
     def __init__(self, dataset: NuScenesOccupancy, labels: Path, cfg: Config):
         self.dataset, self.labels, self.cfg, self.views = dataset, labels, cfg, None  # views: cached features
 
-    def target(self, i: int) -> Tensor:
-        """The label of keyframe i on the network's cells, uint8, 255 ignored."""
+    def target(self, i: int, rng: np.random.Generator | None = None) -> Tensor:
+        """The label of keyframe i on the network's cells, uint8, 255 ignored. rng: draws the unseen free ones."""
         target, seen = (torch.from_numpy(a) for a in read_label(self.labels, self.dataset, i, "mask_camera"))
-        if self.cfg.free_mode == "carved":
-            target = target.masked_fill((target == FREE) & (seen == 0), IGNORE)
-        return coarsen(target, self.cfg.grid_stride, FREE)
+        if self.cfg.free_unseen == 1:
+            return coarsen(target, self.cfg.grid_stride, FREE)
+        cells = coarsen(target.masked_fill((target == FREE) & (seen == 0), IGNORE), self.cfg.grid_stride, FREE)
+        counted = torch.from_numpy((rng or np.random.default_rng(i)).random(cells.shape)) < self.cfg.free_unseen
+        return torch.where((cells == IGNORE) & counted, FREE, cells).to(torch.uint8)
 
     def class_weight(self) -> Tensor:
         """(18,): how much the loss counts a class, by its share of the labels."""
@@ -346,7 +356,7 @@ class Keyframes:
         item = self.views(i) if self.views else verbs.inputs(self.dataset[i])
         if not self.views and rng.random() < self.cfg.jitter:
             item["images"] = colour_jitter(item["images"], rng)
-        return item | {"target": self.target(i)}
+        return item | {"target": self.target(i, rng)}
 
 
 # --- 5  Train -----------------------------------------------------------------------------------------------
@@ -358,7 +368,7 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, network=O
 
     network, items, loss: an experiment's own, such as a rendering host whose terms join (9): (5).
     """
-    source = verbs.source(dataset, labels, "none" if cfg.free_mode == "unhit" else "seen by label's rays")
+    source = verbs.source(dataset, labels, "none" if cfg.free_unseen == 1 else "seen by label's rays")
     run = Session(args, cfg, args.out, samples=len(dataset), batch=cfg.batch, steps=cfg.steps,
                   epochs=cfg.epochs, source=source, amp=cfg.amp)
     if run.finished:
@@ -389,7 +399,9 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, network=O
 def predict(net: OccupancyNet, frame: Frame) -> np.ndarray:
     """One keyframe -> ids on the Occ3D grid (200, 200, 16) uint8: each voxel takes its cell's best class."""
     logits = net(stack([verbs.inputs(frame)], net.position.device))  # (1, 18, X, Y, Z)
-    return refine(logits[0].argmax(0).to(torch.uint8), OCC3D.shape).cpu().numpy()
+    taken = occupied_or_free(logits, FREE)[0].argmax(0) == 0  # its classes together outweigh free
+    ids = torch.where(taken, logits[0, :FREE].argmax(0), FREE).to(torch.uint8)
+    return refine(ids, OCC3D.shape).cpu().numpy()
 
 
 def main() -> None:

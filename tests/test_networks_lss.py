@@ -1,6 +1,7 @@
 """LOC's host network: lifting by a depth distribution, by hand; the network protocol."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from common.geometry import invert, project
 from common.networks import lss
 
 SMALL = lss.Sizes(8, (1.0, 45.0, 1.0), (8, 16), (4, 4, 2), (2, 2, 2), "group")
+SHARE = partial(lss.share_of, bins=(0.0, 20.0, 1.0))
 
 
 def looking_ahead() -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,7 +25,7 @@ def test_lifting_with_an_even_depth_is_the_mean_of_what_cameras_show():
     K, T = looking_ahead()
     context, depth = torch.rand(1, 3, 60, 100), torch.zeros(1, 20, 60, 100)
     centers = torch.tensor([[8.0, 1.0, 0.3], [12.0, -2.0, -0.5], [-5.0, 0, 0]])
-    volume = lss.lift(context, depth, centers, K[None], T[None], (0.0, 20.0, 1.0))
+    volume = lss.lift(context, lss.depth_curves(depth.softmax(1)), centers, K[None], T[None], SHARE)
     uv, _ = project(centers, K, invert(T))
     at = (2 * uv / torch.tensor([100.0, 60.0]) - 1)[None, None]
     want = F.grid_sample(context, at, align_corners=False)[0, :, 0].t()
@@ -37,7 +39,8 @@ def test_lifting_with_a_sharp_depth_keeps_the_voxel_at_that_depth():
     depth = torch.full((1, 20, 60, 100), -30.0)
     depth[:, 8] = 0.0  # a surface between 8 and 9 m
     centers = torch.tensor([[4.5, 0, 0], [8.5, 0, 0], [14.5, 0, 0]])
-    volume = lss.lift(torch.ones(1, 1, 60, 100), depth, centers, K[None], T[None], (0.0, 20.0, 1.0))
+    curves = lss.depth_curves(depth.softmax(1))
+    volume = lss.lift(torch.ones(1, 1, 60, 100), curves, centers, K[None], T[None], SHARE)
     assert torch.allclose(volume[:, 0], torch.tensor([0.0, 1.0, 0.0]), atol=1e-4)
     assert torch.allclose(volume[:, 2], torch.tensor([0.0, 0.5, 1.0]), atol=1e-4)  # free, hidden
 
