@@ -1,6 +1,6 @@
 # minocc: every recipe is the real command; run it yourself to change a flag.
 .DEFAULT_GOAL := help
-.PHONY: foundation help setup setup-libero libero demo test test-gpu world smoke bench fuzz faults table
+.PHONY: foundation help setup setup-libero libero demo occvla test test-gpu world smoke bench fuzz faults table
 
 # An active virtual environment (or PYTHON=...) is used as it is; otherwise .venv is made from requirements.lock.
 ifdef VIRTUAL_ENV
@@ -41,6 +41,10 @@ libero: $(READY) .venv-libero/.installed  ## one LIBERO episode of a briefly tra
 demo: $(READY)  ## write a synthetic world, train and evaluate EasyOcc on it, draw pictures (minutes, two CPU cores)
 	$(PYTHON) easyocc.py train --preset tiny --out runs/demo
 	$(PYTHON) easyocc.py eval --ckpt runs/demo
+
+occvla: $(READY)  ## OccVLA on the world whose plans and answers can be read off its images; prints the gates (hours)
+	$(PYTHON) occvla.py train --preset tiny --world-size questions --out runs/occvla
+	$(PYTHON) occvla.py eval --ckpt runs/occvla --eval-frames 120
 
 test: $(READY)  ## the whole test suite on a CPU, in two processes
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile

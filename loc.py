@@ -26,7 +26,7 @@ GLOSSARY
     o_i     scores    (B, K+1, X, Y, Z)   logits of the K known classes and of free                    (2)
     f_i     f         (B, S, D)           unit vector of voxel i in CLIP's space                       (3)
     t_c     text      (K, D)              unit vector of class c's prompts                             2.4
-    g_i     image     (B, S, D)           CLIP's patch feature where voxel i's LiDAR point projects    (6)
+    g_i     image     (B, S, D)           CLIP's patch feature where voxel i projects                 (6), (7)
 
 EQUATION MAP   Numbers are this repository's reconstruction; 2.2 and 2.4 have none.
     2.2  fuse sweeps, fill voids, name voxels  -> dense_labels, densify, name_voxels
@@ -34,22 +34,25 @@ EQUATION MAP   Numbers are this repository's reconstruction; 2.2 and 2.4 have no
     (1)  V = Lift(E_img(I))                    -> wrapped_network (LOcc's: common/networks/lss.py)
     (2)  occupancy head                        -> OccupancyHead
     (3)  language head                         -> LanguageHead
-    2.4  prompts                               -> prompt_table
+    2.4  prompts; image features in voxels     -> prompt_table, lift
     (4)  voxel-to-text contrast                -> voxel_to_text
-    (5)  voxel-to-voxel contrast               -> voxel_to_voxel
+    (5)  voxel-to-voxel contrast, off          -> train (experiments/loc.py: voxel_to_voxel)
     (6)  image term                            -> image_term
     (7)  inference, unknown score              -> decide, unknown_score
     (8)  total loss                            -> occupancy_loss, dense_contrast, train
 
 ASSUMPTIONS    All unpublished; the flag or the line that changes it stands beside.
-    * contrast: (4) on class-balanced voxels, tau .07; (6) on and sparse; (5) off    --lambda-dcl -img -v2v
+    * contrast: (4) on class-balanced voxels, tau .07; (6) on and sparse; (5) off    --lambda-dcl -img
     * k = 5, majority, ties to the nearest point; all sweeps are fused               --knn-k --n-sweeps
     * self-supervised labels read no box and no lidarseg: rays decide what moves     lidar.py: suspects
-    * a held-out object takes the teacher's nearest known label in training (honest), or is ignored
-      (an oracle's mask); the held-out list is arbitrary                             --holdout-mode --holdout
+    * a held-out object takes the known label that the teacher is sure of, once a scene, else it is ignored
+      (honest); or always (an oracle's mask); the held-out list is arbitrary         --holdout-mode --holdout
+    * voxels are named by norm(f + a g), text and image pixels; a by known naming in training, g frozen;
+      f, g and both are scored apart                                                 --image-weight
+    * the language head's gradient does not enter the trunk                          --lang-grad
     * t_c is the mean over LOcc's query words in ViLD's 14 templates                 --vocabulary
     * unknown score: mean of both heads' 1 - max known probability                   unknown_score
-    * with novel prompts a voxel is novel if its best prompt is                      --delta
+    * a voxel is novel if its best prompt is, else the occupancy head names it       --known-by
     * voxels that no ray met are not supervised, nor a column's lowest free one      surely_free
     * optimiser and schedule are LOcc's                                              --lr --steps
 DEVIATIONS
@@ -60,7 +63,7 @@ DEVIATIONS
 
 CLAIMS         the paper's, without public numbers: experiments/loc.py; ours are in RESULTS.md
     a contrast > distillation (unknown mIoU, diversity)   b labels + ground truth > labels   c dense > sparse
-    d wrapping keeps known classes, adds open set   e two heads > each alone   f image term on > off
+    d wrapping keeps known classes, adds open set  e two heads > each   f image term on > off   g f + g > f, g
 """
 
 from __future__ import annotations
@@ -70,6 +73,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -85,11 +89,11 @@ from common.backbones import conv_norm_relu, encoder_rate
 from common.engine import Session
 from common.files import InputError, read_json, read_npz, short_hash, write_npz
 from common.frozen import frozen_views
-from common.geometry import OCC3D, coarsen, invert, project
+from common.geometry import OCC3D, coarsen
 from common.labelers import rasterize
-from common.labels import IGNORE, LabelMaker, class_weights, read_label
+from common.labels import IGNORE, LabelMaker, each, read_label, weights_of
 from common.lidar import (Now, Scene, at_keyframe, best_pixels, check_supervision, fill_voids, fuse, majority,
-                          nearest_points, occupy, open_scans, read_sweeps, seen_space)
+                          move, nearest_points, occupy, open_scans, read_sweeps, seen_space)
 from common.losses import cross_entropy, lovasz_softmax
 from common.networks import lss, tinyclip
 from common.nuscenes import FREE, OCC3D_CLASSES, Frame, NuScenesOccupancy
@@ -99,6 +103,8 @@ from common.train import Run, barrier, make_optimizer, schedule, set_lr, setup
 from common.worlds import is_world, make
 
 TAU = 0.07  # temperature of the contrasts and of the language head's probabilities; assumption
+SURE = 0.5  # the teacher's least probability of a held-out object's known label; assumption
+IMAGE_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # a of (7), from which training chooses; ours
 
 # --- 1  Configuration ---------------------------------------------------------------------------------------
 
@@ -116,12 +122,12 @@ class Config:
     # language and open set
     clip: str | None = "openai/clip-vit-base-patch16"  # hub id or folder; none: the tiny CLIP, made if needed
     clip_dim: int = 512  # D; ViT-B/16
-    clip_image: tuple[int, int] = (448, 896)  # [px] at which CLIP reads the images for (6); assumption
+    clip_image: tuple[int, int] = (448, 896)  # [px] at which CLIP reads the images; assumption
+    lang_grad: bool = False  # whether the language head's gradient enters the trunk; ours
     language: Literal["3d-unseen", "name-unseen"] = "3d-unseen"  # whether captions name the held-out classes
     vocabulary: str = "data/openset/vocabulary.txt"  # class: query words; LOcc's table
     holdout: str = "data/openset/rare.txt"  # held-out classes, a file; assumption
     holdout_mode: Literal["nearest", "ignore"] = "nearest"  # a held-out object in training; assumption
-    delta: float = 0.0  # (7): novel only where the unknown score reaches it; 0: prompts decide; assumption
     # labels
     fuse: bool = True  # Sec. 2.2; off: each keyframe's own sweep alone
     n_sweeps: int = 0  # sweeps of a scene that are fused, keyframes first; 0: all, SurroundOcc's code
@@ -129,11 +135,10 @@ class Config:
     knn_k: int = 5  # Sec. 2.2, the number is an assumption; 1: SurroundOcc's code
     gt: bool = False  # Sec. 1: ground truth where a sensor saw it, labels elsewhere
     # losses
-    dcl_samples: int = 128  # voxels per class and keyframe in (4), (5); assumption
+    dcl_samples: int = 128  # voxels per class and keyframe in (4); assumption
     image_samples: int = 2048  # voxels with a projected LiDAR point per keyframe in (6); assumption
     lambda_dcl: float = 1.0  # (8), assumption
     lambda_img: float = 1.0  # (6), assumption
-    lambda_v2v: float = 0.0  # (5), assumption: off
     lambda_depth: float = 0.05  # of the lss network's LiDAR depth; LOcc-BEVDet
     # optimisation
     batch: int = 1  # keyframes per process; assumption
@@ -257,6 +262,8 @@ class Loc(nn.Module):
         self.stride = tuple(n // m for n, m in zip(OCC3D.shape, self.grid.shape, strict=True))
         self.occupancy = OccupancyHead(self.net.channels, cfg.occ_hidden, self.known)
         self.language = LanguageHead(self.net.channels, cfg.clip_dim, cfg.lang_kernel)
+        self.lang_grad = cfg.lang_grad
+        self.register_buffer("known_naming", torch.zeros(len(IMAGE_WEIGHTS)))
 
     def voxels(self, batch: dict) -> tuple[Tensor, Tensor | None]:
         """-> V (B, C, X, Y, Z), and the lss network's depth logits."""
@@ -266,8 +273,24 @@ class Loc(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """-> scores (B, K + 1, X, Y, Z), f (B, S, D) at batch["cells"] (B, S), the lss network's depth."""
         features, depth = self.voxels(batch)
-        out = {"scores": self.occupancy(features), "f": self.language(features, batch["cells"])}
+        read = features if self.lang_grad else features.detach()
+        out = {"scores": self.occupancy(features), "f": self.language(read, batch["cells"])}
         return out if depth is None else out | {"depth": depth}
+
+    @torch.no_grad()
+    def weigh_image(self, f: Tensor, batch: dict, text: Tensor, keep: float = 0.98) -> None:
+        """Average over steps how often norm(f + a g) names a training cell of a known class, for each a."""
+        label, weight = batch["cell_class"], batch["cell_weight"]
+        f = F.normalize(f[:, : label.shape[1]], dim=-1)
+        g, text = batch["cell_image"].to(f.dtype), text.to(f.dtype)
+        right = [weighted_mean(((f + a * g) @ text.t()).argmax(-1) == label, weight)
+                 for a in IMAGE_WEIGHTS]
+        self.known_naming.lerp_(torch.stack(right), 1 - keep)
+
+    @property
+    def image_weight(self) -> float:
+        """The a that named best."""
+        return IMAGE_WEIGHTS[int(self.known_naming.argmax())]
 
 
 # --- 2.4  Language: prompts, CLIP, held-out classes ---------------------------------------------------------
@@ -332,54 +355,70 @@ def open_prompts(cfg: Config, root: Path, run: Run) -> Prompts:
     if clip.dim != cfg.clip_dim:
         raise InputError(f"--clip {name}: its space has {clip.dim} dimensions, this configuration's language "
                          f"head {cfg.clip_dim}; use the CLIP of the checkpoint, or --clip-dim {clip.dim}")
+    prompts = {**words.names, **(words.described if unseen else {})}
+    if strange := {word for given in prompts.values() for text in given
+                   for word in tinyclip.unknown_words(clip, text)}:
+        print(f"note: {name} does not know {', '.join(sorted(strange))}; no prompt has it", file=sys.stderr)
     text = prompt_table(clip, words.known, words.names)
     described = prompt_table(clip, words.novel, words.described)
     novel = described if unseen else prompt_table(clip, words.novel, words.names)
     known_ids, novel_ids = (torch.tensor(ids, device=run.device) for ids in (words.known, words.novel))
-    key = short_hash((text * 1000).round().int().tolist())
-    return Prompts(words, clip, text, known_ids, novel, novel_ids, described, key)
+    return Prompts(words, clip, text, known_ids, novel, novel_ids, described,
+                   key=short_hash((text * 1000).round().int().tolist()))
 
 
-def name_heldout(dataset: NuScenesOccupancy, truth, frames, prompts: Prompts, out: Path) -> None:
-    """Write the known class that a teacher takes each held-out object for: out/<scene>/<token>.npz.
+def lift(patches: Tensor, centers: np.ndarray, item: dict, size: tuple, occlusion: float = 0.0) -> Tensor:
+    """patches (6, h, w, D), centers (S, 3) [m] ego -> g (S, D): the patch that shows each, or zeros."""
+    K, T_ego_cam = (np.asarray(item[name]) for name in ("K", "T_ego_cam"))  # of images of `size`
+    camera, row, column = best_pixels(centers, K, T_ego_cam, size, patches.shape[1:3], occlusion)
+    camera, row, column = (torch.from_numpy(x).to(patches.device) for x in (camera, row, column))
+    return patches[camera, row, column] * (camera >= 0)[:, None]
 
-    truth(i) -> ids (X, Y, Z), seen. `index`: the objects' voxels; `label`: their class. An object is a
-    connected heap of held-out voxels. The teacher, who does not know the held-out classes, sees the crop of
-    the image that shows most of it and picks the likeliest known prompt. An object that no camera shows is
-    ignored. Finished files are kept.
+
+def voxel_centers(index: np.ndarray, stride: tuple[int, ...] = (1, 1, 1)) -> np.ndarray:
+    """Indices (V, 3) of cells of `stride` voxels -> centres (V, 3) [m] ego."""
+    return np.asarray(OCC3D.lower) + (index + 0.5) * np.asarray(stride) * OCC3D.voxel_size[0]
+
+
+def name_heldout(keyframes: Keyframes, indices: list[int]) -> None:
+    """One scene, in order of time: write the known class that a teacher takes each held-out object for.
+
+    <keyframes.named>/<scene>/<token>.npz: `index`, the objects' voxels; `label`, their class. An object is a
+    connected heap of held-out voxels, the same one if it overlaps a heap of the keyframe before. The teacher
+    reads the patches that show it, in all keyframes together, by known prompts alone: one name a scene. An
+    object is ignored where no name is as likely as SURE, or no camera shows it.
     """
-    for i in tqdm(frames, "nearest known labels", unit="keyframe", leave=False):
-        path = out / dataset.scene_names[i] / f"{dataset.tokens[i]}.npz"
-        if path.is_file():
-            continue
-        heap, count = ndimage.label(np.isin(truth(i)[0], prompts.words.novel), np.ones((3, 3, 3), bool))
-        index, label = np.flatnonzero(heap), np.full(count + 1, IGNORE, np.uint8)
-        images, (K, T_ego_cam, _) = torch.from_numpy(dataset.images(i)), dataset.calibration(i)
-        for h in range(1, count + 1):
-            crop = best_crop(images, np.argwhere(heap == h), K, T_ego_cam)
-            if crop is not None:
-                vector = tinyclip.encode_images(prompts.clip, crop[None].to(prompts.text.device))  # (1, D)
-                label[h] = prompts.words.known[int((vector @ prompts.text.t()).argmax())]
-        write_npz(path, index=index.astype(np.int32), label=label[heap.ravel()[index]])
-
-
-def best_crop(images: Tensor, index: np.ndarray, K: np.ndarray, T_ego_cam: np.ndarray) -> Tensor | None:
-    """images (N, 3, H, W), voxels (V, 3) of an object -> (3, h, w) of the camera that shows most, or None."""
-    H, W = images.shape[-2:]
-    centers = torch.from_numpy(np.asarray(OCC3D.lower) + (index + 0.5) * OCC3D.voxel_size[0])
-    best, box = 0, None
-    for n in range(len(images)):
-        T_cam_ego = invert(torch.from_numpy(T_ego_cam[n]).double())
-        uv, z = project(centers, torch.from_numpy(K[n]).double(), T_cam_ego)
-        inside = (z > 0.5) & (uv >= 0).all(-1) & (uv[:, 0] < W) & (uv[:, 1] < H)
-        if int(inside.sum()) > best:
-            half = 0.5 * K[n][0, 0] * OCC3D.voxel_size[0] / float(z[inside].min())  # half a voxel [px]
-            low, high = (uv[inside].amin(0) - half).clamp_min(0), uv[inside].amax(0) + half
-            best, box = int(inside.sum()), (n, low, torch.minimum(high, torch.tensor([W, H])))
-    if box is None:
-        return None
-    n, (u0, v0), (u1, v1) = box[0], box[1].floor().int().tolist(), box[2].ceil().int().tolist()
-    return images[n, :, v0 : max(v1, v0 + 2), u0 : max(u1, u0 + 2)] if u1 > u0 and v1 > v0 else None
+    dataset, prompts, found, before, sums = keyframes.dataset, keyframes.prompts, {}, {}, []
+    for i in indices:
+        semantics, _ = keyframes.truth(i)
+        occupied = np.argwhere(semantics < FREE)
+        heap = ndimage.label(np.isin(semantics, prompts.words.novel), np.ones((3, 3, 3), bool))[0]
+        heap, centers = heap[tuple(occupied.T)], voxel_centers(occupied)
+        K, T_ego_cam, T_global_ego = dataset.calibration(i)
+        item = {"K": K, "T_ego_cam": T_ego_cam}
+        g = lift(keyframes.patches(i), centers, item, keyframes.cfg.image_size, occlusion=0.25).cpu()
+        places = np.floor(move(T_global_ego, centers) / 0.8).astype(np.int64)  # two voxels
+        now, track = {}, np.full(len(occupied), -1)
+        for h in range(1, heap.max(initial=0) + 1):
+            rows = np.flatnonzero(heap == h)
+            cells = set(map(tuple, places[rows].tolist()))
+            met = [before[cell] for cell in cells if cell in before]
+            own = max(set(met), key=met.count) if met else len(sums)
+            if own == len(sums):
+                sums.append(torch.zeros(g.shape[1]))
+            sums[own] += g[rows].sum(0)
+            track[rows] = own
+            now |= dict.fromkeys(cells, own)
+        before = now
+        index = np.ravel_multi_index(tuple(occupied.T), semantics.shape)
+        found[i] = index[track >= 0].astype(np.int32), track[track >= 0]
+    label = np.full(len(sums), IGNORE, np.uint8)
+    if sums:
+        p = (F.normalize(torch.stack(sums), dim=-1) @ prompts.text.cpu().t() / TAU).softmax(-1).max(-1)
+        sure = (p.values >= SURE).numpy()
+        label[sure] = np.array(prompts.words.known, np.uint8)[p.indices.numpy()[sure]]
+    for i, (index, track) in found.items():
+        write_npz(keyframes.named_path(i), index=index, label=label[track])
 
 
 # --- 2.5  Densely Contrastive Learning ----------------------------------------------------------------------
@@ -399,57 +438,48 @@ def voxel_to_text(f: Tensor, text: Tensor, label: Tensor, weight: Tensor, tau: f
     return weighted_mean(F.cross_entropy(logits.transpose(1, 2), label, reduction="none"), weight)
 
 
-def voxel_to_voxel(f: Tensor, label: Tensor, weight: Tensor, tau: float = TAU) -> Tensor:
-    """(5) supervised contrast among a keyframe's sampled voxels: positives share the label.
-
-    f (B, S, D), label (B, S), weight (B, S).
-    """
-    f, valid = F.normalize(f, dim=-1), weight > 0
-    other = valid[:, None, :] & ~torch.eye(f.shape[1], dtype=torch.bool, device=f.device)  # (B, S, S) a != i
-    logits = (f @ f.transpose(1, 2) / tau).masked_fill(~other, -1e4)  # -inf has no gradient
-    log_p = logits - logits.logsumexp(-1, keepdim=True)
-    positive = other & (label[:, :, None] == label[:, None, :])
-    count = positive.sum(-1)
-    value = -torch.where(positive, log_p, 0.0).sum(-1) / count.clamp_min(1)
-    return weighted_mean(value, weight * (count > 0))
-
-
 def image_term(f: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     """(6) L_img = mean 1 - cos(f_i, g_i). f, image (B, S, D), weight (B, S)."""
     return weighted_mean(1 - F.cosine_similarity(f, image, dim=-1), weight)
 
 
 def dense_contrast(f: Tensor, batch: dict, text: Tensor, cfg: Config) -> dict[str, Tensor]:
-    """The language head's terms of (8): (4), (5) at the voxels sampled by class, (6) at those with a pixel.
+    """The language head's terms of (8): (4) at the voxels sampled by class, (6) at those with a pixel.
 
     f (B, S + S', D): S voxels by class, then S' voxels into which a LiDAR point projects.
     """
     label, weight = batch["cell_class"], batch["cell_weight"]
     f, g = f.split([label.shape[1], f.shape[1] - label.shape[1]], 1)
-    terms = {"dcl": cfg.lambda_dcl * voxel_to_text(f, text, label, weight),
-             "img": cfg.lambda_img * image_term(g, batch["image_feature"], batch["image_weight"])}
-    if cfg.lambda_v2v:
-        terms["v2v"] = cfg.lambda_v2v * voxel_to_voxel(f, label, weight)
-    return terms
+    return {"dcl": cfg.lambda_dcl * voxel_to_text(f, text, label, weight),
+            "img": cfg.lambda_img * image_term(g, batch["image_feature"], batch["image_weight"])}
 
 
 # --- 2.6  Inference -----------------------------------------------------------------------------------------
 
 
+class How(NamedTuple):
+    """How voxels are named."""
+
+    clip_image: tuple[int, int]  # [px] at which CLIP reads the images
+    image_weight: float | None = None  # a of (7); none: the one that training chose
+    known_by: str = "occupancy"  # the head that names known classes
+
+
 class Heads(NamedTuple):
-    """What the two heads predict for S cells of one keyframe."""
+    """What the two heads predict for S cells of one keyframe, and the image's features there."""
 
     occupied: Tensor  # (X, Y, Z) bool, of all cells
     cells: Tensor  # (S,) flat index
     known: Tensor | None  # (S, K) probabilities of the known classes, given matter; None: self-supervised
-    f: Tensor  # (S, D) unit
+    features: dict[str, Tensor]  # (S, D) unit vectors: "" norm(f + a g), "_f" the head's, "_g" CLIP's
 
 
 @torch.no_grad()
-def run_heads(net: Loc, frame: Frame, voxels: np.ndarray | None = None) -> Heads:
+def run_heads(net: Loc, frame: Frame, prompts: Prompts, how: How,
+              voxels: np.ndarray | None = None) -> Heads:
     """Both heads at every occupied cell, and at those that hold one of `voxels` (200, 200, 16) bool."""
-    device = net.language.last.weight.device
-    features, _ = net.voxels(collate([inputs(frame)], device))
+    device, item = net.language.last.weight.device, inputs(frame)
+    features, _ = net.voxels(collate([item], device))
     scores = net.occupancy(features)[0]  # (K + 1, X, Y, Z)
     occupied = scores[:-1].amax(0) > scores[-1]
     wanted = occupied
@@ -458,29 +488,34 @@ def run_heads(net: Loc, frame: Frame, voxels: np.ndarray | None = None) -> Heads
         wanted = occupied.index_put(tuple(asked.t()), torch.ones((), dtype=torch.bool, device=device))
     cells = wanted.flatten().nonzero()[:, 0]
     known = scores[:-1].flatten(1)[:, cells].t().softmax(-1) if net.known > 1 else None
-    return Heads(occupied, cells, known, F.normalize(net.language(features, cells[None])[0], dim=-1))
+    f = F.normalize(net.language(features, cells[None])[0], dim=-1)
+    centers = voxel_centers(wanted.nonzero().cpu().numpy(), net.stride)
+    patches = tinyclip.patch_features(prompts.clip, item["images"].to(device), how.clip_image)
+    g = lift(patches, centers, item, item["images"].shape[-2:])
+    a = net.image_weight if how.image_weight is None else how.image_weight
+    return Heads(occupied, cells, known, {"": F.normalize(f + a * g, dim=-1), "_f": f, "_g": g})
 
 
 def unknown_score(heads: Heads, text: Tensor) -> dict[str, Tensor]:
     """(7) 1 - the largest probability of a known class, (S,) in [0, 1]: each head's and "both", the mean."""
-    scores = {"language": 1 - (heads.f @ text.t() / TAU).softmax(-1).amax(-1)}
+    scores = {"language": 1 - (heads.features[""] @ text.t() / TAU).softmax(-1).amax(-1)}
     if heads.known is not None:
         scores["occupancy"] = 1 - heads.known.amax(-1)
     return scores | {"both": torch.stack(list(scores.values())).mean(0)}
 
 
-def decide(heads: Heads, prompts: Prompts, novel: bool, delta: float = 0.0) -> Tensor:
+def decide(heads: Heads, prompts: Prompts, novel: bool, how: How, kind: str = "") -> Tensor:
     """(7) class (S,) of each cell: the occupancy head's best, or (self-supervised) the best known prompt.
 
-    novel: a held-out class where the best of all prompts is one and the unknown score reaches `delta`.
+    novel: a held-out class where the best of all prompts is one. kind: which of the features is asked.
     """
-    alike = heads.f @ prompts.text.t()
-    label = prompts.known[(alike if heads.known is None else heads.known).argmax(-1)]
+    alike = heads.features[kind] @ prompts.text.t()
+    by_language = heads.known is None or how.known_by == "language"
+    label = prompts.known[(alike if by_language else heads.known).argmax(-1)]
     if not novel:
         return label
-    other = heads.f @ prompts.novel_text.t()
-    is_novel = (other.amax(-1) > alike.amax(-1)) & (unknown_score(heads, prompts.text)["both"] >= delta)
-    return torch.where(is_novel, prompts.novel[other.argmax(-1)], label)
+    other = heads.features[kind] @ prompts.novel_text.t()
+    return torch.where(other.amax(-1) > alike.amax(-1), prompts.novel[other.argmax(-1)], label)
 
 
 def to_voxels(values: Tensor, heads: Heads, empty: float) -> Tensor:
@@ -492,22 +527,23 @@ def to_voxels(values: Tensor, heads: Heads, empty: float) -> Tensor:
     return volume
 
 
-def to_ids(heads: Heads, prompts: Prompts, novel: bool, delta: float) -> np.ndarray:
+def to_ids(heads: Heads, prompts: Prompts, novel: bool, how: How, kind: str = "") -> np.ndarray:
     """-> (200, 200, 16) uint8 Occ3D ids, 17 free."""
-    label = to_voxels(decide(heads, prompts, novel, delta), heads, FREE)
+    label = to_voxels(decide(heads, prompts, novel, how, kind), heads, FREE)
     occupied = to_voxels(heads.occupied.flatten()[heads.cells], heads, False)
     return torch.where(occupied, label, FREE).to(torch.uint8).cpu().numpy()
 
 
-def answer(net: Loc, prompts: Prompts, delta: float, frame: Frame, voxels: np.ndarray) -> openset.Answer:
+def answer(net: Loc, prompts: Prompts, how: How, frame: Frame, voxels: np.ndarray) -> openset.Answer:
     """What the open-set report asks of one keyframe."""
-    heads = run_heads(net, frame, voxels)
+    heads = run_heads(net, frame, prompts, how, voxels)
     rows = to_voxels(torch.arange(len(heads.cells), device=heads.cells.device), heads, -1).cpu()
     rows = rows[torch.from_numpy(voxels)]  # (M,)
-    alike = heads.f @ torch.cat([prompts.novel_text, prompts.described]).t()
-    unknown = {head: score.cpu()[rows] for head, score in unknown_score(heads, prompts.text).items()}
-    return openset.Answer(unknown, alike.cpu()[rows], heads.f.cpu()[rows],
-                          to_ids(heads, prompts, True, delta))
+    text, f = torch.cat([prompts.text, prompts.novel_text]), heads.features
+    return openset.Answer({name: u.cpu()[rows] for name, u in unknown_score(heads, prompts.text).items()},
+                          {kind: (f[kind] @ text.t()).cpu()[rows] for kind in f},
+                          (f[""] @ prompts.described.t()).cpu()[rows], f[""].cpu()[rows],
+                          {kind: to_ids(heads, prompts, True, how, kind) for kind in f})
 
 
 # --- 3  Losses ----------------------------------------------------------------------------------------------
@@ -559,8 +595,6 @@ class Keyframes:
         self.stride, self.shape, self.known = net.stride, net.grid.shape, net.known
         self.place = np.full(256, IGNORE, np.uint8)  # Occ3D id -> place among the known; held out: ignored
         self.place[[*prompts.words.known, FREE]] = np.arange(self.free + 1)
-        self.photos = NuScenesOccupancy(dataset.root, dataset.version, dataset.split, cfg.clip_image,
-                                        dataset.cache, parts=())
 
     def truth(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """-> semantics, seen (200, 200, 16) of keyframe i, held-out classes among them."""
@@ -572,10 +606,13 @@ class Keyframes:
         target = self.place[semantics]
         target[(target == self.free) & ~surely_free(seen)] = IGNORE
         if self.named is not None:
-            path = self.named / self.dataset.scene_names[i] / f"{self.dataset.tokens[i]}.npz"
-            arrays = read_npz(path, {"index": (None, "int32"), "label": (None, "uint8")})
+            arrays = read_npz(self.named_path(i), {"index": (None, "int32"), "label": (None, "uint8")})
             target.reshape(-1)[arrays["index"]] = self.place[arrays["label"]]
         return target
+
+    def named_path(self, i: int) -> Path:
+        """The file with the known labels of keyframe i's held-out objects."""
+        return self.named / self.dataset.scene_names[i] / f"{self.dataset.tokens[i]}.npz"
 
     def occupancy(self, target: np.ndarray) -> Tensor:
         """The occupancy head's target on the network's cells; self-supervised: 0 occupied, 1 free."""
@@ -589,7 +626,7 @@ class Keyframes:
         K, T_ego_cam, _ = map(torch.as_tensor, self.dataset.calibration(i))
         item, target = {"K": K, "T_ego_cam": T_ego_cam}, self.target(i)
         points = self.dataset.points(i)[:, :3].astype(np.float64)
-        shown = self.views(i) if self.views else inputs(self.dataset[i])
+        shown, patches = self.views(i) if self.views else inputs(self.dataset[i]), self.patches(i)
         if rng.random() < cfg.jitter and not self.views:
             brightness, contrast = float(rng.uniform(0.7, 1.3)), float(rng.uniform(-0.1, 0.1))
             shown["images"] = (shown["images"] * brightness + contrast).clamp(0, 1)
@@ -597,7 +634,9 @@ class Keyframes:
         K = item["K"].numpy() * np.array([w / cfg.image_size[1], h / cfg.image_size[0], 1])[:, None]
         depth = rasterize(points, np.zeros(len(points), np.uint8), K, item["T_ego_cam"].numpy(), h, w)[1]
         cells, label, weight = self.sample_classes(target, rng)
-        seen, feature, known = self.sample_pixels(points, target, i, item, rng)
+        seen, feature, known = self.sample_pixels(points, target, patches, item, rng)
+        place = np.stack(np.unravel_index(cells, self.shape), 1)
+        shown["cell_image"] = lift(patches, voxel_centers(place, self.stride), item, cfg.image_size)
         arrays = {"depth": depth, "cells": np.concatenate([cells, seen]), "cell_class": label,
                   "cell_weight": weight, "image_feature": feature, "image_weight": known}
         shown["target"] = self.occupancy(target)
@@ -624,7 +663,7 @@ class Keyframes:
         index = np.stack(np.unravel_index(flat[rows], target.shape), 1)
         return self.cell_of(index), label[rows].astype(np.int64), weight
 
-    def sample_pixels(self, points: np.ndarray, target: np.ndarray, i: int, item: dict,
+    def sample_pixels(self, points: np.ndarray, target: np.ndarray, patches: Tensor, item: dict,
                       rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """(6): cells (S,) with a LiDAR point that a camera sees, CLIP's feature there (S, D), weight (S,).
 
@@ -632,7 +671,7 @@ class Keyframes:
         """
         S, D = self.cfg.image_samples, self.cfg.clip_dim
         cells, feature, weight = np.zeros(S, np.int64), np.zeros((S, D), np.float32), np.zeros(S, np.float32)
-        patches = self.patches(i)  # (6, rows, columns, D)
+        patches = patches.cpu().numpy()  # (6, rows, columns, D)
         camera, row, column = best_pixels(points, item["K"].numpy(), item["T_ego_cam"].numpy(),
                                           self.cfg.image_size, patches.shape[1:3])
         index, inside = (x.numpy() for x in OCC3D.index(torch.from_numpy(points)))
@@ -645,10 +684,10 @@ class Keyframes:
         feature[:n] = patches[camera[chosen], row[chosen], column[chosen]]
         return cells, feature, weight
 
-    def patches(self, i: int) -> np.ndarray:
+    def patches(self, i: int) -> Tensor:
         """CLIP's patch features (6, rows, columns, D) of keyframe i."""
-        images = torch.from_numpy(self.photos.images(i)).to(self.prompts.text.device)
-        return tinyclip.patch_features(self.prompts.clip, images).cpu().numpy()
+        images = torch.from_numpy(self.dataset.images(i)).to(self.prompts.text.device)
+        return tinyclip.patch_features(self.prompts.clip, images, self.cfg.clip_image)
 
 
 def inputs(frame: Frame) -> dict[str, Tensor]:
@@ -668,15 +707,45 @@ def collate(items: list[dict], device: torch.device) -> dict:
     return {name: values if name == "points" else torch.stack(values) for name, values in batch.items()}
 
 
-def target_weights(keyframes: Keyframes) -> Tensor:
-    """freq^-0.5 of the occupancy head's classes, free last, over the training targets; assumption."""
-    targets = (keyframes.occupancy(keyframes.target(i)) for i in keyframes.frames)
-    weight = class_weights(targets, keyframes.known + 1)
+def prepare_scene(job: tuple[Keyframes, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Name a scene's held-out objects, if that is wanted and not done yet, and count what is learned from.
+
+    -> cells of each occupancy class (256,), held-out voxels by true id and target (18, 256).
+    """
+    keyframes, indices = job
+    if keyframes.named is not None and not all(keyframes.named_path(i).is_file() for i in indices):
+        name_heldout(keyframes, indices)
+    cells, named = np.zeros(256), np.zeros((18, 256))
+    for i in indices:
+        target = keyframes.target(i)
+        cells += np.bincount(keyframes.occupancy(target).flatten().numpy(), minlength=256)
+        semantics = keyframes.truth(i)[0]
+        held = np.isin(semantics, keyframes.prompts.words.novel)
+        np.add.at(named, (semantics[held], target[held]), 1)
+    return cells, named
+
+
+def target_weights(keyframes: Keyframes, workers: int = 1) -> Tensor:
+    """freq^-0.5 of the occupancy head's classes, free last, over the training targets; assumption.
+
+    Held-out objects are named on the way, scene by scene in `workers` processes.
+    """
+    scenes = groupby(keyframes.frames, keyframes.dataset.scene_names.__getitem__)
+    jobs = [(keyframes, list(indices)) for _, indices in scenes]
+    parallel = workers if keyframes.prompts.text.device.type == "cpu" and len(keyframes.frames) > 200 else 1
+    bar = tqdm(each(prepare_scene, jobs, parallel), "training targets", len(jobs), unit="scene", leave=False)
+    cells, named = (sum(parts) for parts in zip(*bar, strict=True))
+    weight = weights_of(cells[: keyframes.known + 1])
     if not weight[:-1].any():
         raise InputError(f"{keyframes.labels}: no occupied voxel of any known class; make them again")
-    known = keyframes.prompts.words.known
-    if absent := [OCC3D_CLASSES[c] for c, w in zip(known, weight, strict=False) if w == 0]:
+    words = keyframes.prompts.words
+    if absent := [OCC3D_CLASSES[c] for c, w in zip(words.known, weight, strict=False) if w == 0]:
         print(f"note: no training voxel of {', '.join(absent)}: only ever a negative", file=sys.stderr)
+    for c in (c for c in words.novel if keyframes.named is not None and named[c].any()):
+        share = named[c, : keyframes.free] / named[c].sum()
+        print(f"note: {OCC3D_CLASSES[c]} in training: {100 * share.max():.0f} % of its voxels are called "
+              f"{OCC3D_CLASSES[words.known[share.argmax()]]}, {100 * (1 - share.sum()):.0f} % are ignored",
+              file=sys.stderr)
     return weight
 
 
@@ -701,10 +770,11 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, frames=No
     if cfg.holdout_mode == "nearest":
         named = (shared or args.out) / f"nearest-{prompts.key}{'-gt' * cfg.gt}"
     keyframes = Keyframes(dataset, labels, frames, prompts, named, net, cfg)
-    if named is not None and run.is_main:
-        name_heldout(keyframes.photos, keyframes.truth, frames, prompts, named)
-    barrier(run.run)
-    class_weight = target_weights(keyframes).to(run.device)
+    if not run.is_main:
+        barrier(run.run)  # the first rank names held-out objects for all
+    class_weight = target_weights(keyframes, args.workers).to(run.device)
+    if run.is_main:
+        barrier(run.run)
     rates = encoder_rate(cfg.backbone, cfg.lr), cfg.lr
     optimizer = make_optimizer(cfg.optimizer, net, *rates, cfg.weight_decay, "encoder.backbone")
     model = run.attach(net, optimizer, find_unused=True)  # the wrapped network's own head is not used
@@ -715,6 +785,7 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, frames=No
             out = model(batch)
         terms = occupancy_loss(out, batch, class_weight, net, cfg)
         terms |= contrast(out["f"], batch, prompts.text, cfg)
+        net.weigh_image(out["f"], batch, prompts.text)
         optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()  # (8)
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)
@@ -725,10 +796,9 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, frames=No
 # --- 6  Evaluate, query, predict ----------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def predict(net: Loc, frame: Frame, prompts: Prompts, novel: bool = True, delta: float = 0.0) -> np.ndarray:
+def predict(net: Loc, frame: Frame, prompts: Prompts, how: How, novel: bool = True) -> np.ndarray:
     """One keyframe -> ids (200, 200, 16) uint8, with the known prompts alone or with the novel ones too."""
-    return to_ids(run_heads(net, frame), prompts, novel, delta)
+    return to_ids(run_heads(net, frame, prompts, how), prompts, novel, how)
 
 
 def prompts_of(cfg: Config, args) -> Prompts:
@@ -753,19 +823,21 @@ def evaluate(cfg: Config, args, known: dict[str, float] | None = None) -> None:
     """
     net, out, state = verbs.load(Loc, cfg, args)
     prompts, dataset, train_set = prompts_of(cfg, args), open_frames(cfg, args), verbs.open_train(cfg, args)
-    words, data = prompts.words, args.run["data"]
+    words, data, how = prompts.words, args.run["data"], How(cfg.clip_image, args.image_weight, args.known_by)
     held_out = f"{', '.join(OCC3D_CLASSES[c] for c in words.novel)} ({Path(cfg.holdout).name})"
     language = cfg.clip or f"tiny CLIP, {cfg.language}"
-    protocol = {"mask_train": data["mask_train"], "language": language,
+    a = net.image_weight if how.image_weight is None else how.image_weight
+    naming = f"norm(f + {a:g} g); known classes by the {how.known_by} head"
+    protocol = {"naming": naming, "mask_train": data["mask_train"], "language": language,
                 "labels": "Occ3D ground truth where observed, else " * cfg.gt + data["note"],
                 "held_out": f"{held_out}; in training {cfg.holdout_mode}; their voxels are in no known score"}
-    report(partial(predict, net, prompts=prompts, novel=False), run=args.run, state=state, out=out,
+    report(partial(predict, net, prompts=prompts, how=how, novel=False), run=args.run, state=state, out=out,
            dataset=openset.hide_classes(open_frames(cfg, args), words.novel), protocol=protocol, known=known,
            train_set=train_set and openset.hide_classes(train_set, words.novel), save=args.save_pred,
            params=sum(p.numel() for p in net.parameters()), truth=partial(ground_truth, labels=args.labels),
            against=f"labels in {args.labels}" if args.labels else "", frames=args.eval_frames,
            rayiou=args.rayiou, pictures=args.pictures)
-    openset.report(partial(answer, net, prompts, cfg.delta), dataset=dataset, out=out, known=words.known,
+    openset.report(partial(answer, net, prompts, how), dataset=dataset, out=out, known=words.known,
                    indices=spread(len(dataset), args.eval_frames), novel=words.novel,
                    setting=f"language: {language}", drawn=chosen(len(dataset), args.pictures)[:2])
 
@@ -774,6 +846,7 @@ def query(cfg: Config, args) -> None:
     """The verb query: which occupied voxels of all keyframes are most like a free text: PNG and HTML."""
     net, out, _ = verbs.load(Loc, cfg, args)
     prompts, dataset, text = prompts_of(cfg, args), open_frames(cfg, args), " ".join(args.text.split())
+    how = How(cfg.clip_image, args.image_weight, args.known_by)
     if strange := tinyclip.unknown_words(prompts.clip, text):
         if len(strange) == len(text.split()):
             raise InputError(f"--text '{text}': {prompts.clip.name} knows none of these words; describe it "
@@ -782,8 +855,8 @@ def query(cfg: Config, args) -> None:
     asked = tinyclip.ensemble(prompts.clip, [text])
 
     def find(frame: Frame) -> np.ndarray:
-        heads = run_heads(net, frame)
-        return to_voxels(heads.f @ asked, heads, math.nan).float().cpu().numpy()
+        heads = run_heads(net, frame, prompts, how)
+        return to_voxels(heads.features[""] @ asked, heads, math.nan).float().cpu().numpy()
 
     for path in openset.query(find, text, dataset=dataset, out=out,
                               indices=spread(len(dataset), args.eval_frames or 10)):
@@ -797,6 +870,13 @@ def cells_of(cfg: Config) -> dict[str, Tensor]:
             "points": [torch.empty(30_000, 5)] * cfg.batch}  # a sweep's
 
 
+FLAGS = {
+    "text": cli.Flag("what to look for, in words", str),
+    "image-weight": cli.Flag("a of norm(f + a g); none: the one that training chose", float | None),
+    "known-by": cli.Flag("the head that names known classes", Literal["occupancy", "language"], "occupancy"),
+}
+
+
 def main() -> None:
     verbs.main(__doc__, Config, PRESETS, {
         "world": verbs.world,
@@ -806,11 +886,15 @@ def main() -> None:
         "eval": evaluate,
         "query": query,
         "predict": lambda cfg, args: verbs.predict_frames(
-            Loc, partial(predict, prompts=prompts_of(cfg, args), delta=cfg.delta), cfg, args, open_frames),
+            Loc, partial(predict, prompts=prompts_of(cfg, args),
+                         how=How(cfg.clip_image, args.image_weight, args.known_by)), cfg, args, open_frames),
         "describe": lambda cfg, args: verbs.describe(Loc, cfg, args, partial(cells_of, cfg)),
-    }, verbs={"query": ("find the voxels that a text means: PNG and HTML",
-                        "ckpt! text! data-root version split device cache eval-frames")},
-        flags={"text": cli.Flag("what to look for, in words", str)})
+    }, verbs={
+        "query": ("find the voxels that a text means: PNG and HTML",
+                  "ckpt! text! data-root version split device cache eval-frames image-weight known-by"),
+        **{verb: (help, f"{flags} image-weight known-by") for verb, (help, flags) in
+           ((verb, verbs.VERBS[verb]) for verb in ("eval", "predict"))},
+    }, flags=FLAGS)
 
 
 if __name__ == "__main__":

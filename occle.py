@@ -44,7 +44,7 @@ EQUATION MAP   Numbers are the reconstruction's.
     (8)  LiDAR along x                            -> softmax_along_x
     (9)  cross-plane synergy                      -> GeometricBranch (cross_plane)
     (10) geometry head                            -> DetailHead
-    (11) teacher, thresholds, LiDAR hits and rays -> Teacher, ema_rate, semi_targets, sensor_targets
+    (11) teacher, thresholds, LiDAR hits, rays    -> Teacher, semi_targets, sensor_targets, semi_loss
     (12) (13) Dual Mamba                          -> DualMamba (Mamba: common/networks/mamba.py)
     (14) fusion and head                          -> OccLE
     (15) (16) scatter-accumulated projection      -> project_logits
@@ -60,17 +60,18 @@ ASSUMPTIONS    All unpublished; the flag or the line that changes it stands besi
     * one image a camera, ten sweeps; (5) lifts features and scores                     --n-sweeps
     * (7)-(9); a 360 degree rig has two yz-planes, before and behind the ego            LabelSet.sides
     * teacher with warm-up, ramped consistency, thresholds .9 / .1, weak and strong
-      augmentation; LiDAR hits are occupied, rays free before their first hit           Teacher, augment
+      augmentation; LiDAR hits are occupied, rays free until 4 m before their hit       --ray-short, augment
     * (12) then (13), 3D Hilbert order, both directions                                 DualMamba
-    * the projection weighs by transmittance, weights carry no gradient                 project_logits
-    * loss weights are 1, (21) is without Lovasz; branches first, then everything       one_step, train
+    * the projection weighs by transmittance, without gradient; a cell covers its box   project_logits
+    * loss weights are 1, of (19), (11) 20; no Lovasz in (21); branches first, then all --geo-weight, one_step
     * Occ3D: the whole grid is supervised                                               voxel_truth
     * AdamW 2e-4, cosine, clip 35, 20 epochs (VoxFormer's)                              --lr, --epochs
 DEVIATIONS
     * sparse convolutions are dense ones on the lifted cells, masked after each pass of the semantic U-Net.
     * the heads get the occupied cells' encodings beside the upsampled grid, and start at "empty".
     * (16) projects classes given occupied: the joint probability would also raise the occupancy in front.
-    * tiny, for compute: coarser cells (--grid-stride), token means (--mamba-stride), Muon (--optimizer).
+    * tiny, for compute: coarser cells (--grid-stride), token means (--mamba-stride), Muon (--optimizer);
+      class weights freq^-0.5 (--class-weights). Its losses and their weights are the paper preset's.
 
 CLAIMS         in experiments/occle.py; the paper's 10 %: SemanticKITTI val 16.59 mIoU, Occ3D val 27.53
 """
@@ -137,7 +138,9 @@ class Config:
     expand: int = 2  # mamba_ssm's default
     # losses
     class_weights: Literal["log", "sqrt"] = "log"  # MonoScene's 1 / log(freq + .001); tiny: freq^-0.5
+    geo_weight: float = 20.0  # of (19), (11); assumption: then they steer the branch as (21) does
     ema: float = 0.999  # (11) m, assumption
+    ray_short: float = 4.0  # (11) [m] a ray ends before its return: grazing ones cross the ground; measured
     scatter_stride: int = 4  # image pixels per projected pixel; assumption: 0.2 m voxels leave holes
     # optimisation
     branch_share: float = 0.5  # share of the steps in the first stage, 0: one stage; assumption
@@ -154,7 +157,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        image_size=(112, 200), n_sweeps=2, backbone="street", channels=24, geo_channels=16,
+        image_size=(112, 200), n_sweeps=2, backbone="conv", channels=24, geo_channels=16,
         unet_channels=(16, 32, 64), grid_channels=24, head_channels=16, grid_stride=(2, 2, 1),
         mamba_stride=(2, 2, 2), d_state=4, expand=1, class_weights="sqrt", ema=0.98, scatter_stride=8,
         branch_share=0.4, optimizer="muon", steps=180, lr=1e-2, warmup=20, grad_clip=5.0, amp="off"),
@@ -178,9 +181,9 @@ def one_step(model: nn.Module, teacher: Teacher, batch: dict, t: int, steps: int
         target = teacher(batch, t, steps) if len(batch["points"]) > n else None  # (11)
     occupancy = out["geometric"].occupancy
     terms = segmentation_losses(out["semantic"], batch, weights.maps)  # (17) (18)
-    terms["geo"] = geometry_loss(occupancy[:n], batch["truth"], len(weights.maps))  # (19)
+    terms["geo"] = cfg.geo_weight * geometry_loss(occupancy[:n], batch["truth"], len(weights.maps))  # (19)
     if target is not None:
-        terms["semi"] = weighted_bce(occupancy[n:], *target)  # (22)
+        terms["semi"] = cfg.geo_weight * semi_loss(occupancy[n:], *target)  # (11) (22)
     if "logits" in out:
         terms |= completion_losses(out["logits"][:n], batch["truth"], weights.truth)  # (21)
         if target is not None:
@@ -374,8 +377,8 @@ def lift_labels(points: Tensor, sbar: Tensor, K: Tensor, T_ref_cam: Tensor, size
         seen = (depth > 0.1) & (u >= 0) & (u < w) & (v >= 0) & (v < h)
         found.append(occupied[seen])
         answers.append(sbar[n][v[seen], u[seen]])
-    found, answers, V = torch.cat(found), torch.cat(answers), math.prod(cells.shape)
-    label = voxel_vote(found, answers, V, classes, empty=IGNORE).winner
+    place, V = (torch.cat(found), torch.cat(answers)), math.prod(cells.shape)
+    label = voxel_vote(*place, V, classes, empty=IGNORE).winner
     known = occupied[label[occupied] != IGNORE]
     return known, label[known]
 
@@ -400,9 +403,7 @@ def image_plane(A: Tensor, score: Tensor, seen: Tensor, sides: int) -> Tensor:
 
 
 class DetailHead(nn.Module):
-    """(10), (14) lifted grid -> predicted cells by a deconvolution whose kernel is its stride, plus rows of
-    the occupied cells; ReLU; `last` makes logits.
-    """
+    """(10), (14) lifted grid -> cells, by a deconvolution; plus the occupied ones' rows; ReLU; `last`."""
 
     def __init__(self, cfg: Config, c_rows: list[int], outputs: int):
         super().__init__()
@@ -533,16 +534,25 @@ def semi_targets(sensor: Tensor, teacher: Tensor, ramp: float, tau_pos: float = 
     return value, weight.masked_fill(sensor != IGNORE, 1)
 
 
-def sensor_targets(points: Tensor, origin: Tensor, cells: VoxelGrid) -> Tensor:
+def sensor_targets(points: Tensor, origin: Tensor, cells: VoxelGrid, short: float) -> Tensor:
     """The current sweep's hits and rays: points (M, >= 3) [m], origin (3,) of the sensor -> (X, Y, Z) uint8.
 
-    1: a return lies in the cell. 0: a ray crosses it before its return, and none lies in it. 255: unknown.
+    1: a return lies in the cell. 0: a ray crosses it more than `short` metres before its return, and none
+    lies in it. 255: unknown.
     """
     index, inside = cells.index(points[:, :3])
-    free = traversed(origin.double(), points[:, :3].double(), cells)
+    ray = points[:, :3].double() - origin.double()
+    left = 1 - short / ray.norm(dim=1, keepdim=True).clamp_min(1e-3)
+    free = traversed(origin.double(), (origin.double() + ray * left)[left[:, 0] > 0], cells)
     sensor = torch.where(free, 0, IGNORE).to(torch.uint8)
     sensor[tuple(index[inside].unbind(-1))] = 1
     return sensor
+
+
+def semi_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Binary cross-entropy times weight, a mean over the cells that have one, then over samples."""
+    loss = F.binary_cross_entropy_with_logits(logits.float(), target, weight, reduction="none")
+    return (loss.flatten(1).sum(1) / (weight > 0).flatten(1).sum(1).clamp_min(1)).mean()
 
 
 # --- 2C  Dual Mamba (12), (13), fusion and head (14) --------------------------------------------------------
@@ -590,9 +600,7 @@ class DualMamba(nn.Module):
 
 
 class OccLE(nn.Module):
-    """Images and LiDAR -> branches -> Dual Mamba -> logits. The network protocol of this repository: `grid`,
-    `channels`, voxels(batch), head(features).
-    """
+    """Images and LiDAR -> branches -> Dual Mamba -> logits; with the network protocol of this repository."""
 
     def __init__(self, cfg: Config, pretrained: bool = True, branches: Callable = Branches):
         super().__init__()
@@ -641,19 +649,21 @@ def build(cfg: Config, classes: int | None = None, pretrained: bool = True) -> O
 
 def project_logits(logits: Tensor, K: Tensor, T_ref_cam: Tensor, size: tuple[int, int], cells: VoxelGrid,
                    mode: str) -> tuple[Tensor, Tensor]:
-    """(15) u_v = floor(K T v), p_v = softmax(Y_v);
-    (16) A[u, c] = sum_{v: u_v = u} w_v p_v[c], Shat = A / sum w.
+    """(15) u_v = pixels that cell v covers: floor(K T v), and its box around; p_v = softmax(Y_v);
+    (16) A[u, c] = sum_{v: u in u_v} w_v p_v[c], Shat = A / sum w.
 
     logits (X, Y, Z, S + 1) of one frame, K (N, 3, 3) for images of `size` (h, w), T_ref_cam (N, 4, 4) -> Shat
     (N, S, h, w), sum w (N, h, w). p is given occupied. w is the occupancy (mode plain: accumulation), or the
-    part of it that nearer cells of the pixel let through (depth); it carries no gradient. Cells below 5 % are
-    left out.
+    part of it that nearer cells let through (depth), without gradient. Cells below 5 % are left out.
     """
-    logits = logits.flatten(0, 2)
+    logits, half = logits.flatten(0, 2), logits.new_tensor(cells.voxel_size) / 2
     odds = (logits[:, :-1].logsumexp(1) - logits[:, -1]).detach()  # log P(occupied) / P(empty)
-    seen = (odds > math.log(0.05 / 0.95)).nonzero()[:, 0]
-    uv, depth = project(cells.centers(device=logits.device).flatten(0, 2)[seen], K, invert(T_ref_cam))
-    out = scatter_project(logits[seen, :-1].softmax(1), odds[seen].sigmoid(), uv, depth, *size, mode)
+    on, T = (odds > math.log(0.05 / 0.95)).nonzero()[:, 0], invert(T_ref_cam)
+    uv, depth = project(cells.centers(device=T.device).flatten(0, 2)[on], K, T)  # (N, V, 2), (N, V)
+    depth = depth.where(depth > 2 * half.max(), -1)  # a nearer cell covers everything
+    A = K @ T[:, :3, :3]  # d(u, v) / d(x, y, z) = (A[:2] - uv A[2]) / depth: the box, to first order
+    box = ((A[:, None, :2] - uv[..., None] * A[:, None, 2:]).abs() @ half.to(A)) / depth[..., None].abs()
+    out = scatter_project(logits[on, :-1].softmax(1), odds[on].sigmoid(), uv, depth, *size, mode, extent=box)
     return out.image / (out.weight[:, None] + 1e-6), out.weight
 
 
@@ -677,18 +687,12 @@ def segmentation_losses(semantic: Semantic, batch: dict, weight: Tensor) -> dict
             "3d": torch.stack(each).mean()}
 
 
-def weighted_bce(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Binary cross-entropy: the weighted mean of each sample, then the mean over samples; (B, ...) each."""
-    loss = F.binary_cross_entropy_with_logits(logits.float(), target, weight, reduction="none")
-    return (loss.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-6)).mean()
-
-
 def geometry_loss(occupancy: Tensor, truth: Tensor, empty: int) -> Tensor:
     """(19) BCE(o, occupied) + geo_scal. occupancy (B, X, Y, Z) logits, truth the same shape, inner ids."""
     known, full = truth != IGNORE, truth < empty
     binary = torch.stack([torch.zeros_like(occupancy), occupancy], 1)  # (B, 2, X, Y, Z)
     scal = geo_scal(binary, torch.where(known, full.long(), IGNORE), 0, IGNORE, per_sample=True)
-    return weighted_bce(occupancy, full.float(), known.float()) + scal
+    return semi_loss(occupancy, full.float(), known.float()) + scal
 
 
 def completion_losses(logits: Tensor, truth: Tensor, weight: Tensor) -> dict[str, Tensor]:
@@ -724,7 +728,7 @@ def choose_labelled(scenes: list[str], ratio: float, by: str, seed: int) -> list
     """Indices of the frames that have labels, about `ratio` of all, at least one.
 
     frames: every (1/ratio)-th frame, counted on from scene to scene, so that short scenes keep the ratio; the
-    seed moves the first. scenes: all frames of drawn scenes. random: drawn frames.
+    seed moves the first. scenes: all frames of drawn scenes, rounded up. random: drawn frames.
     """
     if not 0 < ratio <= 1:
         raise InputError(f"--label-ratio {ratio}: expected more than 0, at most 1")
@@ -736,7 +740,7 @@ def choose_labelled(scenes: list[str], ratio: float, by: str, seed: int) -> list
     if by == "random":
         return sorted(rng.permutation(count)[:wanted].tolist())
     names = sorted(set(scenes))
-    chosen = {names[k] for k in rng.permutation(len(names))[: max(1, round(ratio * len(names)))]}
+    chosen = {names[k] for k in rng.permutation(len(names))[: math.ceil(ratio * len(names) - 1e-9)]}
     return [i for i, scene in enumerate(scenes) if scene in chosen]
 
 
@@ -744,8 +748,7 @@ def choose_labelled(scenes: list[str], ratio: float, by: str, seed: int) -> list
 
 
 class Samples:
-    """What a training step reads of a frame: images, sweeps, pseudo labels, and ground truth or hits and
-    rays.
+    """What a training step reads of a frame: images, sweeps, pseudo labels, ground truth or hits and rays.
 
     folder: of the aligned pseudo labels; kind: "semantic", or "primary" for the first source alone. Ground
     truth is read of the labelled frames alone: any other frame is an error of this program.
@@ -754,8 +757,7 @@ class Samples:
     def __init__(self, dataset, folder: Path, labelled: list[int], cfg: Config, kind: str = "semantic",
                  strong: bool = True):
         self.dataset, self.folder, self.labelled, self.cfg = dataset, folder, frozenset(labelled), cfg
-        self.kind, self.strong = kind, strong
-        self.labels, self.cells = LABEL_SETS[cfg.format], grids(cfg)[0]
+        self.kind, self.strong, self.labels, self.cells = kind, strong, LABEL_SETS[cfg.format], grids(cfg)[0]
 
     def truth(self, i: int) -> Tensor:
         """(X, Y, Z) uint8 inner ids of the predicted cells, 255: not supervised."""
@@ -773,23 +775,27 @@ class Samples:
         ids = read_semantic(self.folder, files, labels.map_ids(), labels.none, self.kind)
         return torch.from_numpy(np.where(ids == labels.none, np.uint8(IGNORE), labels.inner(ids)))
 
-    def __call__(self, place: tuple[int, bool], rng: np.random.Generator) -> dict[str, Tensor]:
-        """(frame, with its label?) -> its fields without a batch axis."""
-        (i, labelled), cells = place, self.cells
-        item, sbar = inputs(self.dataset[i]), self.pseudo_label(i)
+    def fixed(self, i: int, labelled: bool) -> dict[str, Tensor]:
+        """The fields of a frame that no augmentation changes, and its images and points as they are."""
+        item, sbar, cells = inputs(self.dataset[i]), self.pseudo_label(i), self.cells
         size = tuple(item["images"].shape[-2:])
         cell, label = lift_labels(item["points"], sbar, item["K"], item["T_ego_cam"], size, cells,
                                   self.labels.solid)
         target3d = torch.full((math.prod(cells.shape),), IGNORE, dtype=torch.uint8)
         target3d[cell] = label.to(torch.uint8)
-        origin = torch.from_numpy(np.asarray(self.dataset.T_ego_lidar(i))[:3, 3].copy())
-        seen = augment(item, rng, strong=self.strong and not labelled)
-        targets = {"target2d": nearest_ids(sbar, (-(-size[0] // 4), -(-size[1] // 4))),
-                   "target3d": target3d.view(cells.shape)}
+        item |= {"target2d": nearest_ids(sbar, (-(-size[0] // 4), -(-size[1] // 4))),
+                 "target3d": target3d.view(cells.shape)}
         if labelled:
-            return item | seen | targets | {"truth": self.truth(i)}
-        weak = {f"weak_{name}": value for name, value in augment(item, rng, strong=False).items()}
-        return item | seen | targets | weak | {"sensor": sensor_targets(item["points"], origin, cells)}
+            return item | {"truth": self.truth(i)}
+        origin = torch.from_numpy(np.asarray(self.dataset.T_ego_lidar(i))[:3, 3].copy())
+        return item | {"sensor": sensor_targets(item["points"], origin, cells, self.cfg.ray_short)}
+
+    def __call__(self, place: tuple[int, bool], rng: np.random.Generator) -> dict[str, Tensor]:
+        """(frame, with its label?) -> its fields without a batch axis."""
+        item, labelled = self.fixed(*place), place[1]
+        seen = augment(item, rng, strong=self.strong and not labelled)
+        weak = {} if labelled else augment(item, rng, strong=False)
+        return item | seen | {f"weak_{name}": value for name, value in weak.items()}
 
 
 def inputs(frame: Frame) -> dict[str, Tensor]:
@@ -853,13 +859,14 @@ def train(cfg: Config, dataset, labels: Path, args, network=OccLE, teacher=Teach
     if cfg.format == "semantickitti":
         cfg = replace(cfg, label_shift=dataset.measure_label_shift(labelled[0]))
     data, world, S = samples(dataset, labels, labelled, cfg), setup(args.device), LABEL_SETS[cfg.format].solid
-    some = (data.pseudo_label(i) for i in spread(len(dataset), 60))  # pseudo labels: not ground truth
-    weigh = partial(class_weights, rule=cfg.class_weights)
-    counted = weigh(some, S), weigh(map(data.truth, labelled), S + 1)
-    weights = Weights(*(w.to(world.device) for w in counted))
+    maps = map(data.pseudo_label, spread(len(dataset), 60))  # not ground truth
+    counted = (maps, S), (map(data.truth, labelled), S + 1)
+    weights = Weights(*(class_weights(*c, rule=cfg.class_weights).to(world.device) for c in counted))
     order = partial(MixedOrder.of, labelled, rest, cfg.batch, cfg.batch_unlabelled)
     steps = cfg.steps or order(world, args.seed).steps(cfg.epochs)
     source, first = data_source(cfg, dataset, labels, labelled, rule), round(cfg.branch_share * steps)
+    seen, n = steps * cfg.batch * world.world, len(labelled)  # labelled frames, one after the other
+    source["protocol"]["exposures"] = f"{min(seen, n)} distinct labelled frames, {seen / n:.2f} times each"
     folders = branches or args.out / "1-branches", args.out / "2-fusion"
     if world.is_main:
         tokens = [dataset.tokens[i] for i in labelled]
@@ -936,6 +943,9 @@ def open_frames(cfg: Config, *split, **train):
     dataset = open_dataset(*split, **train, history=cfg.n_sweeps, truth=cfg.truth)
     if cfg.format == "semantickitti":
         dataset.label_shift = cfg.label_shift
+    last = len(dataset) - 1
+    if cfg.n_sweeps and last >= 0 and len(dataset.points(last, cfg.n_sweeps)) == len(dataset.points(last)):
+        print(f"note: {dataset.root}: no sweeps before {dataset.tokens[last]}; --n-sweeps 0 does without")
     return dataset
 
 

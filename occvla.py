@@ -32,11 +32,10 @@ GLOSSARY
     (none)   path      (B, 6, 2)        waypoints [m] at 2 Hz, LIDAR_TOP frame: x right, y forward  2.6
 
 EQUATION MAP   (1), (2) and (7), OccWorld's tokenizer, are in common/networks/occworld.py, the host
-               PaliGemma 2 in common/networks/paligemma.py, 2.5's two-way arm in experiments/occvla.py.
+               PaliGemma 2 in common/networks/paligemma.py, 2.6's meta-action and chain of thought in
+               common/thoughts.py, 2.5's two-way arm in experiments/occvla.py.
     (3)-(5) queries read visual tokens, one way     -> OccupancyBlock, OccupancyTransformer
     (6)  code, latent and voxel targets             -> occupancy_loss
-    2.6  meta-action rule                           -> meta_action
-    2.6  chain of thought                           -> thought, parse_action
     2.6  planner: decoder and MLP                   -> Planner
     (8)  language loss                              -> language_loss
     (9)  planning loss                              -> planning_loss
@@ -49,25 +48,24 @@ ASSUMPTIONS    All unpublished; the flag or the place that changes it stands bes
     * the stream reads H^l of every layer through its own keys and values        --occ-every
     * 50 x 50 queries on the latent's cells; fewer are unfolded to it            --queries
     * cells no camera sees are left out; codes and classes weigh freq^-0.5       occupancy_loss, first_network
-    * occupancy is asked with one fixed prompt: PaliGemma's prefix attends both ways, so its visual tokens
-      carry the question                                                         --prefix
+    * PaliGemma's prefix attends both ways, so visual tokens carry the question: occupancy is supervised on
+      the pass of a keyframe's first question, and predicted with one fixed prompt              --prefix
     * stages: 1 occupancy and QA, 2 the same with chain of thought, 3 planner, VLM frozen: there (10) is
-      L_plan alone, as what its other terms teach is frozen                      --vlm-train, trainable
-    * meta-action by thresholds on the 3 s future; chain of thought by rule from the boxes      --cot
-    * the planner reads the VLM's last hidden states and the generated meta-action; it alone reads ego history
-      and driving command, one head for each protocol row                        --plan-inputs
-    * a planner corrects a simple guess: the mean training path, or, given history, constant velocity
-    * nuScenes' command and a scene's first history come from the future: the command is a row of its own,
-      and history counts only where there is a past keyframe
+      L_plan alone, as what its other terms teach is frozen                      --vlm-train --lora
+    * the planner reads the VLM's last hidden states and the generated meta-action; it alone reads speed,
+      history and command, one head for each protocol row, the first the main one       --plan-inputs
+    * a planner corrects a simple guess: the mean training path, or, given history or speed, driving on
+    * nuScenes' command and a scene's first history come from the future: the command is named in the row,
+      history and speed count only where there is a past keyframe
 DEVIATIONS
-    * tiny's host is a PaliGemma 2 in miniature. Lessons on single pictures of other worlds (data/tinyvlm.py)
-      stand for its pre-training; nothing in them is 3D. Without them (--vlm tiny-random) neither occupancy
-      nor answers used the images after 8 minutes (mIoU 1.2 x constant).
+    * tiny's host is a PaliGemma 2 in miniature, its vision tower the miniature foundation (common/weights);
+      lessons on single pictures of other worlds, nothing in them 3D, stand for its pre-training
+      (data/tinyvlm.py). The tower is frozen, and what it sees is kept in a file.
     * tiny uses --prefix image: only the images attend both ways, questions are causal, and one pass over the
       images serves many questions. Its effect on the scores: unmeasured.
-    * tiny's queries start from where the cameras see each cell (--rig-bias); without, mIoU is 0.98 x constant
-    * tiny's planner stops after 100 steps: at 300 it had learned the 45 training scenes by heart
-    * images are resized bilinearly; PaliGemma's own processor (used by `ask`) is bicubic. No LoRA.
+    * tiny's queries start from where the cameras see each cell (--rig-bias); half its samples are mirrored
+    * each planner head keeps its best weights for held-out training scenes
+    * images are resized bilinearly; PaliGemma's own processor (used by `ask`) is bicubic
 
 CLAIMS         the paper's, nuScenes val; ours are in RESULTS.md and are never in one table with these
     L2 0.18 / 0.26 / 0.40 m at 1 / 2 / 3 s (survey); NuScenes-QA 59.5 %; occupancy about 10 mIoU
@@ -76,8 +74,8 @@ CLAIMS         the paper's, nuScenes val; ours are in RESULTS.md and are never i
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,23 +95,22 @@ from common.geometry import OCC3D, bev_waves, rig_offsets
 from common.labels import IGNORE, class_weights
 from common.losses import cross_entropy, lovasz_softmax
 from common.networks import paligemma
+from common.networks.lora import add_lora, lora_parts
 from common.networks.occworld import (OccupancyTokenizer, code_weights, reconstruction, seen_cells,
                                       tokenizer_loss)
 from common.networks.paligemma import QA, THOUGHT, Encoded, PaliGemma, States, mean_over_keyframes
-from common.nuscenes import CAMERAS, FREE, Boxes, Future, NuScenesOccupancy, open_split
-from common.questions import ANSWERS, CLASSES, STATUS, sentences
+from common.nuscenes import CAMERAS, FREE, Future, NuScenesOccupancy, open_split
+from common.questions import ANSWERS, STATUS, sentences
 from common.report import planning
 from common.report.occupancy import Truth, ground_truth, spread
-from common.report.planning import COMMANDS, Action, Ego, Prediction, constant_velocity, ego_of
-from common.train import (Muon, autocast, barrier, load_checkpoint, param_groups, schedule, set_apart, set_lr,
-                          setup, stages_cost, teardown)
+from common.report.planning import COMMANDS, Ego, Prediction, constant_velocity, ego_of, read_drivelm
+from common.thoughts import DISTANCES, LATERAL, LONGITUDINAL, meta_action, parse_action, thought, thought_text
+from common.train import (Muon, autocast, barrier, load_checkpoint, param_groups, reshard, schedule,
+                          set_apart, set_lr, setup, stages_cost)
 
 STAGES = ("0_tokenizer", "1_occupancy", "2_language", "3_planning")
-Row = Literal["none", "command", "history", "command+history"]  # what a planner is given beside the images
+Row = Literal["none", "speed", "command", "speed+command", "history", "command+history"]  # given to a planner
 Part = Literal["vision", "projector", "language"]  # of the VLM
-LONGITUDINAL = ("keep", "accelerate", "decelerate", "stop")
-LATERAL = ("straight", "left", "right", "LC-left", "LC-right")
-DISTANCES = (5, 10, 15, 20, 30, 40)  # [m] as the chain of thought rounds them
 OCCUPANCY_PROMPT, PLAN_PROMPT = "occupancy", "plan the next three seconds"
 
 # --- 1  Configuration ---------------------------------------------------------------------------------------
@@ -139,13 +136,16 @@ class Config:
     # language
     cot: bool = True  # chain of thought before the meta-action; third party: used
     questions: int = 16  # per keyframe and step, drawn at random; assumption
+    mirror: bool = False  # half of the samples are mirrored, words and plans too; ours
     # planner
-    plan_inputs: tuple[Row, ...] = ("none", "command", "history", "command+history")  # heads; assumption
+    plan_inputs: tuple[Row, ...] = ("speed+command", "none", "command", "history", "command+history")  # heads
+    plan_dropout: float = 0.0  # ours
     plan_dim: int = 512  # assumption
     plan_layers: int = 3  # assumption
     plan_heads: int = 8  # assumption
     # stages
     vlm_train: tuple[Part, ...] = ("vision", "projector", "language")  # learn in stages 1 and 2; assumption
+    lora: int = 0  # rank of adapters on the language model's layers, which then learn; 0: none; ours
     stage_epochs: tuple[float, float, float, float] = (200, 1, 2, 6)  # OccWorld's code; then assumption
     stage_steps: tuple[int, int, int, int] = (0, 0, 0, 0)  # optimiser steps; 0: from the epochs
     stage_batch: tuple[int, int, int, int] = (1, 1, 1, 4)  # keyframes per process; as the epochs
@@ -166,12 +166,13 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores
-        vlm="tiny", image_size=(128, 128), prefix="image", vq="tiny", occ_dim=128, occ_heads=4, queries=25,
-        rig_bias=True, l_lov=0.0, questions=12, plan_dim=64, plan_layers=2, plan_heads=4,
-        stage_steps=(200, 260, 210, 100), stage_batch=(1, 1, 1, 16), stage_lr=(1.5e-2, 1e-2, 1e-2, 2e-3),
-        lr_vlm=3e-3, lr_vision=1e-3, optimizer="muon", warmup=20, grad_clip=5.0, amp="off"),
-    "base": Config(  # ours: one 24 GB GPU, language model and vision tower frozen
-        queries=25, occ_every=4, vlm_train=("projector",), checkpointing=True),
+        vlm="tiny", image_size=(224, 224), prefix="image", vq="tiny", occ_dim=128, occ_heads=4, queries=25,
+        rig_bias=True, l_lov=0.0, questions=32, mirror=True, plan_dim=64, plan_layers=2, plan_heads=4,
+        plan_dropout=0.2, vlm_train=("projector", "language"), stage_steps=(200, 300, 200, 1500),
+        stage_batch=(1, 4, 4, 16), stage_lr=(1.5e-2, 1e-2, 1e-2, 2e-3), lr_vlm=3e-3, lr_vision=3e-3,
+        optimizer="muon", warmup=20, grad_clip=5.0, amp="off"),
+    "base": Config(  # ours: one 24 GB GPU, the vision tower frozen, adapters on the language model
+        queries=25, occ_every=4, vlm_train=("projector",), lora=16, checkpointing=True),
     "paper": Config(checkpointing=True),
 }
 
@@ -275,118 +276,65 @@ def occupancy_loss(net: OccVLA, predicted: Tensor, ids: Tensor, seen: Tensor) ->
     return terms
 
 
-# --- 2.6  Language: meta-actions and the chain of thought ---------------------------------------------------
-
-
-def meta_action(future: Future, stop: float = 0.5, speed: float = 1.0, turn: float = 15.0,
-                shift: float = 1.5) -> Action:
-    """The recorded meta-action (longitudinal, lateral); None without the full 3 s. Thresholds: assumption.
-
-    Longitudinal, by speed: at the end (mean of 2-3 s) below `stop` [m/s]: stop; against the first half
-    second's by more than `speed` [m/s]: accelerate or decelerate; else keep. Lateral, by the change of
-    heading: at least `turn` [degrees]: left or right; else sideways by at least `shift` [m] with a heading
-    that ends nearer to where it began than an arc's would: a lane change; else straight. An arc that moves d
-    sideways on L turns by 2 d / L; less than d / L is a lane change.
-    """
-    trajectory, mask = future.trajectory, future.mask  # (6, 2) [m] x right, y forward at 2 Hz; (6,)
-    if not mask.all():
-        return None
-    steps = np.diff(np.concatenate([np.zeros((1, 2)), trajectory.astype(np.float64)]), axis=0)  # (6, 2)
-    pace = np.linalg.norm(steps, axis=1) / 0.5  # [m/s]
-    change = pace[4:].mean() - pace[0]
-    along = "accelerate" if change > speed else "decelerate" if change < -speed else "keep"
-    if pace[4:].mean() < stop:
-        along = "stop"
-    length, left = np.linalg.norm(steps, axis=1).sum(), -float(trajectory[-1, 0])
-    moving = steps[pace > 0.5]
-    if length < 2 or not len(moving):
-        return along, "straight"
-    heading = math.atan2(-moving[-1, 0], moving[-1, 1])  # counter-clockwise from straight ahead
-    if abs(heading) >= math.radians(turn):
-        return along, "left" if heading > 0 else "right"
-    if abs(left) >= shift and abs(heading) < abs(left) / length:
-        return along, "LC-left" if left > 0 else "LC-right"
-    return along, "straight"
-
-
-def thought_text(ahead: str, distance: int, people: int, action: tuple[str, str], cot: bool = True) -> str:
-    """The sentence that is learned and generated. ahead "": nothing there."""
-    act = f"action: {action[0]}, {action[1]}"
-    if not cot:
-        return act
-    return f"ahead: {f'{ahead} at {distance} m' if ahead else 'nothing'}; people near: {people}; {act}"
-
-
-def thought(boxes: Boxes, action: tuple[str, str], cot: bool) -> str:
-    """Chain of thought by rule: the nearest annotated object in the car's own corridor (4 m wide, to 40 m
-    ahead, at least one LiDAR point) with its status and rounded distance; how many people and riders are
-    within 20 m ahead (at most 9); the meta-action.
-    """
-    x, y = boxes.center[:, 0], boxes.center[:, 1]
-    seen = (boxes.labels > 0) & (boxes.num_lidar_pts > 0)
-    people = np.array([name.startswith("human") or attribute == "cycle.with_rider"
-                       for name, attribute in zip(boxes.names, boxes.attributes, strict=True)], bool)
-    near = min(9, int((seen & people & (x > 0) & (np.hypot(x, y) < 20)).sum()))
-    corridor = np.flatnonzero(seen & (x > 2) & (x < 40) & (np.abs(y) < 2))
-    if not len(corridor):
-        return thought_text("", 0, near, action, cot)
-    k = corridor[x[corridor].argmin()]
-    name = f"{STATUS.get(boxes.attributes[k], '')} {CLASSES[boxes.labels[k] - 1]}".strip()
-    return thought_text(name, min(DISTANCES, key=lambda d: abs(d - x[k])), near, action, cot)
-
-
-def parse_action(text: str) -> Action:
-    """Generated text -> its meta-action; None if it does not end in one."""
-    found = re.search(rf"action: ({'|'.join(LONGITUDINAL)}), ({'|'.join(LATERAL)})$", text.strip())
-    return (found[1], found[2]) if found else None
-
-
 # --- 2.6  Planner: decoder and MLP over the VLM's states ----------------------------------------------------
 
 
 class Planner(nn.Module):
     """Waypoint queries attend to the VLM's states; an MLP corrects a simple guess of the path.
 
-    width: of the states. row: what this head is given beside the images. The guess is the mean training path,
-    or where the history is given and known, driving on as before.
+    width: of the states. row: what this head is given beside the images. The guess is the mean training path;
+    given history or speed, and where they are known, driving on as before. A second MLP reads what is given
+    alone.
     """
 
     def __init__(self, width: int, row: str, cfg: Config):
         super().__init__()
-        d, self.given = cfg.plan_dim, frozenset(row.split("+"))
-        self.enter = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, d))
+        d, self.given, drop = cfg.plan_dim, frozenset(row.split("+")) - {"none"}, cfg.plan_dropout
+        self.enter = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, d), nn.Dropout(drop))
         self.queries = nn.Parameter(0.5 * torch.randn(6, d))
         self.along, self.across = nn.Embedding(len(LONGITUDINAL) + 1, d), nn.Embedding(len(LATERAL) + 1, d)
-        self.command = nn.Embedding(len(COMMANDS), d) if "command" in self.given else None
-        self.history = nn.Linear(12, d) if "history" in self.given else None
-        block = partial(nn.TransformerDecoderLayer, d, cfg.plan_heads, 4 * d, 0.0, F.gelu, batch_first=True,
+        size = sum({"command": len(COMMANDS), "history": 12, "speed": 2}[name] for name in self.given)
+        self.own = nn.Sequential(nn.Linear(size, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU()) if size else None
+        self.correct = nn.Linear(d, 12) if size else None
+        block = partial(nn.TransformerDecoderLayer, d, cfg.plan_heads, 4 * d, drop, F.gelu, batch_first=True,
                         norm_first=True)
         self.blocks = nn.ModuleList(block() for _ in range(cfg.plan_layers))
-        self.out = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Linear(d, 2))
-        nn.init.zeros_(self.out[-1].weight)
-        nn.init.zeros_(self.out[-1].bias)
+        self.out = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU(), nn.Dropout(drop),
+                                 nn.Linear(d, 2))
+        for layer in filter(None, (self.out[-1], self.correct)):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
         self.register_buffer("mean", torch.zeros(6, 2))  # of the training trajectories [m]
         self.register_buffer("scale", torch.ones(6, 2))  # standard deviation of the corrections [m]
+        self.register_buffer("error", torch.tensor(math.inf))  # of the held-out training scenes [m]
 
     def guess(self, ego: Ego) -> Tensor:
         """(B, 6, 2)"""
+        known = ego.known[:, -1, None, None]
         if "history" in self.given:
-            return torch.where(ego.known[:, -1, None, None], constant_velocity(ego), self.mean)
+            return torch.where(known, constant_velocity(ego), self.mean)
+        if "speed" in self.given:
+            on = ego.speed[:, :1] * 5 * torch.arange(1, 7, device=known.device)  # (B, 6) [m] straight ahead
+            return torch.where(known, torch.stack([0 * on, on], -1), self.mean)
         return self.mean.expand(len(ego.command), -1, -1)
+
+    def features(self, ego: Ego) -> Tensor:
+        """(B, k): what the head is given."""
+        history = torch.cat([ego.history.flatten(1) / 10, ego.known.to(ego.history)], 1)  # (B, 12)
+        parts = {"command": F.one_hot(ego.command, len(COMMANDS)), "history": history, "speed": ego.speed}
+        return torch.cat([parts[name].float() for name in sorted(self.given)], 1)
 
     def forward(self, context: Tensor, valid: Tensor, action: Tensor, ego: Ego) -> Tensor:
         """context (B, M, C), valid (B, M) bool, action (B, 2) int64, last id unknown -> (B, 6, 2) [m]."""
-        tokens = [self.along(action[:, 0]) + self.across(action[:, 1])]
-        if self.command is not None:
-            tokens.append(self.command(ego.command))
-        if self.history is not None:
-            past = torch.cat([ego.history.flatten(1) / 10, ego.known.to(ego.history)], 1)  # (B, 12)
-            tokens.append(self.history(past))
+        own = None if self.own is None else self.own(self.features(ego))
+        tokens = [self.along(action[:, 0]) + self.across(action[:, 1]), *([] if own is None else [own])]
         q = torch.cat([self.queries.expand(len(action), -1, -1), torch.stack(tokens, 1)], 1)
         context = self.enter(context)
         for block in self.blocks:
             q = block(q, context, memory_key_padding_mask=~valid)
-        return self.guess(ego) + self.scale * self.out(q[:, :6]).float()
+        change = self.out(q[:, :6]).float()
+        if own is not None:
+            change = change + self.correct(own).float().unflatten(1, (6, 2))
+        return self.guess(ego) + self.scale * change
 
 
 # --- (10)  The network --------------------------------------------------------------------------------------
@@ -402,6 +350,8 @@ class OccVLA(nn.Module):
     def __init__(self, cfg: Config, host: paligemma.Host, classes: int = 18):
         super().__init__()
         self.cfg, self.stage, self.grid = cfg, 1, OCC3D
+        if cfg.lora:
+            add_lora(host.net.model.language_model.layers, cfg.lora)
         self.vlm = PaliGemma(host, len(CAMERAS) * cfg.n_frames, cfg.prefix)
         self.tokenizer = OccupancyTokenizer(cfg.vq, classes=classes)
         sizes, side, vlm = self.tokenizer.sizes, self.tokenizer.side, self.vlm
@@ -409,23 +359,34 @@ class OccVLA(nn.Module):
             raise InputError(f"--queries {cfg.queries}: must divide the latent's {side} cells per side")
         out = sizes.z_dim if cfg.occ_target == "latent" else sizes.codebook
         self.occupancy = OccupancyTransformer(vlm.width, vlm.layers, vlm.tokens, side, out, cfg)
-        self.planner = nn.ModuleDict()
+        self.planner, self.best = nn.ModuleDict(), nn.ModuleDict()
         self.channels = sizes.class_dim
         self.register_buffer("code_weight", torch.ones(sizes.codebook))
         self.register_buffer("class_weight", torch.ones(classes))
 
     @torch.no_grad()
-    def add_planner(self, dataset: NuScenesOccupancy | None = None) -> None:
-        """The heads of stage 3. dataset: gives the mean path and the spread of each head's corrections."""
-        rows = self.cfg.plan_inputs
-        self.planner = nn.ModuleDict({row: Planner(self.vlm.width, row, self.cfg) for row in rows})
-        if dataset is not None:
-            futures = [dataset.future(i) for i in range(len(dataset))]
+    def add_planner(self, futures: Sequence[Future] = ()) -> None:
+        """The heads of stage 3; training futures give the mean path and the spread of their corrections."""
+        cfg = self.cfg
+        self.planner = nn.ModuleDict({row: Planner(self.vlm.width, row, cfg) for row in cfg.plan_inputs})
+        if futures:
             (truth, known), ego = planning.stack_paths(futures), ego_of(futures)
             for head in self.planner.values():
                 head.mean.copy_(planning.mean_path(truth, known))
                 variance = planning.mean_path((truth - head.guess(ego)).square(), known)
                 head.scale.copy_(variance.sqrt().clamp_min(0.1))
+        self.best = deepcopy(self.planner).requires_grad_(False)
+
+    @torch.no_grad()
+    def keep_best(self, batch: dict | None) -> None:
+        """Each head's weights become its best ones if they plan better for held-out scenes; None: always."""
+        inputs = batch and (batch["inputs"] or self.plan_inputs(self.encode(batch["images"])))
+        paths = self.eval().plan(*inputs, batch["ego"], self.planner) if batch else {}
+        for row, head in self.train().planner.items():
+            error = planning_loss(paths[row], batch["path"], batch["known"]) if batch else head.error
+            if batch is None or error < self.best[row].error:
+                self.best[row].load_state_dict(head.state_dict())
+                self.best[row].error.copy_(error)
 
     def encode(self, images: Tensor, hidden: bool = False) -> Encoded:
         """(B, N, 3, H, W) -> image tokens, with the pass over them where all prompts share it."""
@@ -439,9 +400,9 @@ class OccVLA(nn.Module):
         packs = self.vlm.stack([self.vlm.exchange(OCCUPANCY_PROMPT)] * len(rows), rows.device)
         return self.vlm.run(encoded, packs, rows, hidden=True)
 
-    def occupy(self, states: States) -> Tensor:
-        """The stream -> (B, out, side, side): code logits or latents."""
-        return self.occupancy(states.hidden, states.mask)
+    def occupy(self, states: States, rows: Tensor | slice = slice(None)) -> Tensor:
+        """The stream over these rows of a pass -> (B, out, side, side): code logits or latents."""
+        return self.occupancy([h[rows] for h in states.hidden], states.mask[rows])
 
     def latent(self, predicted: Tensor) -> Tensor:
         """z_hat (B, D, x, y): the latent, or softmax(code logits) codebook, as argmax has no gradient."""
@@ -474,41 +435,46 @@ class OccVLA(nn.Module):
         valid = F.pad(packs[:, paligemma.SEGMENT] >= 0, (vlm.tokens, 0), value=True)
         return context, valid, [vlm.text.decode(ids) for ids in written]
 
-    def plan(self, context: Tensor, valid: Tensor, texts: Sequence[str], ego: Ego) -> dict[str, Tensor]:
-        """-> {row: (B, 6, 2) [m]} of every head, which reads the meta-action of the generated text."""
+    def plan(self, context: Tensor, valid: Tensor, texts: Sequence[str], ego: Ego,
+             heads: nn.ModuleDict | None = None) -> dict[str, Tensor]:
+        """-> {row: (B, 6, 2) [m]} of every head, which reads the meta-action of the generated text. heads:
+        default the best."""
         unknown = len(LONGITUDINAL), len(LATERAL)
         actions = [(LONGITUDINAL.index(a[0]), LATERAL.index(a[1])) if (a := parse_action(text)) else unknown
                    for text in texts]
         action = torch.tensor(actions, device=context.device)
-        return {row: head(context, valid, action, ego) for row, head in self.planner.items()}
+        return {row: head(context, valid, action, ego) for row, head in (heads or self.best).items()}
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """The terms of (10) for this stage, by name."""
         if self.stage == 3:
             inputs = batch["inputs"] or self.plan_inputs(self.encode(batch["images"]))
-            paths = self.plan(*inputs, batch["ego"])
+            paths = self.plan(*inputs, batch["ego"], self.planner)
             return {row: planning_loss(path, batch["path"], batch["known"]) for row, path in paths.items()}
-        encoded, occupied = self.vlm.encode(batch["images"]), self.cfg.lambda_occ > 0
-        together = occupied and self.cfg.prefix == "image"  # the questions' own pass serves the stream
-        states = self.vlm.run(encoded, batch["packs"], batch["rows"], hidden=together)
-        terms = language_loss(self, states.last, batch["packs"], batch["rows"], len(encoded.tokens))
-        if occupied:
-            predicted = self.occupy(states if together else self.occupancy_pass(encoded))
-            for name, value in occupancy_loss(self, predicted, batch["ids"], batch["seen"]).items():
-                terms[name] = self.cfg.lambda_occ * value
+        occupied, vlm = self.cfg.lambda_occ > 0, self.vlm
+        encoded = vlm.read_prefix(vlm.encode(batch["images"]), hidden=occupied)
+        states = (vlm.follow(encoded, batch["packs"], batch["rows"]) if encoded.prefix else
+                  vlm.run(encoded, batch["packs"], batch["rows"], hidden=occupied))
+        terms = language_loss(self, states, batch["packs"], batch["rows"], len(encoded.tokens))
+        if occupied:  # on a pass that answers: the shared prefix, or that of a keyframe's first question
+            own = batch["rows"] == torch.arange(len(encoded.tokens), device=batch["rows"].device)[:, None]
+            predicted = (self.occupy(encoded.prefix) if encoded.prefix else
+                         self.occupy(states, own.int().argmax(1)))
+            losses = occupancy_loss(self, predicted, batch["ids"], batch["seen"])
+            terms |= {name: self.cfg.lambda_occ * value for name, value in losses.items()}
         return terms
 
 
-def language_loss(net: OccVLA, last: Tensor, packs: Tensor, rows: Tensor, B: int) -> dict[str, Tensor]:
+def language_loss(net: OccVLA, states: States, packs: Tensor, rows: Tensor, B: int) -> dict[str, Tensor]:
     """(8) L_lm: next-token cross-entropy on target tokens only, answers and chain of thought apart.
 
     It is a mean over each keyframe's target tokens, then over the B keyframes, so that processes add up.
-    last (R, S, C), packs (R, 6, L), rows (R,): the keyframe of each pack.
+    packs (R, 6, L), rows (R,): the keyframe of each pack.
     """
-    terms = {}
+    terms, graph = {}, 0 * states.last.sum()  # without a target there is a graph still
     for name, kind in (("qa", QA), ("cot", THOUGHT))[: net.stage]:  # stage 1 has no chain of thought
-        values, pack = net.vlm.token_losses(last, packs, kind)
-        terms[name] = mean_over_keyframes(values, rows[pack], B) + 0 * last.sum()  # no target: a graph still
+        values, pack = net.vlm.token_losses(states, packs, kind)
+        terms[name] = mean_over_keyframes(values, rows[pack], B) + graph
     return terms
 
 
@@ -539,32 +505,42 @@ def build(cfg: Config, classes: int = 18, pretrained: bool = True, folder: Path 
 
 
 class Keyframes:
-    """What a training step reads of a keyframe. inputs: the planner's, if they were computed before."""
+    """What a training step reads of a keyframe. kept: indices of the samples. seen: what the frozen vision
+    tower makes of each keyframe and of its mirror image, else images are read. inputs: the planner's,
+    likewise."""
 
     def __init__(self, dataset: NuScenesOccupancy, truth: Truth | None, cfg: Config, vlm: PaliGemma | None,
-                 stage: int, inputs: list | None = None):
-        self.dataset, self.truth, self.cfg, self.vlm = dataset, truth, cfg, vlm
-        self.stage, self.inputs = stage, inputs
+                 stage: int, kept: Sequence[int], seen: Sequence | None = None,
+                 inputs: Sequence | None = None):
+        self.dataset, self.truth, self.cfg, self.vlm, self.stage = dataset, truth, cfg, vlm, stage
+        self.kept, self.seen, self.inputs = kept, seen, inputs
 
-    def __call__(self, i: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Keyframe i -> its fields as tensors without a batch axis; packs: a list."""
-        item: dict[str, Any] = {}
+    def __call__(self, sample: int, rng: np.random.Generator) -> dict[str, Any]:
+        """A sample -> its fields as tensors without a batch axis; packs: a list."""
+        i, item = self.kept[sample], {}
+        flip = bool(self.cfg.mirror and self.stage and rng.random() < 0.5)
         if self.truth is not None:
-            item["ids"], item["seen"] = read_truth(self.truth, i)
-        if self.stage == 0:
-            return item
+            item["ids"], item["seen"] = (x.flip(1) if flip else x for x in read_truth(self.truth, i))
+        return item if self.stage == 0 else item | self.read(i, flip, rng)
+
+    def read(self, i: int, flip: bool, rng: np.random.Generator | None = None) -> dict[str, Any]:
+        """Images or what stands for them, text or plan of keyframe i."""
+        item: dict[str, Any] = {}
         if self.inputs is None:
-            item["images"] = read_images(self.dataset, i, self.cfg.n_frames)
+            item["images"] = (read_images(self.dataset, i, self.cfg.n_frames, flip) if self.seen is None else
+                              torch.from_numpy(np.array(self.seen[i, int(flip)])))
         if self.stage == 3:
-            return item | {"future": self.dataset.future(i), "inputs": self.inputs and self.inputs[i]}
-        rows = self.dataset.questions(i) or []
+            future = planning.mirrored_future(self.dataset.future(i)) if flip else self.dataset.future(i)
+            return item | {"future": future, "inputs": self.inputs and self.inputs[i][int(flip)]}
+        rows, turn = self.dataset.questions(i) or [], planning.mirrored_words if flip else str
         picked = [rows[k] for k in rng.permutation(len(rows))[: self.cfg.questions]]
-        exchanges = [self.vlm.exchange(row["question"], str(row["answer"])) for row in picked]
+        exchanges = [self.vlm.exchange(turn(row["question"]), str(row["answer"])) for row in picked]
         action = meta_action(self.dataset.future(i))
         if self.stage == 2 and action is not None:
-            words = thought(self.dataset.boxes(i), action, self.cfg.cot)
+            words = turn(thought(self.dataset.boxes(i), action, self.cfg.cot))
             exchanges.append(self.vlm.exchange(PLAN_PROMPT, words, THOUGHT))
-        return item | {"packs": self.vlm.pack(exchanges or [self.vlm.exchange(PLAN_PROMPT)])}
+        exchanges = exchanges or [self.vlm.exchange(PLAN_PROMPT)]
+        return item | {"packs": [self.vlm.pack([exchange])[0] for exchange in exchanges]}
 
     def collate(self, items: list[dict], device: torch.device) -> dict[str, Any]:
         """Items -> a batch on the device; packs get `rows`, the place of their keyframe in the batch."""
@@ -586,11 +562,12 @@ class Keyframes:
         return batch
 
 
-def read_images(dataset: NuScenesOccupancy, i: int, n_frames: int) -> Tensor:
+def read_images(dataset: NuScenesOccupancy, i: int, n_frames: int, flip: bool = False) -> Tensor:
     """(N, 3, s, s) in [0, 1]; n_frames 2: then those of the keyframe before, or a scene's first again."""
     images = [dataset.images(i)]
     if n_frames == 2:
         images.append(dataset.images(next(iter(dataset.past(i, 1)), i)))
+    images = [x[planning.MIRRORED][..., ::-1] if flip else x for x in images]
     return torch.from_numpy(np.concatenate(images))
 
 
@@ -610,6 +587,7 @@ def trainable(net: OccVLA, stage: int) -> None:
              "language": [host.model.language_model, host.lm_head]}
     learning = [module for name in net.cfg.vlm_train for module in parts[name]]
     learning += [net.occupancy] if net.cfg.lambda_occ > 0 else []
+    learning += lora_parts(host)
     net.requires_grad_(False)
     for module in [net.planner] if stage == 3 else learning:
         module.requires_grad_(True)
@@ -630,17 +608,33 @@ def make_optimizer(net: nn.Module, stage: int, cfg: Config) -> torch.optim.Optim
     return (Muon if muon else torch.optim.AdamW)([g for g in groups if g["params"]], lr=new)
 
 
-def cached_inputs(net: OccVLA, dataset: NuScenesOccupancy, run: Session, limit: float = 4e9) -> list | None:
-    """The planner's inputs of every training keyframe, as the VLM is frozen; None above `limit` bytes."""
-    if 4 * len(dataset) * net.vlm.tokens * net.vlm.width > limit:
+def cached_sight(net: OccVLA, dataset: NuScenesOccupancy, run: Session) -> np.ndarray | None:
+    """What the frozen vision tower makes of every keyframe, and of its mirror image; None: the tower
+    learns.
+    """
+    cfg = net.cfg
+    flips = (False, True) if cfg.mirror else (False,)
+    return None if "vision" in cfg.vlm_train else net.vlm.cached_sight(
+        lambda i: torch.stack([read_images(dataset, i, cfg.n_frames, flip) for flip in flips]), len(dataset),
+        dataset.cache, [dataset.tokens, len(flips), cfg.n_frames], run.run)
+
+
+def cached_inputs(net: OccVLA, keyframes: Keyframes, run: Session, limit: float = 4e9) -> list | None:
+    """The planner's inputs of every keyframe, and of its mirror image, as the VLM is frozen; None above
+    `limit` bytes.
+    """
+    n, flips = len(keyframes.dataset), (False, True) if net.cfg.mirror else (False,)
+    if 4 * len(flips) * n * net.vlm.tokens * net.vlm.width > limit:
         return None
-    inputs: list = []
-    for first in tqdm(range(0, len(dataset), 8), "VLM states", leave=False, disable=not run.is_main):
-        several = range(first, min(first + 8, len(dataset)))
-        images = torch.stack([read_images(dataset, i, net.cfg.n_frames) for i in several]).to(run.device)
-        with run.autocast(), torch.no_grad():
-            context, valid, texts = net.plan_inputs(net.encode(images))
-        inputs += zip(context.cpu(), valid.cpu(), texts, strict=True)
+    inputs: list = [[] for _ in range(n)]
+    for first in tqdm(range(0, n, 16), "VLM states", leave=False, disable=not run.is_main):
+        several = range(first, min(first + 16, n))
+        for flip in flips:
+            images = torch.stack([keyframes.read(i, flip)["images"] for i in several]).to(run.device)
+            with run.autocast(), torch.no_grad():
+                context, valid, texts = net.plan_inputs(net.encode(images))
+            for i, *found in zip(several, context.float().cpu(), valid.cpu(), texts, strict=True):
+                inputs[i].append(found)
     return inputs
 
 
@@ -666,13 +660,14 @@ def train_stage(stage: int, cfg: Config, dataset: NuScenesOccupancy, labels: Pat
 
     host: folder of the VLM's architecture. network: what an experiment replaces.
     """
-    run = Session(args, cfg, out, samples=len(dataset), batch=cfg.stage_batch[stage], amp=cfg.amp,
+    kept, held = planning.hold_out(dataset.scene_names if stage == 3 else [], len(dataset))
+    run = Session(args, cfg, out, samples=len(kept), batch=cfg.stage_batch[stage], amp=cfg.amp,
                   steps=args.steps or cfg.stage_steps[stage], epochs=cfg.stage_epochs[stage],
                   source=verbs.source(dataset, labels or Path("gts"), "camera"))
     if run.finished:
         return
     truth = ground_truth(dataset, labels) if stage < 3 and (stage == 0 or cfg.lambda_occ > 0) else None
-    vlm = inputs = None
+    vlm, seen, inputs = None, None, None
     if stage == 0:
         net: nn.Module = OccupancyTokenizer(cfg.vq)
         ids = (truth(i)[0] for i in spread(len(dataset), 64))
@@ -682,10 +677,11 @@ def train_stage(stage: int, cfg: Config, dataset: NuScenesOccupancy, labels: Pat
                else load_run(cfg, previous, host, network))
         if stage == 1 and run.is_main:
             net.vlm.save_host(host)
-        if stage == 3:
-            net.add_planner(dataset)
-            inputs = cached_inputs(net.to(run.device).eval(), dataset, run)
         net.stage, vlm = stage, net.vlm
+        seen = cached_sight(net.to(run.device), dataset, run)
+        if stage == 3:
+            net.add_planner([dataset.future(i) for i in kept])
+            inputs = cached_inputs(net.eval(), Keyframes(dataset, None, cfg, vlm, stage, kept, seen), run)
         trainable(net, stage)
         if cfg.checkpointing and stage < 3:  # stage 3 writes its chain of thought with a cache instead
             vlm.net.gradient_checkpointing_enable({"use_reentrant": False})
@@ -694,7 +690,9 @@ def train_stage(stage: int, cfg: Config, dataset: NuScenesOccupancy, labels: Pat
         run.shard(net, ("Gemma2DecoderLayer", "SiglipEncoderLayer"))
     optimizer = make_optimizer(net, stage, cfg)
     model = run.attach(net, optimizer)
-    keyframes = Keyframes(dataset, truth, cfg, vlm, stage, inputs)
+    keyframes = Keyframes(dataset, truth, cfg, vlm, stage, kept, seen, inputs)
+    unseen = [keyframes.read(i, False) for i in held] if held and inputs else None
+    unseen = unseen and keyframes.collate(unseen, run.device)
     for step, batch in run.batches(keyframes, args.workers, partial(keyframes.collate, device=run.device)):
         lr = set_lr(optimizer, schedule(step, run.steps, "cosine", cfg.warmup))
         with run.autocast():
@@ -704,8 +702,11 @@ def train_stage(stage: int, cfg: Config, dataset: NuScenesOccupancy, labels: Pat
                 terms = model(batch)  # (10)
         optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
+        reshard(net)
         nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
         optimizer.step()
+        if stage == 3 and ((step + 1) % 50 == 0 or step + 1 == run.steps):
+            net.keep_best(unseen)
         run.log(step, terms, lr)
 
 
@@ -727,7 +728,6 @@ def train(cfg: Config, args) -> None:
         args.resume = resume and (out / STAGES[stage] / "config.json").is_file()
         train_stage(stage, cfg, dataset, args.labels, args, out / STAGES[stage], previous, out / "0_host")
         previous = out / STAGES[stage]
-    teardown(run)
 
 
 # --- 6  Predict and evaluate --------------------------------------------------------------------------------
@@ -736,10 +736,8 @@ def train(cfg: Config, args) -> None:
 @torch.no_grad()
 def predict(net: OccVLA, images: Tensor, questions: Sequence[str] = (), future: Future | None = None,
             stream: bool = True) -> Prediction:
-    """images (N, 3, H, W) of a keyframe -> all that the network predicts.
-
-    stream False skips the occupancy stream: nothing else changes. Of `future`, command and history are read,
-    by the planner rows that are given them.
+    """images (N, 3, H, W) of a keyframe -> all that the network predicts. stream False skips the occupancy
+    stream: nothing else changes. Of `future`, command and history are read, by the rows that are given them.
     """
     vlm, device = net.vlm, net.code_weight.device
     with autocast(device, net.cfg.amp):
@@ -758,11 +756,11 @@ def predict(net: OccVLA, images: Tensor, questions: Sequence[str] = (), future: 
     return Prediction(occupancy, answers, free, text, parse_action(text), paths)
 
 
-def drive(net: OccVLA, dataset: NuScenesOccupancy, i: int, *, images: int | None,
+def drive(net: OccVLA, dataset: NuScenesOccupancy, i: int, *, images: int,
           questions: Sequence[str] = (), stream: bool = True) -> Prediction:
-    """Keyframe i with the images of keyframe `images`; None: black ones."""
-    pixels = read_images(dataset, i if images is None else images, net.cfg.n_frames)
-    return predict(net, pixels * (images is not None), questions, dataset.future(i), stream)
+    """Keyframe i with the images of keyframe `images`."""
+    pixels = read_images(dataset, images, net.cfg.n_frames)
+    return predict(net, pixels, questions, dataset.future(i), stream)
 
 
 @torch.no_grad()
@@ -797,8 +795,9 @@ def load_run(cfg: Config, out: Path, host: Path | None = None, network: type[Occ
 def score(net: OccVLA, args, out: Path, folders: Sequence[Path], dataset: NuScenesOccupancy,
           train_set: NuScenesOccupancy, known: dict[str, float] | None = None) -> dict[str, float]:
     """Scores the stage `out`; folders: all its stages. known: see `planning.report`."""
-    truth, indices = ground_truth(dataset, args.labels), spread(len(dataset), args.eval_frames)
-    extra = reconstruction(net.tokenizer, map(truth, indices[:: max(1, len(indices) // 20)]))
+    indices, scored = spread(len(dataset), args.eval_frames), args.labels or dataset.gts is not None
+    truth = ground_truth(dataset, args.labels) if scored or net.cfg.lambda_occ > 0 else None
+    extra = reconstruction(net.tokenizer, map(truth, indices[:: max(1, len(indices) // 20)])) if truth else {}
     if known is None:
         extra |= skipping(net, read_images(dataset, indices[0], net.cfg.n_frames))
     return planning.report(partial(drive, net, dataset), dataset=dataset, train_set=train_set, out=out,
@@ -829,7 +828,7 @@ def predict_frames(cfg: Config, args) -> None:
 
 def ask(cfg: Config, args) -> None:
     """The verb ask: any six images, or DriveLM's, through the host's own processor."""
-    asked = planning.read_asked(args.images, args.question, args.drivelm)
+    asked = read_drivelm(args.drivelm) if args.drivelm else planning.read_asked(args.images, args.question)
     net = load_run(cfg, cli.last_stage(args.ckpt)).to(setup(args.device).device)
     pixels = lambda files: net.vlm.text.pixels(files).repeat(cfg.n_frames, 1, 1, 1)  # noqa: E731
     planning.ask(lambda files, questions: predict(net, pixels(files), questions, stream=False), asked)
@@ -848,7 +847,8 @@ def describe(cfg: Config, args) -> None:
     def everything() -> None:
         states = vlm.run(vlm.encode(images), packs, torch.zeros(1, dtype=torch.int64), hidden=True)
         tokenizer.logits(tokenizer.decode(net.latent(net.occupy(states))))
-        net.plan(states.last, torch.ones_like(states.last[..., 0], dtype=torch.bool), [text], ego)
+        net.plan(states.last, torch.ones_like(states.last[..., 0], dtype=torch.bool), [text], ego,
+                 net.planner)
 
     print(f"{args.preset}: {vlm.tokens} image tokens a keyframe, {packs.shape[2]} of text, codes "
           f"{tokenizer.side}x{tokenizer.side}")
@@ -884,7 +884,8 @@ FLAGS = {
     "tokenizer": cli.Flag("a run's 0_tokenizer, instead of training one", Path | None),
     "fsdp": cli.Flag("under torchrun, shard the weights (FSDP2) instead of copying them", bool, False),
     "eval-questions": cli.Flag("questions asked per keyframe, evenly spaced; 0: all", int, 0),
-    "world-size": cli.Flag("synthetic world", Literal["drives", "mini", "demo", "claims"], "drives"),
+    "world-size": cli.Flag("synthetic world", Literal["questions", "drives", "mini", "demo", "claims"],
+                           "drives"),
 }
 
 

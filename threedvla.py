@@ -121,8 +121,8 @@ from common.networks.transformer import Attention, Block, DeformableAttention, R
 from common.networks.xvla import XVLA
 from common.observation import Observation, stack_observations
 from common.report import episodes
-from common.train import (autocast, barrier, load_checkpoint, load_weights, make_optimizer, schedule, set_lr,
-                          setup, stages_cost, teardown)
+from common.train import (autocast, barrier, joined, load_checkpoint, load_weights, make_optimizer,
+                          over_ranks, schedule, set_lr, setup, stages_cost)
 
 # --- 1  Configuration ---------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class Config:
     mask_ratio: float = 0.5  # Sec. 4: asymmetric, 50 %
     # optimisation
     optimizer: Literal["adamw", "muon"] = "adamw"  # Sec. 4; tiny: Muon for matrices
-    batch: int = 64  # Sec. 4, effective
+    batch: int = 64  # of all processes together; Sec. 4
     base_steps: int = 30000  # stage 0; openpi's LIBERO fine-tuning; ours
     base_lr: float = 5e-5  # openpi
     w_ground: float = 0.0  # stage 0: loss of the finder; 0: no finder; ours, tiny
@@ -423,7 +423,7 @@ def instance_loss(layers: list[Probes], mask_map: Tensor, targets: Targets,
     terms = {name: mask_map.new_zeros(()) for name in WEIGHTS}
     for probes in layers:
         m = match(probes, targets)
-        count, shown = max(len(m.b), 1), max(int(m.views.sum()), 1)
+        count, shown = over_ranks(mask_map.new_tensor([len(m.b), int(m.views.sum())]), 1)
         wanted = torch.zeros_like(probes.logit)
         wanted[m.b, m.q] = 1
         boxes = probes.boxes.transpose(1, 2)[m.b, m.q], targets.boxes[m.b, m.t]  # (R, V, 4)
@@ -608,11 +608,11 @@ def direction_term(predicted: Tensor, true: Tensor) -> Tensor:
 
 
 def variance_term(predicted: Tensor, true: Tensor) -> Tensor:
-    """(13) mean over channels of max(0, gamma - std over n tokens), against collapse; both (n, d).
-
-    gamma: the teacher channel's own deviation (assumption).
-    """
-    gamma, deviation = (torch.sqrt(x.var(0, correction=0) + 1e-4) for x in (true, predicted))
+    """(13) mean over channels of max(0, gamma - std over all processes' tokens), against collapse; (n, d).
+    gamma: the teacher channel's own deviation (assumption)."""
+    both = true.float(), predicted.float()
+    apart = (x - over_ranks(x.detach().mean(0)) for x in both)  # a variance has no gradient by its mean
+    gamma, deviation = (torch.sqrt(over_ranks(x.square().mean(0)) + 1e-4) for x in apart)
     return F.relu(gamma - deviation).mean()
 
 
@@ -881,7 +881,8 @@ class Agent(nn.Module):
         actions = (batch.actions - self.action_mean) / self.action_std
         state, actions, valid = (x.repeat_interleave(k, 0) for x in (self.state(batch), actions, batch.valid))
         error = self.policy.loss(prefix, state, actions, batch.noise, batch.time).mean(-1)  # (B k, A)
-        terms = {"action": (error * valid).sum() / valid.sum()} | (found.terms if found is not None else {})
+        terms = {"action": (error * valid).sum() / over_ranks(valid.sum().to(error), 1)}
+        terms |= found.terms if found is not None else {}
         if batch.ground is not None:  # stage 0
             weight = batch.ground.new_tensor(10.0)  # an object covers few cells
             heat = F.binary_cross_entropy_with_logits(prefix.heat, batch.ground, pos_weight=weight)
@@ -967,7 +968,7 @@ def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before
     steps = args.steps or (cfg.base_steps, cfg.stage1_steps, cfg.stage2_steps)[stage]
     source = {"root": frames.demos.root, "stage": stage, "from": before, "pseudo": args.pseudo}
     run = Session(args, cfg, out, samples=len(frames.demos), steps=steps, source=source, amp=cfg.amp,
-                  batch=max(1, cfg.batch // setup(args.device).world), seed=args.seed + 1000 * stage)
+                  batch=cfg.batch // setup(args.device).world, seed=args.seed + 1000 * stage)
     if run.finished:
         return
     agent = Agent(cfg, three)
@@ -1017,6 +1018,8 @@ def train(cfg: Config, args) -> None:
     check(cfg)
     if args.steps and args.resume:
         raise InputError("--steps with --resume: a run of stages is not extended; take another --out")
+    if cfg.batch % (world := setup(args.device).world):
+        raise InputError(f"--batch {cfg.batch}: of all processes together; take a multiple of {world}")
     out = args.out or Path("runs/threedvla")
     base, frames = args.base or out, open_frames(cfg, args)
     base = base if (base / "config.json").is_file() else base / "stage0"
@@ -1027,7 +1030,6 @@ def train(cfg: Config, args) -> None:
     first = replace(cfg, variant="A") if cfg.variant != "base" else cfg
     train_stage(1, first, args, frames, out / "stage1", base)
     train_stage(2, cfg, args, frames, out / "stage2", out / "stage1")
-    teardown(setup(args.device))
 
 
 def open_frames(cfg: Config, args) -> Frames:
@@ -1088,7 +1090,7 @@ def evaluate(cfg: Config, args) -> None:
     episodes.report(partial(predict, agent), envs, rules, out=out, version=args.env, run=args.run, cost=cost,
                     policy=f"{cfg.policy} {cfg.variant}", pictures=args.pictures,
                     reads_depth=agent.three is not None)
-    if args.env == "tabletop" and agent.three is not None:
+    if args.env == "tabletop" and agent.three is not None and joined().is_main:
         verbs.experiment(args.method, *f"--claim diagnose --device {args.device} --run-folder".split(),
                          str(out))
 

@@ -100,10 +100,6 @@ class Session:
         for step, items in parts.prefetch(make_item, self.order, self.start, self.steps, workers, self.lines):
             yield step, collate(items) if collate else stack(items, self.device)
 
-    def generator(self, step: int) -> torch.Generator:
-        """A CPU generator that depends on seed, step and rank alone."""
-        return torch.Generator().manual_seed((self.seed << 32) + step * self.world + self.rank)
-
     def autocast(self) -> AbstractContextManager:
         """bfloat16 where amp is bf16, else nothing."""
         return parts.autocast(self.device, self.amp)

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -204,10 +204,11 @@ def sweep(folder: Path) -> None:
     if folder in _SWEPT:
         return
     _SWEPT.add(folder)
-    for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
-        if (lock := _lock(path)) is not None:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            os.close(lock)
+    with suppress(OSError):  # a folder that may not be written is as it is
+        for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
+            if (lock := _lock(path)) is not None:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                os.close(lock)
 
 
 @contextmanager
@@ -235,7 +236,7 @@ def hold(folder: Path | str) -> None:
 
     The claim is a lock of the system on the folder itself: it leaves no file, and none is stale.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))  # resolve() raises RuntimeError at links in a circle
     if folder in _HELD:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -253,7 +254,7 @@ def hold(folder: Path | str) -> None:
 
 def release(folder: Path | str) -> None:
     """Give up the claim of `hold`."""
-    handle = _HELD.pop(Path(folder).resolve(), None)
+    handle = _HELD.pop(Path(os.path.realpath(folder)), None)
     if handle is not None:
         os.close(handle)
 
@@ -437,6 +438,17 @@ def _read_array(file: BinaryIO, size: int, name: str, shape: Shape, dtype: str |
     return array.reshape(found[::-1]).T if fortran else array.reshape(found)
 
 
+class _Bounded(io.BufferedReader):
+    """A file that is never asked for more than is left in it: PIL allocates what a damaged chunk declares."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+
 @contextmanager
 def open_image(path: Path | str, what: str = "image") -> Iterator[Any]:
     """Yield a PIL image whose pixels are not decoded yet. Raises InputError as `read_image`, inside the block
@@ -444,7 +456,8 @@ def open_image(path: Path | str, what: str = "image") -> Iterator[Any]:
     from PIL import Image
 
     path = Path(path)
-    with reading(path, f"not a readable {what}", what=what), Image.open(path, formats=PICTURES) as image:
+    with (reading(path, f"not a readable {what}", what=what), _Bounded(io.FileIO(path)) as file,
+          Image.open(file, formats=PICTURES) as image):
         if not 0 < image.width * image.height <= MAX_PIXELS:
             size, limit = f"{image.width}x{image.height} px", f"{MAX_PIXELS / 1e6:.0f} megapixels"
             raise InputError(f"{path}: {size} by its header, expected up to {limit}; make it smaller")

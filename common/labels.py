@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import InputError, end_with_parent, read_json, read_npz, write_json, write_npz
+from common.files import InputError, end_with_parent, read_json, read_npz, sweep, write_json, write_npz
 from common.geometry import OCC3D
 from common.nuscenes import FREE
 
@@ -114,6 +114,7 @@ def make_labels(maker: LabelMaker, dataset: Any, labeler: str, options: dict[str
         options = options | {"cache_maps": out / "maps"}  # the models' work outlives a killed run
     wanted = label_record(maker, dataset, labeler, options, cfg)
     if path.is_file():
+        sweep(out)
         old = read_json(path, dict)
         if differ := [name for name in wanted if old.get(name) != wanted[name]]:
             raise InputError(f"{path}: made with another {', '.join(differ)}; choose another folder or "
@@ -132,14 +133,14 @@ def make_labels(maker: LabelMaker, dataset: Any, labeler: str, options: dict[str
     total, written = sum(len(job[3]) for job in jobs), 0
     processes = 1 if labeler == "foundation" else min(workers, len(jobs))  # one set of models in memory
     with tqdm(total=total, desc="labels", unit="keyframe") as bar:
-        for job, count in zip(jobs, _each(_label_scene, jobs, processes), strict=True):
+        for job, count in zip(jobs, each(_label_scene, jobs, processes), strict=True):
             written += count
             bar.update(len(job[3]))
     print(f"labels: {total} keyframes of {len(jobs)} scenes, {written} new, {time.time() - begun:.0f} s -> "
           f"{out}")
 
 
-def _each(function: Callable, jobs: list, processes: int) -> Iterator:
+def each(function: Callable, jobs: list, processes: int) -> Iterator:
     """function(job) of every job, in order; in spawned processes, since torch's threads do not survive a
     fork."""
     if processes < 2:
@@ -198,14 +199,18 @@ def labels_note(folder: Path) -> str:
 
 
 def class_weights(targets: Iterable[Tensor | np.ndarray], classes: int = 18, rule: str = "sqrt") -> Tensor:
-    """-> (classes,) weights by the frequency of the targets' ids, mean 1 over the classes present, 0 for
-    absent ones; 255 ignored.
-
-    rule: sqrt, freq^-0.5; log, MonoScene's 1 / log(freq + .001).
-    """
+    """The `weights_of` the targets' ids; 255 ignored."""
     count = np.zeros(classes)
     for target in tqdm(targets, "class weights", leave=False):
         count += np.bincount(np.asarray(target).ravel(), minlength=IGNORE + 1)[:classes]
+    return weights_of(count, rule)
+
+
+def weights_of(count: np.ndarray, rule: str = "sqrt") -> Tensor:
+    """How often each id occurs -> its weight, mean 1 over the classes present, 0 for absent ones.
+
+    rule: sqrt, freq^-0.5; log, MonoScene's 1 / log(freq + .001).
+    """
     weight = 1 / (np.log(np.maximum(count, 2) + 0.001) if rule == "log" else np.sqrt(np.maximum(count, 1)))
     weight = np.where(count > 0, weight, 0)
     return torch.from_numpy(weight / weight[weight > 0].mean() if weight.any() else weight).float()

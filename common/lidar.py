@@ -547,26 +547,32 @@ def fill_voids(points: np.ndarray, normals: np.ndarray, grid: VoxelGrid,
 
 
 def nearest_points(scene: Scene, now: Now, centers: np.ndarray, k: int) -> np.ndarray:
-    """centers (V, 3) [m] ego -> classes (V, k) uint8 of the k nearest labelled points, nearest first.
+    """centers (V, 3) [m] ego, of voxels -> classes (V, k) uint8 of the k nearest labelled points, in order.
 
-    Static and moving points are asked together. 255: there are fewer than k.
+    Static and moving points are asked together, the moving ones only from where one can be among the k: their
+    points are not thinned, and a search from afar among points at one distance is long. 255: fewer than k.
     """
     known = now.movers.labels != UNLABELLED
-    sources = []
+    distance = np.full((len(centers), 2 * k), np.inf)
+    label = np.full((len(centers), 2 * k), UNLABELLED, np.uint8)
     if scene.tree is not None:
-        sources.append((scene.tree, scene.tree_labels, move(rigid_inverse(now.T_ego_scene), centers)))
+        distance[:, :k], rows = _query(scene.tree, move(rigid_inverse(now.T_ego_scene), centers), k)
+        label[:, :k] = np.append(scene.tree_labels, UNLABELLED)[rows]
     if known.any():
-        sources.append((cKDTree(now.movers.points[known]), now.movers.labels[known], centers))
-    if not sources:
-        return np.full((len(centers), k), UNLABELLED, np.uint8)
-    distance, label = [], []
-    for tree, labels, query in sources:
-        d, rows = tree.query(query, k=list(range(1, k + 1)), workers=torch.get_num_threads())  # (V, k) each
-        distance.append(d)
-        label.append(np.append(labels, UNLABELLED)[rows])
-    distance, label = np.concatenate(distance, 1), np.concatenate(label, 1)
+        points, size = now.movers.points[known], np.array(scene.grid.voxel_size)
+        cells = np.unique(np.floor(points / size).astype(np.int64), axis=0)
+        least = _query(cKDTree((cells + 0.5) * size), centers, 1)[0][:, 0] - np.linalg.norm(size) / 2
+        near = np.flatnonzero(least <= distance[:, k - 1])
+        tree = cKDTree(points, leafsize=32, compact_nodes=False, balanced_tree=False)
+        distance[near, k:], rows = _query(tree, centers[near], k)
+        label[near, k:] = np.append(now.movers.labels[known], UNLABELLED)[rows]
     nearest = np.argsort(distance, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(label, nearest, 1)
+
+
+def _query(tree: cKDTree, points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of a tree: distances (V, k), rows (V, k)."""
+    return tree.query(points, k=list(range(1, k + 1)), workers=torch.get_num_threads())
 
 
 def majority(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

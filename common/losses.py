@@ -221,14 +221,14 @@ def dice_loss(logits: Tensor, target: Tensor, num_masks: float | None = None) ->
     """
     p, target = _wide(logits).sigmoid().flatten(1), target.flatten(1).to(_wide(logits).dtype)
     dice = 1 - (2 * (p * target).sum(1) + 1) / (p.sum(1) + target.sum(1) + 1)                 # (M,)
-    return dice.sum() / max(len(dice) if num_masks is None else num_masks, 1)
+    return dice.sum() / (max(len(dice), 1) if num_masks is None else num_masks)
 
 
 def mask_cross_entropy(logits: Tensor, target: Tensor, num_masks: float | None = None) -> Tensor:
     """Mask2Former's mask BCE: mean over a mask's pixels, summed over masks / num_masks. Shapes as `dice_loss`."""
     logits = _wide(logits)
     loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none").flatten(1).mean(1)
-    return loss.sum() / max(len(loss) if num_masks is None else num_masks, 1)
+    return loss.sum() / (max(len(loss), 1) if num_masks is None else num_masks)
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

@@ -586,6 +586,7 @@ class PlanningMeter:
 
     def __init__(self):
         self.steps: dict[str, dict[str, list[Tensor]]] = {}  # scene -> protocol -> [(3, 6) l2, point, box]
+        self.full: dict[str, dict[str, list[Tensor]]] = {}  # the same, of full horizons alone
         self.samples = 0
 
     def add(self, pred, gt, mask, rasters: dict[str, tuple], group: str = "all") -> None:
@@ -599,6 +600,9 @@ class PlanningMeter:
                 continue
             steps = planning_errors(pred, gt, mask, _tensor(vehicles)[None], _tensor(pedestrians)[None], protocol)
             scene[protocol].append(torch.cat([values for values in steps.values()]))
+            if bool(mask.bool().all()):
+                full = self.full.setdefault(str(group), {name: [] for name in PLANNING_PROTOCOLS})
+                full[protocol].append(scene[protocol][-1])
 
     def counted(self, protocol: str) -> int:
         """Samples in the protocol's mean."""
@@ -619,6 +623,12 @@ class PlanningMeter:
             values |= {f"{name}_avg": sum(values[f"{name}_{s}s"] for s in (1, 2, 3)) / 3 for name in named}
             scores |= {f"{name}_{protocol}": value for name, value in values.items() if np.isfinite(value)}
         return scores
+
+    def full_horizons(self) -> dict[str, float]:
+        """`metrics` by UniAD's rule, of samples with all six steps alone: it counts a masked step as 0."""
+        own = PlanningMeter()
+        own.steps, own.samples = self.full, self.samples
+        return {name: value for name, value in own.metrics().items() if name.endswith("uniad")} if self.full else {}
 
 
 # --- question answering, open set, LIBERO-Plus -----------------------------------------------------------------------
@@ -642,11 +652,12 @@ def qa_scores(rows: Iterable[dict]) -> dict[str, tuple[int, int, float]]:
     return {g: (counts[g][0], counts[g][1], round(100 * counts[g][0] / max(counts[g][1], 1), 2)) for g in names}
 
 
-def openset_scores(score, unknown) -> dict[str, float]:
+def openset_scores(score, unknown, count=None) -> dict[str, float]:
     """score (M,), higher = more unknown; unknown (M,) bool -> {"auroc", "aupr", "fpr95"}, unknown being positive.
 
     scikit-learn's: equal scores move together, AUPR is the average precision (steps, no interpolation). FPR95: false
     positives at the first threshold that finds 95 % of the unknown. NaN where there is no unknown or no known element.
+    count (M,): how many elements each of them stands for.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
@@ -657,10 +668,11 @@ def openset_scores(score, unknown) -> dict[str, float]:
         raise ValueError(f"{int(np.isnan(score).sum())} of {len(score)} scores are NaN")
     if unknown.all() or not unknown.any():
         return {"auroc": NAN, "aupr": NAN, "fpr95": NAN}
-    false, true, _ = roc_curve(unknown, score, drop_intermediate=False)
+    weight = None if count is None else _tensor(count).flatten().double().cpu().numpy()
+    false, true, _ = roc_curve(unknown, score, drop_intermediate=False, sample_weight=weight)
     return {
-        "auroc": float(roc_auc_score(unknown, score)),
-        "aupr": float(average_precision_score(unknown, score)),
+        "auroc": float(roc_auc_score(unknown, score, sample_weight=weight)),
+        "aupr": float(average_precision_score(unknown, score, sample_weight=weight)),
         "fpr95": float(false[true >= 0.95][0]),
     }
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from common.files import (InputError, atomic, exit_on_input_error, misfit, note, open_image, read_json,
-                          read_npz, reading, short_hash, to_rgb, write_json)
+                          read_npz, reading, short_hash, sweep, to_rgb, write_json)
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CHANNELS = CAMERAS + ("LIDAR_TOP",)  # the sensors that are read; radar rows are left out of the cache
@@ -319,6 +319,7 @@ def write_cache(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None
 
 def read_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     """-> ({name: memory-mapped array}, meta). Constant time: no table is parsed, no row is visited."""
+    sweep(folder.parent)
     with reading(folder / "meta.json", "the cache is damaged", "delete this folder, it is made again"):
         stored = read_json(folder / "meta.json", {"hash": str, "meta": {"arrays": {str: list}}})
         meta = stored["meta"]
@@ -797,16 +798,19 @@ class NuScenesOccupancy:
 
     def points(self, i: int, sweeps: int = 0) -> np.ndarray:
         """(M, 5) float32: x, y, z [m] in the reference ego, intensity, ring. Optionally with up to `sweeps` earlier
-        LiDAR sweeps (newest first, each through global at its own time); the keyframe's points come first."""
-        row = self._data_row(i, LIDAR)
+        LiDAR sweeps (newest first, each through global at its own time); the keyframe's points come first. A sweep
+        between keyframes whose file is not there is left out, as in `sweeps`."""
+        row, clouds = self._data_row(i, LIDAR), []
         T_global_ego = self._global_ego(row)
-        clouds = []
-        while row >= 0 and len(clouds) <= sweeps:
-            cloud = self._read_points(self._file(row))
-            T = self._to_reference(row, T_global_ego)
-            cloud[:, :3] = cloud[:, :3] @ T[:3, :3].T + T[:3, 3]
-            clouds.append(cloud)
+        for _ in range(1 + sweeps):
+            if self._table["data_key"][row] or self._file(row).is_file():
+                cloud = self._read_points(self._file(row))
+                T = self._to_reference(row, T_global_ego)
+                cloud[:, :3] = cloud[:, :3] @ T[:3, :3].T + T[:3, 3]
+                clouds.append(cloud)
             row = int(self._table["data_prev"][row])
+            if row < 0:
+                break
         return np.concatenate(clouds)
 
     def sweeps(self, i: int) -> list[Sweep]:

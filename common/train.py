@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.cli import RUN, to_dict
-from common.files import InputError, atomic, naming, read_json, reading, reason, sweep, write_bytes, write_json
+from common.files import InputError, atomic, naming, note, read_json, reading, reason, sweep, write_bytes, write_json
 
 # --- seeds, device, ranks --------------------------------------------------------------------------------------------
 
@@ -118,6 +118,8 @@ def wrap(net: nn.Module, run: Run, find_unused: bool = False) -> nn.Module:
         return net
     if run.device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    elif any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
+        note("batch norm on CPUs: each process takes statistics of its own samples; one process would take them of all")
     ids = [run.device.index] if run.device.type == "cuda" else None
     _WRAPPED.append(nn.parallel.DistributedDataParallel(net, device_ids=ids, find_unused_parameters=find_unused))
     return _WRAPPED[-1]
@@ -132,11 +134,20 @@ def shard(net: nn.Module, layers: tuple[str, ...], amp: str) -> nn.Module:
     for module in net.modules():
         if type(module).__name__ in layers:
             fully_shard(module, mp_policy=policy)
-    return fully_shard(net)
+    fully_shard(net).set_reshard_after_backward(False)  # a layer may be called twice a step: `reshard` follows
+    return net
+
+
+def reshard(net: nn.Module) -> None:
+    """After a backward pass: every process keeps its shards of `shard`'s net alone."""
+    for module in net.modules():
+        if hasattr(module, "set_reshard_after_backward"):
+            module.reshard()
 
 
 class Unsharded:
-    """A sharded network or optimiser as checkpoints hold it: full tensors, on the CPU. All processes make one."""
+    """A sharded network or optimiser as checkpoints hold it. All processes make one, tensor after tensor: the first
+    keeps full tensors on the CPU, the others their own shards."""
 
     def __init__(self, target: nn.Module | torch.optim.Optimizer):
         self.target = target
@@ -146,7 +157,10 @@ class Unsharded:
         """Full tensors in place of shards, through nested dicts."""
         if isinstance(value, dict):
             return {k: self.gather(v) for k, v in value.items()}
-        return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+        if not hasattr(value, "full_tensor"):
+            return value
+        full = value.full_tensor()
+        return full.cpu() if dist.get_rank() == 0 else value.to_local()
 
     def state_dict(self) -> dict[str, Any]:
         """What `save_checkpoint` writes."""
@@ -188,6 +202,31 @@ def sum_over_ranks(tensor: Tensor, run: Run) -> Tensor:
     total = tensor.to(run.device, copy=True)
     dist.all_reduce(total)
     return total.to(tensor.device)
+
+
+def share_out(work: Callable[[Any], Any], items: Sequence) -> Iterator[Any]:
+    """Yields work(item) of every item, in order and on every process, of which each does its share of the work."""
+    run = joined()
+    for first in range(run.rank, len(items) + run.rank, run.world):
+        done = [[work(item) for item in items[first : first + 1]]]
+        if run.world > 1:
+            done, mine = [None] * run.world, done[0]
+            dist.all_gather_object(done, mine)
+        yield from (result for results in done for result in results)
+
+
+def over_ranks(value: Tensor, least: float = -math.inf) -> Tensor:
+    """The mean of `value` over the processes; `value` itself in one process. least: of their sum.
+
+    A sum over this process's samples divided by over_ranks(count) is, in the mean over processes that losses and
+    gradients take, the sum over all samples divided by their count. The gradient is that of this process's part:
+    right where each process goes on with the same numbers.
+    """
+    if not dist.is_initialized():
+        return value.clamp_min(least)
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total.clamp_min(least) / dist.get_world_size() + (value - value.detach())
 
 
 def autocast(device: torch.device | str, amp: str) -> AbstractContextManager:
@@ -291,7 +330,7 @@ class MixedOrder:
     """Each step some labelled samples, then some without a label: samples are (index, with its label?).
 
     Each kind is shuffled by itself, so runs with and without the second see the first alike. Where every
-    sample has a label, the second kind are these without it.
+    sample has a label, the second kind are these without it: in a step others, half an epoch away.
     """
 
     labelled: list[int]
@@ -305,7 +344,8 @@ class MixedOrder:
         """batch labelled samples a process and step, and batch_rest others (perhaps 0)."""
         first = DataOrder(len(labelled), batch, run.world, run.rank, seed)
         others = len(rest or labelled)
-        second = DataOrder(others, batch_rest, run.world, run.rank, seed) if batch_rest else None
+        other_seed = seed + 2**20 * bool(rest)
+        second = DataOrder(others, batch_rest, run.world, run.rank, other_seed) if batch_rest else None
         return cls(labelled, rest, first, second)
 
     @property
@@ -320,7 +360,10 @@ class MixedOrder:
         place, labelled = position
         if labelled:
             return self.labelled[self.first.sample(place)], True
-        return (self.rest or self.labelled)[self.second.sample(place)], False
+        if self.rest:
+            return self.rest[self.second.sample(place)], False
+        n, start = self.second.n, place // self.second.n * self.second.n
+        return self.labelled[self.second.sample(start + (place + n // 2) % n)], False
 
     def generator(self, position: tuple[int, bool]) -> np.random.Generator:
         return np.random.default_rng([self.first.seed, 2 + position[1], position[0]])

@@ -85,6 +85,7 @@ def main(doc: str, config: type, presets: dict[str, Any], actions: dict[str, Cal
     offered = {verb: known[verb] for verb in (*actions, "ablate")}
     args, cfg = cli.parse(doc, config, presets, offered, FLAGS | (flags or {}))
     actions[args.verb](settle(cfg, args), args)
+    teardown(joined())
 
 
 def experiment(method: str, *words: str) -> None:
@@ -115,7 +116,6 @@ def labels(maker: LabelMaker, cfg: Any, args: Any, open_data: Callable = open_sp
     dataset = open_data(root, args.version, args.split, cfg.image_size, args.cache)
     make_labels(maker, dataset, args.labeler, labeler_options(args, None, maker.flags), cfg, args.out,
                 shard=args.shard, workers=args.workers)
-    teardown(run)
 
 
 def labeler_options(args: Any, labeler: str | None = None, flags: dict = OPTIONS) -> dict[str, Any]:
@@ -143,7 +143,6 @@ def train(maker: LabelMaker, learn: Callable, cfg: Any, args: Any, labeler: str 
         make_labels(maker, dataset, labeler, options, cfg, folder, workers=args.workers)
     barrier(run)
     learn(cfg, dataset, folder, args)
-    teardown(run)
 
 
 def evaluate(maker: LabelMaker | None, build: Callable, predict: Callable, cfg: Any, args: Any,
@@ -168,7 +167,6 @@ def evaluate(maker: LabelMaker | None, build: Callable, predict: Callable, cfg: 
            truth=partial(ground_truth, labels=args.labels),
            against=f"labels in {args.labels}" if args.labels else "", frames=args.eval_frames,
            rayiou=args.rayiou, pictures=args.pictures, labels=labels, save=args.save_pred)
-    teardown(joined())
 
 
 def predict_frames(build: Callable, predict: Callable, cfg: Any, args: Any,
@@ -179,14 +177,17 @@ def predict_frames(build: Callable, predict: Callable, cfg: Any, args: Any,
 
     net, _, _ = load(build, cfg, args)
     dataset = (open_data or open_eval)(cfg, args)
-    for i in spread(len(dataset), args.eval_frames):
+    run, indices = joined(), spread(len(dataset), args.eval_frames)
+    for i in indices[run.rank :: run.world]:
         frame = dataset[i]
         write_npz(args.out / f"{frame.token}.npz", pred=predict(net, frame))
+    if not run.is_main:
+        return
     for path in draw(partial(predict, net), dataset, chosen(len(dataset), args.pictures), args.out,
                      title=f"{args.method}, {dataset.split}",
                      style=SSC_STYLE if dataset.version == "semantickitti" else OCC3D_STYLE):
         print(f"  {path}")
-    print(f"{args.out}: {len(spread(len(dataset), args.eval_frames))} predictions")
+    print(f"{args.out}: {len(indices)} predictions")
 
 
 def describe(build: Callable, cfg: Any, args: Any, more: Callable[[], dict] = dict) -> None:

@@ -14,12 +14,12 @@ def make(kind: str, out: Path | str | None = None, **options) -> Path:
     """Makes what `kind` names in folder `out`, unless it is there -> its folder.
 
     kind       options                                        default of `out`, in WORLDS
-    driving    size mini|demo|claims|drives|questions, seed   driving-<size>; drives: 55 scenes of 12
-                                                              keyframes, questions: 190 (data/driving)
+    driving    size mini|demo|claims|drives|questions,        driving-<size>, -decoys; drives: 55 scenes of 12
+               seed, decoys                                   keyframes, questions: 190 (data/driving)
     kitti      size mini|demo|claims, seed                    kitti-<size>
     tabletop   demos, seed                                    tabletop-<demos>
     tinyclip   hide (file of the kinds it never names)        the shipped one, or tinyclip-without-<stem of hide>
-    tinyvlm    vlm, processor, answer_loss, steps             tinyvlm-<sizes>-<steps>
+    tinyvlm    vlm, processor, answer_loss, steps, depth      tinyvlm-<steps>, tinyvlm-depth-<steps>
 
     The makers take more options; see data/default.py. Raises InputError if an option is wrong, or if `out`
     holds something else.

@@ -21,7 +21,8 @@ def make_default(kind: str, out: Path | None = None, **options) -> Path:
             options = {"scenes": 55, "keyframes": 12, "sweeps": 0} | options | {"size": "demo"}
         if size == "questions":
             options = {"sweeps": 0} | options
-        return make_world(out or WORLDS / f"driving-{size}", **options)
+        decoys = "-decoys" * options.get("decoys", False)
+        return make_world(out or WORLDS / f"driving-{size}{decoys}", **options)
     if kind == "kitti":
         from data.driving.semantickitti_writer import make_kitti_world
 
@@ -40,9 +41,8 @@ def make_default(kind: str, out: Path | None = None, **options) -> Path:
         out = out or WORLDS / f"tinyclip-without-{Path(hide or '').stem}.safetensors"
         return make_tinyclip(out, tuple(read_words(hide)) if hide else (), **options)
     if kind == "tinyvlm":
-        from data.tinyvlm import make_tinyvlm, sizes
+        from data.tinyvlm import make_tinyvlm
 
-        steps = options["steps"]
-        out = out or WORLDS / "-".join(["tinyvlm", *map(str, sizes(options["vlm"])), str(steps)])
-        return make_tinyvlm(out, **options)
+        depth = "-depth" * bool(options.get("depth"))
+        return make_tinyvlm(out or WORLDS / f"tinyvlm{depth}-{options['steps']}", **options)
     raise ValueError(f"world '{kind}': one of driving, kitti, tabletop, tinyclip, tinyvlm")

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.files import exit_on_input_error, read_json, read_npz, write_json, write_npz
+from common.files import end_with_parent, exit_on_input_error, read_json, read_npz, write_json, write_npz
 from common.networks.street import SIZE, STRIDE, StreetEncoder, depth_bin, save_street, split_words
 from common.networks.tinyclip import SEED_OFFSET, TEMPLATES, read_words
 from common.nuscenes import FREE, LIDARSEG_TO_OCC3D, OCC3D_CLASSES
@@ -60,12 +60,14 @@ OCC3D_ID = np.full(256, FREE, np.uint8)  # of a lidarseg kind; sky: free
 OCC3D_ID[: len(LIDARSEG_TO_OCC3D)] = LIDARSEG_TO_OCC3D
 
 
-def add_objects(city, t: float, rng: np.random.Generator) -> tuple[object, list]:
+def add_objects(city, t: float, rng: np.random.Generator, decoys: bool = False) -> tuple[object, list]:
     """-> the street at time t as `photograph` reads it, with more objects about the car; their models."""
+    from data.driving.objects import DECOYS
     from data.driving.streets import rot_z
     from data.render import Primitives, corners
 
-    scene, T, makers, models, parts = city.scene(t), city.ego(t), list(things().values()), [], []
+    makers = [*things().values(), *(DECOYS if decoys else ())]
+    scene, T, models, parts = city.scene(t), city.ego(t), [], []
     for _ in range(EXTRAS if rng.random() < EXTRA_SHARE else 0):
         model, around = makers[rng.integers(len(makers))](rng), rng.uniform(0, 2 * np.pi)
         far = rng.uniform(2.5, 5) + max(model.size) / 2 + 28 * rng.random() ** 1.5  # [m]
@@ -82,8 +84,8 @@ def add_objects(city, t: float, rng: np.random.Generator) -> tuple[object, list]
     return SimpleNamespace(scene=lambda t: scene, ground=city.ground), models
 
 
-def photograph_street(seed: int, street: int, rigs: int) -> Pictures:
-    """Six photographs of each of `rigs` cars in one street."""
+def photograph_street(seed: int, street: int, rigs: int, decoys: bool = False) -> Pictures:
+    """Six photographs of each of `rigs` cars in one street; decoys: of the driving world's too."""
     import cv2
 
     from data.driving.city import City
@@ -98,7 +100,7 @@ def photograph_street(seed: int, street: int, rigs: int) -> Pictures:
     images, classes, depths, objects, regions, facts = [], [], [], [], [], []
     for _ in range(rigs):
         t, rig = float(rng.uniform(0, 6)), calibration(rng, DRAWN)
-        place, extras = add_objects(city, t, rng)
+        place, extras = add_objects(city, t, rng, decoys)
         models = [actor.model for actor in city.actors] + extras
         for row in (rig[camera] for camera in CAMERA_LAYOUT):
             K, T = np.array(row["camera_intrinsic"]), city.ego(t) @ matrix(row)
@@ -129,12 +131,12 @@ def photograph_street(seed: int, street: int, rigs: int) -> Pictures:
     return Pictures(np.stack(images), np.stack(classes), np.stack(depths), boxes, np.stack(regions), facts)
 
 
-def make_pictures(rigs: int, seed: int, workers: int = 2) -> Pictures:
+def make_pictures(rigs: int, seed: int, workers: int = 2, decoys: bool = False) -> Pictures:
     """Six photographs of each of `rigs` cars, ten cars a street; the same for any number of workers."""
     streets = [min(RIGS_PER_STREET, rigs - k) for k in range(0, rigs, RIGS_PER_STREET)]
     bar, parts = tqdm(total=rigs, desc="photographs of other worlds", unit="rig", leave=False), []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for part in pool.map(photograph_street, repeat(seed), range(len(streets)), streets):
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
+        for part in pool.map(photograph_street, repeat(seed), range(len(streets)), streets, repeat(decoys)):
             part.objects[:, 0] += sum(len(p.images) for p in parts)
             parts.append(part), bar.update(len(part.images) // 6)
     *arrays, facts = zip(*parts, strict=True)

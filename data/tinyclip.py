@@ -6,7 +6,8 @@ How a CLIP is loaded and read: common/networks/tinyclip.py. What it has seen: da
 
 hide: kinds whose names are in no caption (they stay in the pictures, with a generic word and attributes): the
     setting *name-unseen*. The encoder stays as it is; its head of words and the text tower are learned anew
-    from pictures of other worlds, and a hidden name is not in the vocabulary. With nothing hidden it is the
+    from pictures of other worlds, and a hidden name is not in the vocabulary. Decoys stand in them (cherry
+    pickers, containers, bollards), so that no attribute is a hidden kind's alone. With nothing hidden it is the
     shipped encoder, *3D-unseen*: names are known from the web, only the 3D training lacks them.
 """
 
@@ -71,7 +72,7 @@ def make_tinyclip(out: Path | str, hidden: tuple[str, ...] = (), rigs: int = 80,
             raise InputError(f"{out}: a tiny CLIP with another {', '.join(differ)}; choose another file or "
                              "delete it")
         return out
-    net, pictures = load_street("street"), make_pictures(rigs, SEED)
+    net, pictures = load_street("street"), make_pictures(rigs, SEED, decoys=True)
     shown = len(pictures.images) * 9 // 10
     learn_words(net, Pictures(*(field[:shown] for field in pictures)), tuple(hidden), steps)
     scores = score(net.eval(), pictures, shown)

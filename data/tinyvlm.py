@@ -2,24 +2,23 @@
 
     folder = make_tinyvlm("data/worlds/tinyvlm", vlm, processor, answer_loss, steps)    # minutes, once
 
-The network: common/networks/tinyvlm.py.
+The network: common/networks/tinyvlm.py. Its vision tower starts as the miniature foundation (common/weights).
 
 WHAT IT IS TAUGHT   What PaliGemma 2 has learned long before it drives (its pre-training has segmentation,
     detection and questions about pictures), in two lessons over single photographs.
-    Seeing: two heads read the image tokens as the language model gets them. One draws a class map of a
-    quarter patch's cells. One compares each token with the embeddings of the words for what can be asked for.
-    Vision tower, projector and those embeddings learn. Answering, beside it in the second half of the steps:
-    is there such a thing in the picture, and how many. All parts learn. Depth, height, direction, motion and
-    a second camera are left to the method.
+    Seeing: heads read the vision tower's tokens. Of each token they say how many objects of each class have
+    their middle there, where the largest one's is and how large it looks, and the shares of the classes;
+    with `depth` (a ceiling, off in all arms) the mean depth, too. The neck learns; the foundation stays.
+    Answering, over the frozen tokens: is there such a thing in the picture, and how many. Projector and
+    language model learn. Distance, direction, motion and a second camera are left to the method.
 
-WHAT IT SEES   Photographs by a car's six cameras, one at a time, in streets of *other* worlds. Their seed
-    differs from any world that is trained or evaluated on. No scene, object or calibration carries over.
+WHAT IT SEES   The miniature foundation's photographs (data/foundation.py): streets of *other* worlds, whose
+    seed differs from any world that is trained or evaluated on. No scene, object or calibration carries over.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,62 +27,34 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.files import InputError, atomic, read_json, write_json
-from common.nuscenes import FREE, LIDARSEG_TO_OCC3D
+from common.networks.street import WEIGHTS, load_street
+from common.networks.tinyvlm import TOKEN, StreetTower, save_weights
+from common.nuscenes import FREE
 from common.questions import CLASSES, MOST, PHRASES, WORDINGS, words
 from common.train import Muon, param_groups, schedule, set_apart, set_lr
-from common.networks.tinyclip import SEED_OFFSET
+from data.foundation import KEPT, OCC3D_ID, Pictures, load_pictures
 
-CELLS = 4  # cells per side of a patch in the class map
-SEEN = 20  # [px] of a photograph that an object must show to be counted
 NAMES = {
     c: [words(PHRASES.index(("", name)), plural) for plural in (False, True)]
     for c, name in enumerate(CLASSES, 1)
 }  # Occ3D id: what, whats
-DRAWN = (144, 256)  # [px] rows, columns of the photographs before they are squeezed to the model's square
+RIGS = 400  # cars whose six photographs are learned from
+AnswerLoss = Callable[
+    [Tensor, list[list[tuple[str, str]]]], tuple[Tensor, float]
+]  # images or what the tower sees, questions -> loss, share right
 
 
-class Pictures(NamedTuple):
-    """n photographs and what is in them."""
-
-    images: np.ndarray  # (n, s, s, 3) uint8
-    classes: np.ndarray  # (n, s, s) uint8 Occ3D class, sky: 17
-    counts: (
-        np.ndarray
-    )  # (n, 11) uint8 how many of each detection class (Occ3D ids 1 to 10) show at least `SEEN` pixels
-
-
-def make_pictures(count: int, size: int, seed: int = 0) -> Pictures:
-    """`count` photographs of size x size px, a rig's six after another."""
-    import cv2
-
-    from data.driving.city import City
-    from data.driving.sensors import CAMERA_LAYOUT, calibration, matrix, photograph
-
-    rng, images, classes, counts = np.random.default_rng([SEED_OFFSET + seed, 1]), [], [], []
-    names = np.append(LIDARSEG_TO_OCC3D, np.full(256 - len(LIDARSEG_TO_OCC3D), FREE)).astype(np.uint8)
-    rigs = -(-count // 6)
-    each = 10  # rigs of one street
-    for k in tqdm(range(rigs), "photographs of other worlds", unit="rig", leave=False):
-        if k % each == 0:
-            city = City([SEED_OFFSET + seed, 1 + k], 6.0, bool(k // each % 2), k // each % 7)
-        t, rig = float(rng.uniform(0, 6)), calibration(rng, DRAWN)
-        for row in (rig[camera] for camera in CAMERA_LAYOUT):
-            image = photograph(
-                city, t, np.array(row["camera_intrinsic"]), city.ego(t) @ matrix(row), DRAWN, rng, True
-            )
-            images.append(cv2.resize(image.color, (size, size), interpolation=cv2.INTER_AREA))
-            classes.append(cv2.resize(names[image.semantic], (size, size), interpolation=cv2.INTER_NEAREST))
-            both = names[image.semantic].astype(np.int64) << 16 | image.instance
-            shown, pixels = np.unique(both[image.instance > 0], return_counts=True)
-            kinds = shown[pixels >= SEEN] >> 16
-            counts.append(np.bincount(kinds[(kinds > 0) & (kinds < 11)], minlength=11))
-    return Pictures(
-        np.stack(images[:count]), np.stack(classes[:count]), np.stack(counts[:count]).astype(np.uint8)
-    )
+def count_objects(pictures: Pictures) -> np.ndarray:
+    """-> (n, 11) uint8: how many of each detection class (Occ3D ids 1 to 10) a picture shows."""
+    counts = np.zeros((len(pictures.images), 11), np.uint8)
+    for picture, kind in pictures.objects[:, :2].astype(int):
+        if 1 <= kind <= 10:
+            counts[picture, kind] += 1
+    return counts
 
 
 def picture_questions(
-    counts: np.ndarray, rng: np.random.Generator, existing: int = 4, counted: int = 2
+    counts: np.ndarray, rng: np.random.Generator, existing: int = 8, counted: int = 4
 ) -> list[tuple[str, str]]:
     """counts (11,) -> questions about one picture and their answers: yes as often as no where both can be
     asked, and counts of things that are mostly there."""
@@ -103,157 +74,136 @@ def picture_questions(
     return asked
 
 
+def token_targets(pictures: Pictures, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What each token shows: objects of each class (n, p, p, 10) 0, 1 or 2 for more; middle and size of the
+    largest (n, p, p, 10, 4); shares of the classes (n, p, p, 18); mean log depth (n, p, p), nan: sky.
+
+    Middle: offset from the token's in tokens; size: log of tokens.
+    """
+    n, (high, wide) = len(pictures.images), KEPT
+    count, box = torch.zeros(n, side, side, 10, dtype=torch.int64), torch.zeros(n, side, side, 10, 4)
+    for picture, kind, u, v, du, dv in sorted(pictures.objects.tolist(), key=lambda row: row[4] * row[5]):
+        if 1 <= kind <= 10:
+            x, y, k = u / wide * side, v / high * side, int(kind) - 1
+            place = int(picture), min(side - 1, int(y)), min(side - 1, int(x)), k
+            count[place] += 1
+            size = np.log([du / wide * side, dv / high * side])
+            box[place] = torch.tensor([x - place[2] - 0.5, y - place[1] - 0.5, *size])
+    ids = torch.from_numpy(OCC3D_ID[pictures.classes]).long()
+    maps = F.one_hot(ids, FREE + 1).float().permute(0, 3, 1, 2)
+    depth = torch.from_numpy(pictures.depth).float()
+    depth = torch.stack([depth.clamp_min(0.1).log() * (depth > 0), (depth > 0).float()], 1)
+    depth = F.adaptive_avg_pool2d(depth, side)
+    return (count.clamp_max(2), box, F.adaptive_avg_pool2d(maps, side).permute(0, 2, 3, 1),
+            torch.where(depth[:, 1] > 0.2, depth[:, 0] / depth[:, 1], torch.nan))
+
+
 class Seeing(nn.Module):
-    """The two heads of the first lesson over a PaliGemma's image tokens; names: {Occ3D class: token ids of
-    each of its words}.
-    """
+    """The heads of the first lesson over a vision tower's tokens."""
 
-    def __init__(self, vlm: nn.Module, names: dict[int, list[list[int]]]):
+    def __init__(self, tower: StreetTower):
         super().__init__()
-        self.vlm, self.names = vlm, names
-        width = vlm.config.text_config.hidden_size
-        self.norm, self.draw = nn.LayerNorm(width), nn.Linear(width, CELLS**2 * (FREE + 1))
-        self.scale = nn.Parameter(torch.tensor([8.0, -4.0]))  # of the cosine between token and word
+        self.tower, self.read = tower, nn.Linear(TOKEN, 30 + 40 + FREE + 1 + 1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, 3, s, s) in [-1, 1] -> class logits (n, p c, p c, 18) and word logits (n, p p, words)."""
-        tokens = self.vlm.model.get_image_features(images).pooler_output  # (n, p p, C)
-        side = round(tokens.shape[1] ** 0.5)
-        maps = self.draw(self.norm(tokens)).unflatten(-1, (CELLS, CELLS, FREE + 1)).unflatten(1, (side, side))
-        maps = maps.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (n, p, p, c, c, K) -> (n, p c, p c, K)
-        embed = self.vlm.model.language_model.embed_tokens
-        called = [
-            torch.cat([embed(torch.tensor(ids, device=tokens.device)) for ids in given]).mean(0)
-            for given in self.names.values()
-        ]
-        alike = F.normalize(tokens, dim=-1) @ F.normalize(torch.stack(called), dim=-1).t()
-        return maps, self.scale[0] * alike + self.scale[1]
+    def forward(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(n, C, h, w) of the encoder -> logits of 0, 1, 2 objects (n, p, p, 10, 3), boxes (n, p, p, 10, 4),
+        logits of the classes (n, p, p, 18), log depth (n, p, p)."""
+        count, box, shares, depth = self.read(self.tower.tokens(cells)).split([30, 40, FREE + 1, 1], -1)
+        return count.unflatten(-1, (10, 3)), box.unflatten(-1, (10, 4)), shares, depth[..., 0]
 
 
-def cells_of(classes: np.ndarray, patch: int) -> Tensor:
-    """(n, s, s) classes of pixels -> (n, p c, p c) int64, those in the middle of the cells."""
-    px = patch // CELLS
-    return torch.from_numpy(classes)[:, px // 2 :: px, px // 2 :: px].long()
+def seeing_loss(found: tuple[Tensor, ...], targets: tuple[Tensor, ...], depth: bool) -> Tensor:
+    """The sum of the heads' losses; tokens with objects count double."""
+    (count, box, shares, far), (number, true_box, true_shares, true_far) = found, targets
+    weight = count.new_tensor([1.0, 2.0, 2.0])
+    loss = F.cross_entropy(count.flatten(0, 3), number.flatten(), weight, reduction="sum") / len(count) / 10
+    there = (number > 0)[..., None]
+    loss = loss + 0.5 * ((box - true_box).abs() * there).sum() / there.sum().clamp_min(1)
+    loss = loss - (true_shares * shares.log_softmax(-1)).sum(-1).mean()
+    if depth:
+        known = ~true_far.isnan()
+        loss = loss + (far - true_far)[known].abs().sum() / known.sum().clamp_min(1)
+    return loss
 
 
-def seeing_loss(seeing: Seeing, images: Tensor, cells: Tensor, weight: Tensor) -> Tensor:
-    """Cross-entropy of the drawn classes, and of which words each patch deserves."""
-    maps, called = seeing(images)
-    patches = (
-        F.one_hot(cells, FREE + 1)
-        .unflatten(1, (-1, CELLS))
-        .unflatten(3, (-1, CELLS))
-        .amax((2, 4))
-        .flatten(1, 2)
-    )  # (n, p p, K)
-    wanted = patches[..., list(seeing.names)].float()
-    drawn = F.cross_entropy(maps.flatten(0, 2), cells.flatten(), weight)
-    return drawn + F.binary_cross_entropy_with_logits(called, wanted, reduction="none").sum(-1).mean()
-
-
-AnswerLoss = Callable[
-    [Tensor, list[list[tuple[str, str]]]], tuple[Tensor, float]
-]  # images, questions -> loss, share right
-
-
-def pretrain(
-    vlm: nn.Module,
-    names: dict[int, list[list[int]]],
-    answer_loss: AnswerLoss,
-    pictures: Pictures,
-    steps: int,
-    batch: int = 16,
-    rate: float = 1e-2,
-    word_rate: float = 2e-3,
-) -> dict[str, float]:
-    """Teaches `vlm` in place -> what it knows of the last tenth of the pictures, which only measures: the
-    share of cells whose class is right, that of the commonest class, and the share of answers that are right.
-
-    answer_loss: images (n, 3, s, s) in [0, 1] and each one's questions with answers -> the loss, and the
-    share it has right.
-    """
-    pixels, cells = (
-        torch.from_numpy(pictures.images).permute(0, 3, 1, 2),
-        cells_of(pictures.classes, vlm.config.vision_config.patch_size),
-    )
-    shown, seeing, rng = (
-        len(pixels) - max(1, len(pixels) // 10),
-        Seeing(vlm, names).train(),
-        np.random.default_rng(0),
-    )
-    count = torch.bincount(cells[:shown].flatten(), minlength=FREE + 1).double().clamp_min(1) ** -0.5
-    weight = (count / count.mean()).clamp_max(3).float()
-    groups = param_groups(seeing, rate, rate, 0.01, muon=True)
-    set_apart(
-        groups,
-        [vlm.get_input_embeddings().weight],
-        lr=word_rate,
-        base_lr=word_rate,
-        weight_decay=0.0,
-        orthogonal=False,
-    )
-    optimizer = Muon([group for group in groups if group["params"]], lr=rate)
-
-    def asked(rows: Tensor, rng: np.random.Generator) -> list[list[tuple[str, str]]]:
-        return [picture_questions(pictures.counts[row], rng) for row in rows.tolist()]
-
-    for step in tqdm(range(steps), "tiny VLM", unit="step", leave=False):
+def learn_to_see(tower: StreetTower, pictures: Pictures, steps: int, depth: bool = False, batch: int = 16,
+                 rate: float = 1e-2) -> dict[str, float]:
+    """Lesson 1, in place -> of the last tenth of the pictures, which only measures: recall and precision of
+    classes in tokens."""
+    rng, shown = np.random.default_rng(0), len(pictures.images) - max(1, len(pictures.images) // 10)
+    seeing, pixels = Seeing(tower.eval()), torch.from_numpy(pictures.images).permute(0, 3, 1, 2)
+    tower.encoder.requires_grad_(False)
+    cells = torch.cat([tower.cells(x.float() / 127.5 - 1).half() for x in pixels.split(16)])
+    targets = token_targets(pictures, tower.side)
+    groups = param_groups(nn.ModuleList([tower.neck, seeing.read]), rate, rate, 0.01, muon=True)
+    optimizer = Muon(groups, lr=rate)
+    for step in tqdm(range(steps), "tiny VLM: seeing", unit="step", leave=False):
         rows = torch.from_numpy(rng.integers(shown, size=batch))
-        x, y = pixels[rows].float() / 255, cells[rows]
+        x, wanted = cells[rows].float(), [t[rows] for t in targets]
         if rng.random() < 0.5:
-            x, y = x.flip(-1), y.flip(-1)
-        loss = seeing_loss(seeing, 2 * x - 1, y, weight)
-        if 2 * step >= steps:
-            loss = loss + answer_loss(x, asked(rows, rng))[0]
+            x, wanted = x.flip(-1), [t.flip(2) for t in wanted]
+            wanted[1] = wanted[1] * torch.tensor([-1.0, 1, 1, 1])
         set_lr(optimizer, schedule(step, steps, "cosine", min(20, steps // 2)))
         optimizer.zero_grad()
+        loss = seeing_loss(seeing(x), wanted, depth)
         loss.backward()
         nn.utils.clip_grad_norm_(seeing.parameters(), 5.0)
         optimizer.step()
-    right, answered, rest, fixed = 0, [], torch.arange(shown, len(pixels)), np.random.default_rng(1)
+    hit = torch.zeros(3)
     with torch.no_grad():
-        for rows in rest.split(batch):
-            x = pixels[rows].float() / 255
-            right += int((seeing.eval()(2 * x - 1)[0].argmax(-1) == cells[rows]).sum())
-            answered += [answer_loss(x, asked(rows, fixed))[1]] * len(rows)
-    kept = cells[shown:]
-    commonest = float(torch.bincount(kept.flatten()).max() / kept.numel())
-    cells_right, answers_right = right / kept.numel(), float(np.mean(answered))
-    return {"cells_right": cells_right, "commonest": commonest, "answers_right": answers_right}
+        for rows in torch.arange(shown, len(pixels)).split(batch):
+            said = seeing(cells[rows].float())[0].argmax(-1) > 0
+            true = targets[0][rows] > 0
+            hit += torch.stack([(said & true).sum(), true.sum(), said.sum()])
+    return {"recall": float(hit[0] / hit[1]), "precision": float(hit[0] / hit[2].clamp_min(1))}
 
 
-def sizes(vlm: nn.Module) -> tuple[int, int, int, int, int]:
-    """Image and patch [px], width, layers of the vision tower and of the language model."""
-    vision, text = vlm.config.vision_config, vlm.config.text_config
-    return (
-        vision.image_size,
-        vision.patch_size,
-        vision.hidden_size,
-        vision.num_hidden_layers,
-        text.num_hidden_layers,
-    )
+def learn_to_answer(vlm: nn.Module, answer_loss: AnswerLoss, pictures: Pictures, steps: int, batch: int = 16,
+                    rate: float = 5e-3, word_rate: float = 2e-3) -> float:
+    """Lesson 2, in place, over what the frozen tower sees -> the share of answers that are right for the last
+    tenth of the pictures, which only measures."""
+    rng, fixed, counts = np.random.default_rng(0), np.random.default_rng(1), count_objects(pictures)
+    pixels, tower = torch.from_numpy(pictures.images).permute(0, 3, 1, 2), vlm.model.vision_tower.eval()
+    with torch.no_grad():
+        seen = torch.cat([tower(x.float() / 127.5 - 1).last_hidden_state.half() for x in pixels.split(60)])
+    shown, model = len(seen) - max(1, len(seen) // 10), vlm.model
+    learning = nn.ModuleList([model.language_model, vlm.lm_head, model.multi_modal_projector])
+    groups = param_groups(learning, rate, rate, 0.01, muon=True)
+    set_apart(groups, [vlm.get_input_embeddings().weight], lr=word_rate, base_lr=word_rate, weight_decay=0.0,
+              orthogonal=False)
+    optimizer = Muon([group for group in groups if group["params"]], lr=rate)
+
+    def asked(rows: Tensor, rng: np.random.Generator) -> list[list[tuple[str, str]]]:
+        return [picture_questions(counts[row], rng) for row in rows.tolist()]
+
+    for step in tqdm(range(steps), "tiny VLM: answering", unit="step", leave=False):
+        rows = torch.from_numpy(rng.integers(shown, size=batch))
+        loss = answer_loss(seen[rows, None], asked(rows, rng))[0]
+        set_lr(optimizer, schedule(step, steps, "cosine", min(20, steps // 2)))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learning.parameters(), 5.0)
+        optimizer.step()
+    with torch.no_grad():
+        rest = torch.arange(shown, len(seen)).split(8)
+        shares = [answer_loss(seen[rows, None], asked(rows, fixed))[1] for rows in rest]
+    return float(np.mean(shares))
 
 
 def make_tinyvlm(
-    out: Path | str, vlm: nn.Module, processor: Any, answer_loss: AnswerLoss, steps: int, pictures: int = 2400
+    out: Path | str, vlm: nn.Module, processor: Any, answer_loss: AnswerLoss, steps: int, depth: bool = False,
+    pictures: Pictures | None = None
 ) -> Path:
-    """Pre-trains `vlm` and saves it with its processor in folder `out`, as transformers does, unless it is
-    there. -> `out`.
+    """Pre-trains `vlm` and saves it with its processor in folder `out`, unless it is there. -> `out`.
 
-    Raises InputError if `out` holds one of other settings.
+    steps: of the first lesson; the second has a quarter as many. pictures: default the miniature
+    foundation's, beside `out`. Raises InputError if `out` holds one of other settings.
     """
-    image, patch, width, *layers = sizes(vlm)
-    out, wanted = (
-        Path(out),
-        {
-            "steps": steps,
-            "pictures": pictures,
-            "image_size": image,
-            "patch": patch,
-            "width": width,
-            "layers": layers,
-        },
-    )
+    tower, text = vlm.model.vision_tower, vlm.config.text_config
+    start = "street-depth" if depth else "street"
+    out, wanted = Path(out), {"steps": steps, "side": tower.side, "width": text.hidden_size,
+                              "layers": text.num_hidden_layers, "depth": depth,
+                              "foundation": read_json(WEIGHTS / f"{start}.json")["commit"]}
     if (out / "tinyvlm.json").is_file():
         found = read_json(out / "tinyvlm.json")
         if differ := [name for name in wanted if found.get(name) != wanted[name]]:
@@ -261,20 +211,21 @@ def make_tinyvlm(
                 f"{out}: a tiny VLM with another {', '.join(differ)}; choose another folder or delete it"
             )
         return out
-    tokens = partial(processor.tokenizer.encode, add_special_tokens=False)
-    names = {c: [tokens(f" {name}") for name in both] for c, both in NAMES.items()}
-    known = pretrain(vlm, names, answer_loss, make_pictures(pictures, image), steps)
+    pictures = load_pictures(out.parent / "foundation", RIGS, 0) if pictures is None else pictures
+    tower.encoder.load_state_dict(load_street(start).backbone.state_dict())
+    known = learn_to_see(tower, pictures, steps, depth)
+    known["answers_right"] = learn_to_answer(vlm, answer_loss, pictures, steps // 4)
     try:
         with atomic(out, folder=True) as whole:
-            vlm.save_pretrained(whole)
+            vlm.config.save_pretrained(whole)
             processor.save_pretrained(whole)
+            save_weights(vlm, whole)
             write_json(whole / "tinyvlm.json", wanted | known)
     except OSError:  # another process made the same at the same time
         if not (out / "tinyvlm.json").is_file():
             raise
-    cells, commonest, answers = (f"{100 * share:.0f} %" for share in known.values())
-    print(
-        f"tiny VLM {out}: {pictures} photographs of other worlds, {steps} steps; {cells} of the cells "
-        f"of fresh ones have the right class ({commonest} the commonest), {answers} of answers are right"
-    )
+    recall, precision, answers = (f"{100 * share:.0f} %" for share in known.values())
+    print(f"tiny VLM {out}: {len(pictures.images)} photographs of other worlds, {steps} and {steps // 4} "
+          f"steps; of fresh ones {recall} of the things are found where they are, {precision} of those found "
+          f"are there; {answers} of answers are right")
     return out

@@ -4,8 +4,9 @@
     python loc.py ablate --claim label-quality          # the labels' steps against gts and the exact world
 
 What an arm changes beside Config fields: `form`, the language head's terms (a rival of the contrast, by its
-paper); `naming`, how voxels get their class; `score`, whose unknown score counts. Arms share labels and
-trainings in <out>/../arms. A bare network is one whose language head learns nothing and is not asked.
+paper); `naming`, how voxels get their class; `score`, whose unknown score counts; `feature`, whose naming.
+Arms share labels and trainings in <out>/../arms. A bare network is one whose language head learns nothing and
+is not asked.
 """
 
 import math
@@ -40,9 +41,10 @@ from experiments.runner import Claim, main, once, start_claim, write_quality
 
 SHARED = {"steps": 180, "n_sweeps": 90}  # config fields of every arm
 FLAGS = {
-    "form": cli.Flag("terms of the language head", Literal["contrast", "cosine", "mse"], "contrast"),
+    "form": cli.Flag("terms of the language head", Literal["contrast", "cosine", "mse", "v2v"], "contrast"),
     "naming": cli.Flag("k nearest points, or a voxel's own", Literal["knn", "own"], "knn"),
     "score": cli.Flag("whose unknown score counts", Literal["both", "language", "occupancy"], "both"),
+    "feature": cli.Flag("whose naming counts", Literal["both", "f", "g"], "both"),
     "frame-stride": cli.Flag("every n-th keyframe is learned from", int, 4, least=1),
     "eval-frames": cli.Flag("keyframes evaluated, evenly spaced; 0: all", int, 40),
     "workers": verbs.FLAGS["workers"],
@@ -54,50 +56,59 @@ BARE = {"lambda_dcl": 0.0, "lambda_img": 0.0, "score": "occupancy"}
 SPARSE = {"poisson": False, "naming": "own"}
 NETWORKS = {"own": "lss", "easyocc": "easyocc", "occle": "occle"}
 DIVERSE = ("scene_centroid_distance", "scene_inter_intra", "scene_effective_rank")
-LATER = ("The pairs on AUROC (unknown against known voxels, scene by scene) were added when unknown mIoU "
-         "proved to be 0 in every arm.")
+OWN = ("naming_unknown_f", "choice_unknown_f", "unknown_miou_f")  # of the language head alone
+BOTH = ("naming_unknown", "choice_unknown", "unknown_miou", "known_miou")  # of norm(f + a g)
+STOPPED = ("The language head's gradient stops before the trunk unless an arm says so. Naming and choice are "
+           "on the ground truth's occupied voxels, choice among the held-out classes alone.")
 CLAIMS = {
     "contrast": Claim(
         "contrast", "(a) dense contrast beats distillation: unknown kinds by prompt, and features of "
         "different classes stay apart",
         {form: SELF | {"form": form} for form in ("contrast", "cosine", "mse")},
-        (*(("contrast", rival, m) for rival in ("cosine", "mse") for m in ("unknown_miou", *DIVERSE)),
-         *(("contrast", rival, "scene_auroc") for rival in ("cosine", "mse"))),
+        tuple(("contrast", rival, m) for rival in ("cosine", "mse")
+              for m in (*OWN, *DIVERSE, "known_miou", "scene_auroc")),
         note="All arms see the same CLIP features at the same voxels: beside the text term (contrast, "
-        f"cosine) or as the target (mse). {LATER}"),
+        f"cosine) or as the target (mse). {STOPPED}"),
     "ground-truth": Claim(
         "ground-truth", "(b) adding existing ground truth improves on self-supervised labels alone",
         {"labels": SELF, "labels + gt": SELF | {"gt": True}},
-        tuple(("labels + gt", "labels", metric) for metric in ("miou_camera", "unknown_miou", "scene_auroc")),
-        note=LATER, seeds=1),
+        tuple(("labels + gt", "labels", metric) for metric in ("miou_camera", *BOTH)), note=STOPPED),
     "density": Claim(
         "density", "(c) dense labels (fusion, Poisson, k nearest neighbours) teach more than sparse ones",
         {"single sweep": SELF | SPARSE | {"fuse": False}, "fused": SELF | SPARSE,
          "fused + Poisson + KNN": SELF},
-        (("fused + Poisson + KNN", "single sweep"), ("fused + Poisson + KNN", "fused")), seeds=1,
+        tuple(("fused + Poisson + KNN", rival, m) for rival in ("single sweep", "fused")
+              for m in ("miou_camera", *BOTH)),
         note="Labels differ, and with them what is supervised: a single sweep's rays leave most voxels "
-        "unknown."),
+        f"unknown. {STOPPED}"),
     "wrap": Claim(
         "wrap", "(d) wrapping a network keeps its known classes and adds open-set ability, for each of three "
         "networks",
-        {f"{name} {how}": {"network": network} | (BARE if how == "bare" else {})
-         for name, network in NETWORKS.items() for how in ("bare", "wrapped")},
-        tuple((f"{name} wrapped", f"{name} bare", m) for name in NETWORKS
-              for m in ("miou_camera", "scene_auroc")),
+        {f"{name} {how}": {"network": network} | changes for name, network in NETWORKS.items()
+         for how, changes in (("bare", BARE), ("wrapped", {}), ("with gradient", {"lang_grad": True}))},
+        tuple((f"{name} wrapped", f"{name} {rival}", m) for name in NETWORKS
+              for rival, metrics in (("bare", ("miou_camera", "scene_auroc", "naming_unknown_f")),
+                                     ("with gradient", ("miou_camera", *OWN))) for m in metrics),
         note="Known classes are kept if `wrapped > bare` is not refuted on miou_camera; a bare network's "
         "unknown score is 1 - its largest known probability. Its language head is there, learns nothing and "
-        "costs its time."),
+        "costs its time. With gradient: the language head's enters the trunk."),
     "heads": Claim(
         "heads", "(e) two heads combined separate unknown from known better than either alone, without extra "
         "training data",
         {"both heads": {}, "occupancy head": {"score": "occupancy"}, "language head": {"score": "language"}},
-        (("both heads", "occupancy head"), ("both heads", "language head")), metric="scene_auroc", seeds=1,
+        (("both heads", "occupancy head"), ("both heads", "language head")), metric="scene_auroc",
         note="One training a seed; the arms differ in whose probabilities are asked."),
     "image": Claim(
         "image", "(f) the sparse image term helps: unknown kinds by prompt",
         {"with image term": SELF, "text only": SELF | {"lambda_img": 0.0}},
-        tuple(("with image term", "text only", m) for m in ("unknown_miou", "miou_camera", "scene_auroc")),
-        note=LATER, seeds=1),
+        tuple(("with image term", "text only", m) for m in (*OWN, "known_miou", "scene_auroc")),
+        note=STOPPED),
+    "features": Claim(
+        "features", "(g) text and image-pixel information together name unknown kinds better than either",
+        {"f + g": {}, "f": {"feature": "f"}, "g": {"feature": "g"}},
+        tuple(("f + g", rival, m) for rival in ("f", "g") for m in BOTH),
+        note="One training a seed. f: the language head's; g: the frozen pixel feature lifted into the "
+        "voxel, the teacher's merit; f + g: norm(f + a g), a by known naming in training."),
     "start": start_claim(),
 }
 STEPS = {  # of the labels, for label-quality
@@ -132,7 +143,29 @@ def mse_terms(f: Tensor, batch: dict, text: Tensor, cfg: loc.Config) -> dict[str
     return {"dcl": cfg.lambda_dcl * pixel_mse(f[:, S:], batch["image_feature"], batch["image_weight"])}
 
 
-FORMS = {"contrast": loc.dense_contrast, "cosine": cosine_terms, "mse": mse_terms}
+def voxel_to_voxel(f: Tensor, label: Tensor, weight: Tensor, tau: float = loc.TAU) -> Tensor:
+    """(5) supervised contrast among a keyframe's sampled voxels: positives share the label.
+
+    f (B, S, D), label (B, S), weight (B, S).
+    """
+    f, valid = F.normalize(f, dim=-1), weight > 0
+    other = valid[:, None, :] & ~torch.eye(f.shape[1], dtype=torch.bool, device=f.device)  # (B, S, S) a != i
+    logits = (f @ f.transpose(1, 2) / tau).masked_fill(~other, -1e4)  # -inf has no gradient
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    positive = other & (label[:, :, None] == label[:, None, :])
+    count = positive.sum(-1)
+    value = -torch.where(positive, log_p, 0.0).sum(-1) / count.clamp_min(1)
+    return loc.weighted_mean(value, weight * (count > 0))
+
+
+def voxel_terms(f: Tensor, batch: dict, text: Tensor, cfg: loc.Config) -> dict[str, Tensor]:
+    """(4), (5) at half its weight, and (6)."""
+    label, weight = batch["cell_class"], batch["cell_weight"]
+    more = cfg.lambda_dcl / 2 * voxel_to_voxel(f[:, : label.shape[1]], label, weight)
+    return loc.dense_contrast(f, batch, text, cfg) | {"v2v": more}
+
+
+FORMS = {"contrast": loc.dense_contrast, "cosine": cosine_terms, "mse": mse_terms, "v2v": voxel_terms}
 
 
 def own_points(scene: Scene, now: Now, index: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -170,14 +203,15 @@ def run_arm(cfg: loc.Config, args: SimpleNamespace) -> Path:
     dataset = open_split(args.data_root, args.version, None, cfg.image_size, args.cache)
     frames = range(0, len(dataset), args.frame_stride)
     labels = labels_of(dataset, "lidar" if cfg.mode == "supervised" else "world", cfg, args, only=frames)
-    own = {"out": run, "ckpt": run, "split": None, "labels": None, "save_pred": None, "rayiou": False}
+    own = {"out": run, "ckpt": run, "split": None, "labels": None, "save_pred": None, "rayiou": False,
+           "image_weight": None, "known_by": "occupancy"}
     args = SimpleNamespace(**vars(args) | own | {"pictures": 0})
     loc.train(cfg, dataset, labels, args, frames=frames, contrast=FORMS[args.form], shared=labels)
     args.run = read_json(run / "config.json")
     key = short_hash([trained["data"], cfg.holdout, args.eval_frames])
     constants = once(args.pool / f"constants-{key}.json", lambda: constants_of(cfg, dataset, args))
     loc.evaluate(cfg, args, known=constants)
-    return with_score(run, args.score)
+    return with_score(run, args.score, args.feature)
 
 
 def constants_of(cfg: loc.Config, dataset: NuScenesOccupancy, args: SimpleNamespace) -> dict[str, float]:
@@ -187,14 +221,19 @@ def constants_of(cfg: loc.Config, dataset: NuScenesOccupancy, args: SimpleNamesp
     return constant_scores(train_set, test, spread(len(test), args.eval_frames), test.labels)
 
 
-def with_score(run: Path, head: str) -> Path:
-    """-> a folder with the run's results, in which auroc, aupr and fpr95 are those of one head (or both)."""
-    folder, result = run / head, read_json(run / "result.json")
-    for name in ("auroc", "aupr", "fpr95", "scene_auroc"):
-        result["metrics"][name] = result["metrics"][f"{name}_{head}"]
+def with_score(run: Path, head: str, feature: str) -> Path:
+    """-> a folder with the run's results: AUROC of one head (or both), naming by one feature (or both)."""
+    folder, result = run / f"{head}-{feature}", read_json(run / "result.json")
     with np.load(run / "by_scene.npz", allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    write_npz(folder / "by_scene.npz", **arrays | {"ratio_scene_auroc": arrays[f"ratio_scene_auroc_{head}"]})
+    taken = {name: f"{name}_{head}" for name in ("auroc", "aupr", "fpr95", "scene_auroc")}
+    if feature != "both":
+        taken |= {name: f"{name}_{feature}" for name in BOTH}
+    for name, source in taken.items():
+        result["metrics"][name] = result["metrics"][source]
+        if f"ratio_{source}" in arrays:
+            arrays[f"ratio_{name}"] = arrays[f"ratio_{source}"]
+    write_npz(folder / "by_scene.npz", **arrays)
     write_json(folder / "result.json", result)
     return folder
 

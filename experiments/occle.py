@@ -3,20 +3,26 @@ part.
 
     python occle.py ablate --claim fusion --seeds 3     # or: python -m experiments.occle --claim c
     python occle.py ablate --claim fusion --format semantickitti
+    python occle.py ablate --claim curve --world-size demo --steps 400  # label ratios, the paper's headline
     python occle.py ablate --claim cost                 # time of Dual Mamba against the number of tokens
+    python occle.py ablate --claim targets              # what unlabelled frames teach; gradients by loss
+    python occle.py ablate --claim projection-probe     # perfect occupancy through (15) and (16)
 
-What an arm changes beside Config fields is its `variant`: a rival or a missing part, handed to `occle.train`.
-Arms share labels, and those whose first stage is the same share it too, in <out>/../arms.
+What an arm changes beside Config fields is its `variant`: a rival or a missing part, handed to `occle.train`,
+and its `inputs`. Arms share labels, and those whose first stage is the same share it too, in <out>/../arms.
 """
 
 import math
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,31 +31,54 @@ from torch import Tensor, nn
 import occle as O
 from common import cli, verbs
 from common.backbones import conv_norm_relu
-from common.files import atomic, read_json, short_hash, write_json
+from common.datasets import LABEL_SETS, voxel_truth
+from common.files import InputError, atomic, read_json, short_hash, write_json
+from common.geometry import cast_rays, coarsen, scale_to, unproject
 from common.labels import label_record, make_labels
+from common.metrics import OccupancyMeter
 from common.networks.voxelnet import Voxels
-from common.report.occupancy import constant_scores, constant_ssc, ground_truth, report, spread
+from common.report.occupancy import (SscMeter, constant_scores, constant_ssc, evaluate, ground_truth, report,
+                                     spread)
 from common.semantickitti import SemanticKITTI
-from common.worlds import make
+from common.train import load_checkpoint
+from common.worlds import is_world, make
 from experiments.runner import Claim, main, once, start_claim
 
-SHARED = {"steps": 160, "warmup": 10}  # config fields of every arm
-# One stage: without pseudo labels a first one would leave the semantic branch untaught.
-SUPERVISED = {"variant": "supervised", "batch_unlabelled": 0, "branch_share": 0.0}
+SHARED = {"steps": 800, "warmup": 20}  # of every arm: the claims world has 720 labels
+# In one stage, as without pseudo labels a first one leaves the semantic branch untaught. LiDAR alone, cells
+# of 1.6 x 1.6 x 0.4 m and a small network (Occ3D's grid): 0.2 CPU seconds a step.
+ONE_STAGE = {"branch_share": 0.0}
+LIGHT = ONE_STAGE | {"inputs": "LiDAR", "grid_stride": (4, 4, 1), "cell_split": (5, 5, 2),
+                     "mamba_stride": (1, 1, 1), "unet_channels": (16, 32), "grid_channels": 16,
+                     "head_channels": 8}
+SUPERVISED = {"variant": "supervised", "batch_unlabelled": 0}
+BOTH = {"OccLE": {}, "supervised": SUPERVISED}
+RATIOS = (0.1, 1.0, 0.01, 0.02, 0.05, 0.2, 0.5)  # in the order of running
 BY = {"frames": (0.01, 0.05, 0.1, 0.2, 1.0), "scenes": (0.01, 0.05, 0.1, 0.2)}  # all scenes are all frames
 CLAIMS = {
+    "curve": Claim(
+        "curve", "(l) pseudo labels help at each ratio of labels, and with them 10 % are as good as 100 % "
+                 "alone",
+        {f"{who} {100 * r:g} %": arm | LIGHT | {"label_ratio": r}
+         for r in RATIOS for who, arm in BOTH.items()},
+        (*((f"OccLE {100 * r:g} %", f"supervised {100 * r:g} %") for r in sorted(RATIOS)),
+         ("OccLE 10 %", "supervised 100 %"),
+         *((f"supervised {100 * b:g} %", f"supervised {100 * a:g} %")
+           for a, b in pairwise(sorted(RATIOS)))),
+        note="LiDAR input, cells of 1.6 x 1.6 x 0.4 m, one stage in all arms, the same steps and labelled "
+             "exposures in the same order; OccLE also sees a frame without its label a step."),
     "labels": Claim(
         "labels", "(a) with the same few voxel labels, pseudo labels and unlabelled frames beat supervision "
                   "alone: 10 %, and 1 %",
-        {f"{how} {100 * r:g} %": arm | ({"label_ratio": r} if r != 0.1 else {}) for r in (0.1, 0.01)
-         for how, arm in (("OccLE", {}), ("supervised", SUPERVISED))},
+        {f"{how} {100 * r:g} %": arm | ONE_STAGE | ({"label_ratio": r} if r != 0.1 else {})
+         for r in (0.1, 0.01) for how, arm in BOTH.items()},
         (("OccLE 10 %", "supervised 10 %"), ("OccLE 1 %", "supervised 1 %")),
-        note="Same optimiser steps, same labelled exposures in the same order; OccLE also sees a frame "
-             "without labels a step. The supervised arm has one stage. 1 % of the world are seven frames."),
+        note="One stage, same optimiser steps, same labelled exposures in the same order; OccLE also sees a "
+             "frame without labels a step."),
     "share": Claim(
         "share", "(b) 100 % of the labels is better than 10 %, but 10 % reaches a large share of it",
         {"OccLE 10 %": {}, "OccLE 100 %": {"label_ratio": 1.0}}, (("OccLE 100 %", "OccLE 10 %"),),
-        note="At 100 % the second frame of a step is a labelled one without its label: exposures agree."),
+        note="At 100 % the second frame of a step is another labelled one without its label."),
     "fusion": Claim(
         "fusion", "(c) Dual Mamba fuses better than concatenation",
         {"Dual Mamba": {}, "concatenation": {"variant": "concatenation"}}, (("Dual Mamba", "concatenation"),),
@@ -72,7 +101,7 @@ CLAIMS = {
         {f"{100 * r:g} % by {by}": {"label_ratio": r, "label_by": by}
          for by, many in BY.items() for r in many},
         tuple((f"{100 * b:g} % by {by}", f"{100 * a:g} % by {by}") for by, many in BY.items()
-              for a, b in zip(many, many[1:])) + (("10 % by frames", "10 % by scenes"),), seeds=1),
+              for a, b in pairwise(many)) + (("10 % by frames", "10 % by scenes"),), seeds=1),
     "decoupled": Claim(
         "decoupled", "(h) two decoupled branches beat one joint branch of as many parameters",
         {"decoupled": {}, "joint": {"variant": "joint"}}, (("decoupled", "joint"),), seeds=1),
@@ -91,7 +120,7 @@ CLAIMS = {
         (("both", "2D only"), ("both", "3D only")), seeds=1),
     "inputs": Claim(
         "inputs", "(k) image and LiDAR together beat each alone",
-        {"both": {}, "image": {"variant": "image"}, "LiDAR": {"variant": "LiDAR"}},
+        {"both": {}, "image": {"inputs": "image"}, "LiDAR": {"inputs": "LiDAR"}},
         (("both", "image"), ("both", "LiDAR")), seeds=1,
         note="LiDAR still teaches the image-only arm, through hits and rays of frames without labels."),
     "start": start_claim(),
@@ -182,7 +211,7 @@ def widened(cfg: O.Config) -> O.Config:
     """
 
     def wide(k: int) -> O.Config:
-        even = lambda n: 2 * max(1, round(n * k / 32))  # noqa: E731  for the norms
+        even = lambda n: 2 * max(1, round(n * k / 32))  # for the norms
         return replace(cfg, channels=even(cfg.channels), unet_channels=tuple(map(even, cfg.unet_channels)))
 
     def count(net: nn.Module) -> int:
@@ -194,20 +223,55 @@ def widened(cfg: O.Config) -> O.Config:
     return wide(min(sizes, key=lambda k: abs(sizes[k] - wanted)))
 
 
-def hiding(images: bool, cfg: O.Config, pretrained: bool = True) -> O.OccLE:
-    """Inputs (k): OccLE whose branches, and so their teacher, get black images, or no points."""
+class NoEncoder(nn.Module):
+    """Zeros in the place of image features: inputs (k), LiDAR alone."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        h, w = (-(-n // 4) for n in images.shape[-2:])
+        return images.new_zeros(*images.shape[:2], self.channels, h, w)
+
+
+def seeing(inputs: str, network: Callable, cfg: O.Config, pretrained: bool = True) -> O.OccLE:
+    """Inputs (k): a network whose branches, and so their teacher, have no image encoder, or get no points."""
 
     def hide(_, args: tuple) -> tuple:
-        batch = args[0]
-        if images:
-            return (batch | {"images": batch["images"] * 0},)
-        clouds = [name for name in ("points", "history") if name in batch]
-        return (batch | {name: [p[:0] for p in batch[name]] for name in clouds},)
+        clouds = [name for name in ("points", "history") if name in args[0]]
+        return (args[0] | {name: [p[:0] for p in args[0][name]] for name in clouds},)
 
-    net = O.OccLE(cfg, pretrained)
-    for branch in (net.branches.semantic, net.branches.geometric):
-        branch.register_forward_pre_hook(hide)
+    net = network(cfg, pretrained)
+    for name, channels in (("semantic", cfg.channels), ("geometric", cfg.geo_channels)):
+        branch = getattr(net.branches, name)
+        if inputs == "image":
+            branch.register_forward_pre_hook(hide)
+        elif inputs == "LiDAR":
+            branch.encoder = NoEncoder(channels)
     return net
+
+
+class Kept(O.Samples):
+    """Samples that keep in memory what no augmentation changes, for all arms of this process."""
+
+    store: ClassVar[dict] = {}
+
+    def fixed(self, i: int, labelled: bool) -> dict[str, Tensor]:
+        c, data = self.cfg, self.dataset
+        key = (str(data.root), data.split, str(self.folder), self.kind, "images" in vars(data), c.grid_stride,
+               c.label_shift, c.ray_short, c.n_sweeps, c.image_size, c.truth, i, labelled)
+        if labelled and i not in self.labelled:
+            raise RuntimeError(f"ground truth of frame {data.tokens[i]}, which has no label")
+        if key not in self.store:
+            self.store[key] = super().fixed(i, labelled)
+        return dict(self.store[key])
+
+
+def darken(dataset, cfg: O.Config) -> None:
+    """Inputs (k): give every frame black images, read of no file."""
+    size = (LABEL_SETS[cfg.format].cameras, 3, *cfg.image_size)
+    dataset.images = lambda i: np.zeros(size, np.float32)
 
 
 class Part(O.Teacher):
@@ -245,18 +309,16 @@ FIRST = {  # variant -> the parts of occle.train that differ, from the first sta
     "occle": {},
     "supervised": {"step": without("2d", "3d")},
     "addition": {"network": partial(O.OccLE, branches=partial(O.Branches, geometric=Addition))},
-    "primary": {"samples": partial(O.Samples, kind="primary")},
+    "primary": {"samples": partial(Kept, kind="primary")},
     "joint": {"network": JointOccLE},
     "no semi": {"step": without("semi")},
     **{f"{part} alone": {"teacher": partial(Part, **ALONE | {part: True})} for part in ALONE},
     "no warm-up": {"teacher": partial(Part, warmup=False)},
     "no ramp": {"teacher": partial(Part, ramp=False)},
     "no thresholds": {"teacher": partial(Part, threshold=False)},
-    "no strong augmentation": {"samples": partial(O.Samples, strong=False)},
+    "no strong augmentation": {"samples": partial(Kept, strong=False)},
     "2D only": {"step": without("3d")},
     "3D only": {"step": without("2d")},
-    "image": {"network": partial(hiding, False)},
-    "LiDAR": {"network": partial(hiding, True)},
 }
 SECOND = {  # the same of the second stage alone: these share OccLE's first stage
     "concatenation": {"network": Concatenation},
@@ -267,11 +329,11 @@ SECOND = {  # the same of the second stage alone: these share OccLE's first stag
 # --- arms ---------------------------------------------------------------------------------------------------
 
 
-def labels_of(dataset, cfg: O.Config, args: SimpleNamespace) -> Path:
+def labels_of(dataset, cfg: O.Config, args: SimpleNamespace, **options) -> Path:
     """The folder of aligned labels in args.pool, made if it is not there."""
-    record = label_record(O.LABELS, dataset, "world", {}, cfg)
+    record = label_record(O.LABELS, dataset, "world", options, cfg)
     folder = args.pool / f"labels-{short_hash([record, str(dataset.root), dataset.split])}"
-    make_labels(O.LABELS, dataset, "world", {}, cfg, folder, workers=args.workers)
+    make_labels(O.LABELS, dataset, "world", options, cfg, folder, workers=args.workers)
     return folder
 
 
@@ -282,27 +344,186 @@ def constants_of(dataset, test, indices: list[int]) -> dict[str, float]:
     return constant_scores(dataset, test, indices, ground_truth(test))
 
 
+def references(test, indices: list[int], cfg: O.Config, args: SimpleNamespace) -> dict[str, float]:
+    """mIoU of pseudo labels themselves, lifted to the voxels that the sweep hits, over these voxels alone."""
+    ssc, labels, rows = isinstance(test, SemanticKITTI), LABEL_SETS[cfg.format], {}
+    grid, truth = labels.moved(cfg.label_shift), ground_truth(test)
+    for level in ("mild", "exact"):
+        folder = labels_of(test, cfg, args, primary_level=level, auxiliary_level=level)
+        for kind, word in (("semantic", "aligned"), ("primary", "primary")):
+            data, meter = O.Samples(test, folder, [], cfg, kind), SscMeter() if ssc else OccupancyMeter()
+            for i in indices:
+                item, ids = O.inputs(test[i]), np.full(math.prod(grid.shape), labels.solid, np.uint8)
+                camera = item["K"], item["T_ego_cam"], tuple(item["images"].shape[-2:])
+                cell, name = O.lift_labels(item["points"], data.pseudo_label(i), *camera, grid, labels.solid)
+                ids[cell] = name
+                there, (gt, mask, *_) = (ids < labels.solid).reshape(grid.shape), truth(i)
+                masks = (mask | ~there,) if ssc else (mask & there, mask & there)
+                meter.add(labels.outer(ids).reshape(grid.shape), gt, *masks)
+            rows[f"{word}_{level}_at_hits"] = meter.metrics()["miou" if ssc else "miou_camera"]
+    return rows
+
+
+def fit(saved: nn.Module, dataset, labelled: list[int], count: int = 12) -> dict[str, float]:
+    """mIoU on frames whose labels were learnt (are they fitted?), and on other training frames."""
+    rest, scores = sorted(set(range(len(dataset))) - set(labelled)), {}
+    for name, some in (("labelled", labelled), ("unlabelled", rest)):
+        some = [some[k] for k in spread(len(some), count)]
+        metrics = evaluate(partial(O.predict, saved), dataset, some, ground_truth(dataset)).metrics()
+        scores |= {f"{name}_{score}": metrics[score] for score in ("miou", "miou_camera") if score in metrics}
+    return scores
+
+
+def refuse_equals(name: str, cfg: O.Config, dataset, seed: int) -> None:
+    """InputError if two ratios of a claim see equally many distinct labelled frames: one experiment, not two.
+    """
+    claim = next(c for key, c in CLAIMS.items() if name == key or c.sentence.startswith(f"({name})"))
+    for pair in claim.pairs:
+        ratio = lambda arm: {"label_ratio": 0.1, "label_by": "frames"} | claim.arms[arm]
+        given = [(ratio(arm)["label_ratio"], ratio(arm)["label_by"]) for arm in pair[:2]]
+        chosen = [O.choose_labelled(dataset.scene_names, *how, seed) for how in given]
+        seen = [min(len(one), cfg.steps * cfg.batch) for one in chosen]
+        if given[0] != given[1] and (seen[0] == seen[1] and given[0][1] == given[1][1]):
+            raise InputError(f"{pair[0]} and {pair[1]}: both see {seen[0]} distinct labelled frames of "
+                             f"{len(dataset)} in {cfg.steps} steps; more --steps, or another world")
+
+
 def run_arm(cfg: O.Config, args: SimpleNamespace) -> Path:
     """Train and evaluate one arm."""
-    cfg, open_data, stages = O.for_format(cfg, args), partial(O.open_frames, cfg), FIRST | SECOND
+    cfg, stages = O.for_format(cfg, args), FIRST | SECOND
+
+    def open_data(*split, **train):
+        dataset = O.open_frames(cfg, *split, **train)
+        if args.inputs == "LiDAR":
+            darken(dataset, cfg)
+        return dataset
+
     dataset = open_data(args.data_root, args.version, None, cfg.image_size, args.cache)
-    labels, parts = labels_of(dataset, cfg, args), stages[args.variant]
+    if args.label_list is None:
+        refuse_equals(args.claim, cfg, dataset, args.seed)
+    labels, parts = labels_of(dataset, cfg, args), {"samples": Kept} | stages[args.variant]
+    if args.inputs != "both":
+        parts["network"] = partial(seeing, args.inputs, parts.get("network", O.OccLE))
     first = "occle" if args.variant in SECOND else args.variant
-    key = short_hash([cli.to_dict(cfg), first, str(dataset.root), args.version])
+    key = short_hash([cli.to_dict(cfg), first, args.inputs, str(dataset.root), args.version])
     O.train(cfg, dataset, labels, args, **parts, branches=args.pool / f"branches-{key}" / f"seed{args.seed}")
     args.run = read_json(args.out / "2-fusion" / "config.json")
     cfg = cli.from_dict(O.Config, args.run["config"], args.out)
     shapes = {name: parts[name] for name in ("network", "teacher") if name in parts}
     saved, out, state = verbs.load(partial(O.saved_modules, **shapes), cfg, args)
     state["step"] += args.run["data"]["after"]
-    test = verbs.open_eval(cfg, args, partial(O.open_frames, cfg))
+    test = verbs.open_eval(cfg, args, lambda *split, **train: open_data(*split, **train))
     indices = spread(len(test), args.eval_frames)
     named = short_hash([str(test.root), test.version, indices])
     known = once(args.pool / f"constants-{named}.json", lambda: constants_of(dataset, test, indices))
-    report(partial(O.predict, saved), dataset=test, train_set=None, out=out, run=args.run, state=state,
-           params=sum(p.numel() for p in saved.parameters() if p.requires_grad), frames=args.eval_frames,
-           rayiou=False, protocol=verbs.training_protocol(args.run), known=known)
+    if is_world(test.root):
+        known |= once(args.pool / f"references-{named}.json", lambda: references(test, indices, cfg, args))
+    known |= fit(saved, dataset, O.split_frames(dataset, cfg, args.seed, args.label_list)[0])
+    metrics = report(partial(O.predict, saved), dataset=test, train_set=None, out=out, run=args.run,
+                     state=state, params=sum(p.numel() for p in saved.parameters() if p.requires_grad),
+                     frames=args.eval_frames, rayiou=False, known=known,
+                     protocol=verbs.training_protocol(args.run) | {"inputs": args.inputs})
+    shown = {name: value for name, value in metrics.items() if name in known and not name.startswith("iou")}
+    print("  ".join(f"{name} {100 * value:.2f}" for name, value in shown.items()), flush=True)
     return out
+
+
+# --- what unlabelled frames teach, and where cells are seen -------------------------------------------------
+
+
+def targets(cfg: O.Config, args: SimpleNamespace) -> None:
+    """targets.json: shares [%] of occupied cells that the sensor teaches right (a hit) and wrong (free), by
+    --ray-short, and of its free cells that are free; with --of, the same of that run's teacher where no
+    sensor is; gradient norms of each loss at the geometric branch, all weights 1.
+    """
+    cfg = replace(O.for_format(cfg, args), geo_weight=1.0)
+    dataset = O.open_frames(cfg, args.data_root, args.version, None, cfg.image_size, args.cache)
+    indices = spread(len(dataset), args.eval_frames)
+    if cfg.format == "semantickitti":
+        cfg = replace(cfg, label_shift=dataset.measure_label_shift(indices[0]))
+    net = O.OccLE(cfg, pretrained=False)
+    saved = nn.ModuleDict({"net": net, "teacher": O.Teacher(net.branches, cfg.ema)})
+    if args.of is not None:
+        load_checkpoint(args.of / "2-fusion", saved)
+    labels, rows = labels_of(dataset, cfg, args), []
+    for short in (0.0, 1.0, 2.0, 4.0, 8.0):
+        data = O.Samples(dataset, labels, indices, replace(cfg, ray_short=short))
+        counts = np.zeros(7)
+        for i in indices:
+            item, truth = data((i, False), np.random.default_rng(i)), data.truth(i)
+            sensor, full, empty = item["sensor"], truth < data.labels.solid, truth == data.labels.solid
+            free = sensor == 0
+            counts[:5] += [x.sum() for x in (full, (sensor == 1) & full, free & full, free & empty, empty)]
+            if args.of is not None and short == cfg.ray_short:
+                batch = O.stack_items([item], "cpu")
+                target, weight = saved["teacher"](batch, 1, 1)
+                own = (weight[0] > 0) & (sensor == O.IGNORE) & full
+                counts[5:] += [(own & (target[0] == 1)).sum(), (own & (target[0] == 0)).sum()]
+        full, hit, wrong, free, empty, right, no = counts
+        rows.append({"ray_short": short, "occupied_taught_occupied": 100 * hit / full,
+                     "occupied_taught_free": 100 * wrong / full, "empty_taught_free": 100 * free / empty}
+                    | ({"teacher_right": 100 * right / full, "teacher_wrong": 100 * no / full}
+                       if right + no else {}))
+        print("  ".join(f"{name} {value:.1f}" for name, value in rows[-1].items()), flush=True)
+    rng, data = np.random.default_rng(0), O.Samples(dataset, labels, indices, cfg)
+    batch = O.stack_items([data((indices[0], True), rng), data((indices[-1], False), rng)], "cpu", 1)
+    S, norms = data.labels.solid, {}
+    weights, learnt = O.Weights(torch.ones(S), torch.ones(S + 1)), list(net.branches.geometric.parameters())
+    terms = O.one_step(net, saved["teacher"], batch, 1, 1, weights, cfg, nullcontext)
+    for name, term in terms.items():
+        grads = torch.autograd.grad(term, learnt, retain_graph=True, allow_unused=True)
+        norms[name] = math.sqrt(sum(float(g.square().sum()) for g in grads if g is not None))
+    print("gradient norm at the geometric branch: " + "  ".join(f"{k} {v:.3f}" for k, v in norms.items()))
+    write_json(args.out / "targets.json", {"frames": len(indices), "rows": rows, "gradients": norms})
+
+
+def probe(cfg: O.Config, args: SimpleNamespace) -> None:
+    """probe.json: perfect occupancy through (15), (16) at each preset. Of the pixels whose ray meets an
+    occupied cell, the share [%] hit; of the frontmost cells of these, the share that no ray of 4 x 4 a pixel
+    meets first (hidden), and the share of the class that the pixel's ray meets.
+    """
+    rows, frames = [], args.eval_frames if "eval_frames" in args.given else 2
+    for name, preset in O.PRESETS.items():
+        own = SimpleNamespace(**vars(args) | {"preset": name})
+        preset = O.for_format(replace(preset, format=cfg.format, n_sweeps=0), own)
+        dataset = O.open_frames(preset, args.data_root, args.version, None, preset.image_size)
+        dataset.parts = ()
+        counts = np.sum([probe_frame(dataset, i, preset) for i in spread(len(dataset), frames)], 0)
+        hit, there, hidden, right = counts.tolist()
+        shares = {"hit": 100 * hit / there, "hidden": 100 * hidden / hit, "class": 100 * right / hit}
+        rows.append({"preset": name} | shares)
+        print(f"{name}: " + "  ".join(f"{k} {v:.1f}" for k, v in shares.items()), flush=True)
+    write_json(args.out / "probe.json", {"frames": frames, "rows": rows})
+
+
+def probe_frame(dataset, i: int, cfg: O.Config) -> tuple[int, ...]:
+    """-> pixels hit of those whose ray meets a cell, all of these, hidden frontmost cells, right classes."""
+    labels, cells, frame, stride = LABEL_SETS[cfg.format], O.grids(cfg)[0], dataset[i], cfg.scatter_stride
+    truth = coarsen(torch.from_numpy(voxel_truth(dataset, i, labels)), cfg.grid_stride, labels.solid).long()
+    size, full = tuple(n // stride for n in cfg.image_size), truth < labels.solid
+    K, T = scale_to(frame.K, cfg.image_size, size).double(), frame.T_ego_cam.double()
+    share = (torch.arange(full.numel()).double().view(full.shape) + 0.5) / full.numel()  # a cell's number
+    logits = torch.stack([share.log(), (1 - share).log(), torch.where(full, -40.0, 40.0)], -1)
+    shown, light = O.project_logits(logits, K, T, size, cells, "depth")
+    share = shown[:, 0] * (1 + 1e-6 / light.clamp_min(1e-6))  # without the quotient's epsilon
+    front = (share * full.numel()).long().flatten(1)  # (N, h w)
+    y, x = torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
+    at, seen, total = torch.stack([x, y], -1).flatten(0, 1), torch.zeros_like(full).flatten(), []
+    for n in range(len(K)):
+        met = None
+        for dx, dy in [(0.5, 0.5), *((a / 8, b / 8) for a in (1, 3, 5, 7) for b in (1, 3, 5, 7))]:
+            uv = at + torch.tensor([dx, dy], dtype=torch.float64)
+            ray = unproject(uv, torch.ones(len(uv)), K[n], T[n]) - T[n, :3, 3]
+            index, _, found = cast_rays(full, T[n, :3, 3], ray, cells)
+            flat = index @ torch.tensor([full.shape[1] * full.shape[2], full.shape[2], 1])
+            first = torch.where(found, flat, -1)
+            met = first if met is None else met
+            seen[first[found]] = True
+        total.append(met)
+    met = torch.stack(total)
+    hit = (light.flatten(1) > 0.5) & (met >= 0)
+    same = truth.flatten()[front[hit]] == truth.flatten()[met[hit]]
+    return int(hit.sum()), int((met >= 0).sum()), int((~seen[front[hit]]).sum()), int(same.sum())
 
 
 # --- cost of Dual Mamba -------------------------------------------------------------------------------------
@@ -373,6 +594,8 @@ def plot_cost(path: Path, value: dict) -> None:
 
 FLAGS = {
     "variant": cli.Flag("the rival or the missing part", Literal[tuple(FIRST | SECOND)], "occle"),
+    "inputs": cli.Flag("what the network reads", Literal["both", "image", "LiDAR"], "both"),
+    "of": cli.Flag("targets: a trained run, for its teacher; default: none", Path | None),
     "eval-frames": verbs.FLAGS["eval-frames"]._replace(default=60),
     "label-list": cli.Flag("JSON {'labelled': [token, ...]}; default: by --label-by", Path | None),
     "tokens": cli.Flag("cost: largest number of tokens a grid", int, 262144, least=1024),
@@ -391,5 +614,6 @@ def on_kitti(claim: Claim) -> Claim:
 if __name__ == "__main__":
     kitti = "semantickitti" in sys.argv
     claims = {name: on_kitti(claim) for name, claim in CLAIMS.items()} if kitti else CLAIMS
-    main(__doc__, O.Config, O.PRESETS, claims, run_arm, shared=SHARED, flags=FLAGS, other={"cost": cost},
+    main(__doc__, O.Config, O.PRESETS, claims, run_arm, shared=SHARED, flags=FLAGS,
+         other={"cost": cost, "targets": targets, "projection-probe": probe},
          world=lambda args: make("kitti" if kitti else "driving", size=args.world_size))

@@ -56,8 +56,10 @@ FILES = ("by_scene.npz", "result.json")  # what an arm leaves, in the order of w
 NOT_RUN = "not run"
 HEADLINE = (  # of a run; everything else is in its file
     "miou_camera", "iou_camera", "constant_miou_camera", "constant_iou_camera", "rayiou", "miou", "iou",
-    "constant_miou", "constant_iou", "auroc", "aupr", "fpr95", "l2_avg", "col_avg", "qa_accuracy", "success")
-UNITS = {"minus_l2": "m", "scene_centroid_distance": "", "scene_inter_intra": "", "scene_effective_rank": ""}
+    "constant_miou", "constant_iou", "auroc", "aupr", "fpr95", "l2_avg", "col_avg", "qa_accuracy", "success",
+    "qa_balanced", "qa_balanced_shuffled", "qa_balanced_ngram", "l2_avg_shuffled", "l2_avg_speed_trees")
+UNITS = {**{f"minus_{kind}": "m" for kind in ("l2", "history_l2", "l2_ego_mlp", "l2_shuffled", "l2_speed_trees")},
+         "scene_centroid_distance": "", "scene_inter_intra": "", "scene_effective_rank": ""}
 
 
 class Gate(NamedTuple):
@@ -215,7 +217,7 @@ def main(doc: str, config: type, presets: dict[str, Any], claims: dict[str, Clai
     name = letters.get(args.claim, args.claim)
     if name not in claims and name not in (other or {}):
         raise InputError(f"--claim {args.claim}: one of {', '.join([*claims, *(other or {})])}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if name in claims and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("ablate runs its arms in one process; start it without torchrun")
     args.data_root = args.data_root or world(args)
     args.out = args.out or Path("runs/ablate") / args.method / name
@@ -223,8 +225,7 @@ def main(doc: str, config: type, presets: dict[str, Any], claims: dict[str, Clai
     if name not in claims:
         return other[name](cfg, args)
     claim = claims[name]
-    if unknown := [arm for arm in args.arms or () if arm not in claim.arms]:
-        raise InputError(f"--arms {' '.join(unknown)}: {name} has {', '.join(claim.arms)}")
+    args.arms = args.arms and arms_of(args.arms, claim)
     fields = cli.to_dict(cfg).keys()
     names = ["data_root", "version", *(flag.replace("-", "_") for flag in flags)]
     given = {name: getattr(args, name) for name in names if name not in ("arms", "workers")}
@@ -243,6 +244,18 @@ def main(doc: str, config: type, presets: dict[str, Any], claims: dict[str, Clai
     seeds = args.seeds if "seeds" in args.given else claim.seeds
     settings = {"config": cli.to_dict(cfg), "options": given}
     return run_claim(claim, seeds, args.out, f"{args.preset} ({steps(cfg)})", settings, one_arm, args.arms)
+
+
+def arms_of(words: tuple[str, ...], claim: Claim) -> tuple[str, ...]:
+    """The words of --arms -> the claim's arms, whose names may be of several words."""
+    rest, found = " ".join(words), []
+    while rest:
+        starts = [arm for arm in claim.arms if f"{rest} ".startswith(f"{arm} ")]
+        if not starts:
+            raise InputError(f"--arms {rest}: {claim.name} has {', '.join(claim.arms)}")
+        found.append(max(starts, key=len))
+        rest = rest[len(found[-1]) + 1 :]
+    return tuple(found)
 
 
 # --- scores from counts -------------------------------------------------------------------------------------

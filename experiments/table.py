@@ -1,6 +1,7 @@
 """RESULTS.md, a page for each method and the forest plot, from experiments/results/*.json and nothing else.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,11 @@ def load(results: Path) -> dict[str, dict]:
 
 
 def write(results: Path, out: Path = Path("RESULTS.md")) -> None:
-    """RESULTS.md, <results>/<method>.md and <results>/forest.png (forest-real.png)."""
+    """RESULTS.md, <results>/<method>.md, <results>/forest.png (forest-real.png) and curves."""
     records, plots = load(results), {}
+    for name, r in records.items():
+        if (shares := ratios_of(r)) and any(map(bool, shares.values())):
+            draw_ratios(results / f"{name}.png", r, shares)
     for synthetic, name in ((True, "forest.png"), (False, "forest-real.png")):
         some = {n: r for n, r in records.items() if r["kind"] == "claim" and is_synthetic(r, n) == synthetic}
         if some:
@@ -121,6 +125,8 @@ def page(records: dict[str, dict], results: Path, plots: dict[bool, Path], proto
         lines += [f"## {title}", ""]
         if synthetic in plots:
             lines += [f"![effects with their intervals]({plots[synthetic].as_posix()})", ""]
+        lines += [f"![{r['claim']} of {r['method']}]({(results / f'{name}.png').as_posix()})\n"
+                  for name, r in some.items() if any(map(bool, ratios_of(r).values()))]
         claims = {n: r for n, r in some.items() if r["kind"] == "claim"}
         rows = [row for name, r in claims.items() for row in comparison_rows(name, r, results, protocols)]
         head = ["method: claim", "better > worse", "metric", "scores", "constant", "effect [95 %]", "seeds",
@@ -342,3 +348,46 @@ def draw_panel(axis, title: str, rows: list[tuple[str, dict]]) -> None:
     axis.set_title(title, fontsize=9, loc="left")
     axis.grid(axis="x", alpha=0.25)
     axis.tick_params(axis="x", labelsize=7)
+
+
+# --- the curve of label ratios ------------------------------------------------------------------------------
+
+
+def ratios_of(r: dict[str, Any]) -> dict[str, dict[float, list[float]]]:
+    """{who: {percent of labels: scores of the seeds}} of a claim whose arms are `<who> <share> %`."""
+    found = [re.fullmatch(r"(.+) ([\d.]+) %", arm) for arm in r.get("arms", {})]
+    ratios: dict[str, dict[float, list[float]]] = {}
+    for match in found if all(found) and len({m[2] for m in found}) > 2 else ():
+        scores = list(scores_of(r, match[0], r["comparisons"][0]["metric"]).values())
+        ratios.setdefault(match[1], {}).update({float(match[2]): scores} if scores else {})
+    return ratios
+
+
+def draw_ratios(path: Path, r: dict[str, Any], ratios: dict[str, dict[float, list[float]]]) -> None:
+    """PNG: score against the share of labelled frames; a point a seed, a line through the means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    metric = r["comparisons"][0]["metric"]
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for (who, points), colour in zip(ratios.items(), ("#0969da", "#bf5b04", "#1a7f37"), strict=False):
+        if not points:
+            continue
+        shares = sorted(points)
+        means = [100 * sum(points[x]) / len(points[x]) for x in shares]
+        axis.semilogx(shares, means, color=colour, label=who)
+        seeds = [(x, 100 * y) for x in shares for y in points[x]]
+        axis.plot(*zip(*seeds, strict=True), "o", color=colour, markersize=4)
+    if (value := r["constants"].get(metric)) is not None:
+        axis.axhline(100 * value, color="black", linewidth=0.8, linestyle="--", label="constant")
+    ticks = sorted({x for points in ratios.values() for x in points})
+    axis.set_xticks(ticks, [f"{x:g} %" for x in ticks])
+    axis.minorticks_off()
+    axis.set(xlabel="labelled frames", ylabel=f"{metric} [%]", title=f"{r['method']}: {r['preset']}")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.25)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=80, format="png", metadata={"Software": None})
+    plt.close(figure)

@@ -78,14 +78,15 @@ def _deform(rand, randn, N: int, H: int, D: int, Q: int, P: int, shapes: list[tu
                 inputs, ("value", "loc", "weights"))
 
 
-def _scatter(rand, randn, N: int, V: int, C: int, H: int, W: int, mode: str) -> Case:
+def _scatter(rand, randn, N: int, V: int, C: int, H: int, W: int, mode: str, size: float = 0) -> Case:
     opacity = rand(V)
     opacity[::7] = 1.0                                          # fully opaque: nothing may be divided by 1 - o
     uv = rand(N, V, 2) * torch.tensor([W + 1.0, H + 1.0], device=opacity.device) - 0.5
     depth = (rand(N, V) * 16 - 2).round() / 4                   # ties, and voxels behind the camera
-    return Case(f"scatter_project N{N} V{V} C{C} {H}x{W} {mode}",
+    extent = rand(N, V, 2) * size if size else None             # [px]
+    return Case(f"scatter_project N{N} V{V} C{C} {H}x{W} {mode}{' splatted' if size else ''}",
                 lambda x, backend: scatter_project.scatter_project(x["value"], x["opacity"], uv, depth, H, W, mode,
-                                                                   backend),
+                                                                   backend, extent),
                 {"value": rand(V, C), "opacity": opacity}, ("value", "opacity"))
 
 
@@ -100,13 +101,14 @@ def cases(device: str, big: bool) -> list[Case]:
            _deform(*make, 1, 2, 33, 31, 1, [(4, 3)], contiguous=False), _deform(*make, 1, 1, 4, 0, 1, [(2, 2)]),
            _scatter(*make, 1, 1, 1, 2, 2, "depth"), _scatter(*make, 2, 33, 3, 3, 2, "depth"),
            _scatter(*make, 2, 31, 3, 3, 2, "plain"), _scatter(*make, 1, 257, 5, 1, 4, "depth"),
-           _scatter(*make, 1, 0, 5, 1, 4, "depth"),
+           _scatter(*make, 1, 0, 5, 1, 4, "depth"), _scatter(*make, 2, 17, 3, 4, 5, "depth", 2.0),
            _scan(*make, 1, 1, 1, 1, 0, False), _scan(*make, 2, 5, 3, 33, 0, True),
            _scan(*make, 1, 6, 2, 31, 2, False, token_major=True), _scan(*make, 1, 2, 2, 0, 0, False)]
     if big:
         out += [_composite(*make, 4099, 128), _composite(*make, 33, 4096),
                 _vote(*make, 300_007, 20_011, 17, True, True), _deform(*make, 2, 8, 32, 257, 8, [(28, 50), (14, 25)]),
                 _scatter(*make, 6, 50_021, 17, 28, 50, "depth"), _scatter(*make, 6, 50_021, 17, 28, 50, "plain"),
+                _scatter(*make, 6, 20_011, 17, 28, 50, "depth", 3.0),
                 _scan(*make, 2, 33, 16, 257, 0, True), _scan(*make, 1, 64, 16, 4099, 4, True),
                 _scan(*make, 1, 24, 5, 1031, 0, True, token_major=True)]
     return out

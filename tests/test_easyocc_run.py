@@ -151,15 +151,6 @@ def test_killed_training_goes_on_bit_equal(data, trained, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(data, tmp_path):
-    flags, labels = data
-    words = ["train", *flags, "--labels", labels, "--steps", "2", "--jitter", "0", *SMALL]
-    done = torchrun(*words, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-2000:]
-    run(*words, "--batch", "2", "--out", tmp_path / "one")
-    assert commands.losses(tmp_path / "one") == pytest.approx(commands.losses(tmp_path / "two"), rel=1e-4)
-
-
 # --- eval, pictures, claims, describe ----------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import commands
+import numpy as np
 import pytest
 import torch
 from test_occle import COARSE, kitti_world, make_batch, one_thread, small, words  # noqa: F401
@@ -11,27 +12,48 @@ from test_occle import NARROW, SIZES
 
 import occle as O
 from common import cli
+from common.files import InputError
 from experiments import occle as X
 
 run, fails = commands.of(O)
 
 
 def test_claims_cover_the_paper():
-    assert [claim.sentence[1] for name, claim in X.CLAIMS.items() if name != "start"] == list("abcdefghijk")
-    assert [name for name, claim in X.CLAIMS.items() if claim.seeds == 3] == ["labels", "share", "fusion", "projection"]
+    assert sorted(claim.sentence[1] for name, claim in X.CLAIMS.items() if name != "start") == list("abcdefghijkl")
+    assert [name for name, claim in X.CLAIMS.items() if claim.seeds == 3] == ["curve", "labels", "share", "fusion", "projection"]
     fields = cli.to_dict(O.Config()).keys()
     for claim in X.CLAIMS.values():
         for arm in claim.arms.values():
-            assert {k for k in arm if k not in fields} <= {"variant"} and arm.get("variant", "occle") in X.FIRST | X.SECOND
-    arms = X.CLAIMS["labels"].arms
-    assert arms["OccLE 10 %"] == {} and not {"steps", "batch", "lr"} & arms["supervised 10 %"].keys(), "same steps and exposures"
+            assert {k for k in arm if k not in fields} <= {"variant", "inputs"} and arm.get("variant", "occle") in X.FIRST | X.SECOND
+    for name in ("labels", "curve"):
+        arms = X.CLAIMS[name].arms
+        both = [arms[f"{who} 10 %"] for who in ("OccLE", "supervised")]
+        assert both[1] == both[0] | X.SUPERVISED, "the same stages, steps and exposures"
+    assert {X.CLAIMS["curve"].arms[arm]["label_ratio"] for arm in X.CLAIMS["curve"].arms} == {0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1}
     assert {p[2] for p in X.on_kitti(X.CLAIMS["semi"]).pairs if len(p) > 2} == {"iou"}
+
+
+def test_ratios_that_see_the_same_labels_are_refused():
+    """The fault of the first published claims: three ratios of one and the same 72 frames."""
+    class Frames:
+        scene_names = [f"s{k // 2}" for k in range(122)]
+        __len__ = lambda self: 122
+
+    cfg = replace(O.PRESETS["tiny"], steps=400)
+    for name in ("curve", "l", "ratios"):
+        X.refuse_equals(name, cfg, Frames(), 0)
+    for name, steps in (("curve", 50), ("ratios", 20)):
+        with pytest.raises(InputError, match="both see"):
+            X.refuse_equals(name, replace(cfg, steps=steps), Frames(), 0)
+    scenes = [len(O.choose_labelled(Frames.scene_names, r, "scenes", 0)) for r in X.BY["scenes"]]
+    assert len(set(scenes)) == 4 and scenes == sorted(scenes)
 
 
 @pytest.mark.parametrize("variant", ["occle", "addition", "concatenation", "joint", "image", "LiDAR"])
 def test_every_network_runs_learns_and_has_its_teacher(variant):
     cfg = small(grid_stride=COARSE["occ3d"])
-    network, batch = (X.FIRST | X.SECOND)[variant].get("network", O.OccLE), make_batch(cfg)
+    network, batch = (X.FIRST | X.SECOND).get(variant, {}).get("network", O.OccLE), make_batch(cfg)
+    network = X.partial(X.seeing, variant, network) if variant in ("image", "LiDAR") else network
     torch.manual_seed(0)
     net = network(cfg, pretrained=False)
     teacher = O.Teacher(net.branches, 0.9)
@@ -84,10 +106,36 @@ def test_a_claim_shares_the_first_stage_and_goes_on(kitti_world, tmp_path, capsy
     assert len(list((tmp_path / "arms").glob("branches-*/seed0/latest.json"))) == 1
     results = [json.loads(path.read_text()) for path in (tmp_path / "arms").glob("*/seed0/result.json")]
     assert len(results) == 2 and all(r["cost"]["steps"] == 2 and "constant_miou" in r["metrics"] for r in results)
+    assert all(0 < r["metrics"][name] for r in results for name in ("aligned_mild_at_hits", "primary_exact_at_hits"))
+    assert all({"labelled_miou", "unlabelled_miou"} <= r["metrics"].keys() for r in results)
+    assert all(r["protocol"]["exposures"] == "1 distinct labelled frames, 2.00 times each" for r in results)
     capsys.readouterr()
     run(*args)
     assert "2 of 2 runs are done" in capsys.readouterr().out
     assert "--claim z" in fails(capsys, "ablate", "--claim", "z", "--data-root", kitti_world)
+
+
+def test_arms_keep_what_no_augmentation_changes_and_refuse_other_truth(kitti_world, tmp_path):  # noqa: F811
+    cfg, args = small("semantickitti"), X.SimpleNamespace(pool=tmp_path, workers=1)
+    dataset = O.open_frames(cfg, kitti_world, None, "train", cfg.image_size)
+    X.darken(dataset, cfg)
+    data = [kind(dataset, X.labels_of(dataset, cfg, args), [0], cfg) for kind in (O.Samples, X.Kept, X.Kept)]
+    items = [samples((0, True), np.random.default_rng(0)) for samples in data]
+    for item in items[1:]:
+        assert all(torch.equal(item[name], items[0][name]) for name in items[0]) and not item["images"].any()
+    with pytest.raises(RuntimeError, match="has no label"):
+        X.Kept(dataset, data[0].folder, [1], cfg).fixed(0, True)
+
+
+def test_targets_and_perfect_occupancy_are_measured(kitti_world, tmp_path, capsys):  # noqa: F811
+    words_ = ["--data-root", kitti_world, "--format", "semantickitti", "--eval-frames", "1", "--workers", "1"]
+    run("ablate", "--claim", "targets", *words_, "--out", tmp_path / "t", *words(**NARROW, **SIZES["semantickitti"]))
+    value = json.loads((tmp_path / "t" / "targets.json").read_text())
+    wrong = [row["occupied_taught_free"] for row in value["rows"]]
+    assert wrong == sorted(wrong, reverse=True) and wrong[0] > 2 * wrong[4] and value["gradients"]["geo"] > 0
+    run("ablate", "--claim", "projection-probe", *words_, "--out", tmp_path / "p")
+    rows = json.loads((tmp_path / "p" / "probe.json").read_text())["rows"]
+    assert all(row["hit"] > 90 and row["hidden"] < 10 and row["class"] > 80 for row in rows), rows
 
 
 def test_the_cost_of_dual_mamba_is_measured_and_drawn(tmp_path):

@@ -202,6 +202,18 @@ def run(code: str, *words: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **kwargs)
 
 
+def test_a_chunk_that_says_it_is_huge_allocates_nothing(tmp_path):
+    """A PNG of 100 bytes whose pixels are 3 GB by their chunk's header, with 1 GB to spend."""
+    Image.new("L", (30, 20), 7).save(path := tmp_path / "x.png")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(data[data.find(b"IDAT") - 4 :][:8], b"\xb6\0\x03\xd9IDAT"))
+    code = MAIN.format("import resource, common.files as F; from PIL import Image; Image.init(); "
+                       "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 2**30; "
+                       "resource.setrlimit(resource.RLIMIT_AS, (size, size)); F.read_image(sys.argv[1])")  # fmt: skip
+    done = run(code, path)
+    assert (done.returncode, done.stderr) == (0, "")  # all pixels are there
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -367,7 +367,7 @@ def test_deform_gradient_empty_and_rejects():
 
 # --- scatter_project
 
-def scatter_loop(value, opacity, uv, depth, height, width, mode):
+def scatter_loop(value, opacity, uv, depth, height, width, mode, extent=None):
     N, V = depth.shape
     nothing = 0 * (value.sum() + opacity.sum())                 # so that an unseen voxel has a zero gradient
     image = [[[nothing.expand(value.shape[1]) for _ in range(width)] for _ in range(height)] for _ in range(N)]
@@ -375,8 +375,12 @@ def scatter_loop(value, opacity, uv, depth, height, width, mode):
     for n in range(N):
         left: dict[tuple[int, int], Tensor] = {}
         for _, v in sorted((float(depth[n, v]), v) for v in range(V) if depth[n, v] > 0):
-            x, y = (int(i) for i in uv[n, v].floor())
-            if 0 <= x < width and 0 <= y < height:
+            half = torch.zeros(2) if extent is None else extent[n, v]
+            for x, y in ((x, y) for x in range(width) for y in range(height)):
+                centre = abs(x + 0.5 - uv[n, v, 0]) <= half[0], abs(y + 0.5 - uv[n, v, 1]) <= half[1]
+                own = uv[n, v].floor().tolist() == [x, y]
+                if not (all((centre[0] or x == uv[n, v, 0].floor(), centre[1] or y == uv[n, v, 1].floor())) or own):
+                    continue
                 t = left.get((x, y), 1.0) if mode == "depth" else 1.0
                 image[n][y][x] = image[n][y][x] + t * opacity[v] * value[v]
                 weight[n][y][x] = weight[n][y][x] + t * opacity[v]
@@ -400,15 +404,16 @@ def test_scatter_by_hand():
 
 
 @pytest.mark.parametrize("mode", ["depth", "plain"])
-@pytest.mark.parametrize("N, V, C, H, W", [(1, 1, 1, 1, 1), (2, 31, 3, 3, 2), (1, 257, 5, 1, 4)])
-def test_scatter_against_a_loop(mode, N, V, C, H, W):
+@pytest.mark.parametrize("N, V, C, H, W, size", [(1, 1, 1, 1, 1, 0), (2, 31, 3, 3, 2, 0), (1, 257, 5, 1, 4, 0), (2, 17, 3, 4, 5, 2)])
+def test_scatter_against_a_loop(mode, N, V, C, H, W, size):
     rand, randn = numbers(V)
     value, opacity = rand(C, V).T, rand(V)                      # value is not contiguous
     opacity[::7] = 1.0                                          # nothing may be divided by 1 - o
     value.requires_grad_(), opacity.requires_grad_()
     uv = rand(N, V, 2) * torch.tensor([W + 1.0, H + 1.0], dtype=F64) - 0.5
     depth = (rand(N, V) * 16 - 2).round() / 4                   # ties go by voxel index
-    results = [f(value, opacity, uv, depth, H, W, mode) for f in (scatter_project, scatter_loop)]
+    extent = rand(N, V, 2) * size if size else None             # half a voxel's size on the image [px]
+    results = [f(value, opacity, uv, depth, H, W, mode, extent=extent) for f in (scatter_project, scatter_loop)]
     seeds = [randn(*t.shape) for t in results[0]]
     gradients = [torch.autograd.grad(sum((t * s).sum() for t, s in zip(r, seeds)), (value, opacity)) for r in results]
     for a, b in zip((*results[0], *gradients[0]), (*results[1], *gradients[1])):
@@ -429,6 +434,8 @@ def test_scatter_gradient_invariant_empty_and_rejects():
         scatter_project(value, opacity, uv, depth, 2, 2, mode="front")
     with pytest.raises(ValueError, match="do not fit"):
         scatter_project(value, opacity[:8], uv, depth, 2, 2)
+    with pytest.raises(ValueError, match="extent .*1, 9, 2"):
+        scatter_project(value, opacity, uv, depth, 2, 2, extent=uv[:1])
 
 
 # --- dispatch

@@ -326,3 +326,20 @@ def test_poisson_fills_a_gap_in_the_ground_and_the_nearest_points_name_it():
     assert (bare["semantics"][where] != 17).sum() == 0 and (filled["semantics"][where] == 11).sum() > 20
     occupied = filled["semantics"] != 17
     assert (filled["mask_lidar"] <= occupied).all() and (filled["mask_camera"] >= occupied).all()
+
+
+def test_movers_are_asked_only_from_where_they_can_be_among_the_k_nearest():
+    """The names equal those of one tree that holds all points."""
+    scene = P.fuse(drive([-9.0, -3.0, 3.0, 9.0], tracked=True))
+    now = P.at_keyframe(scene, 1)
+    rng = np.random.default_rng(0)
+    index = np.unique(rng.integers(0, OCC3D.shape, (20000, 3)), axis=0)
+    near = np.argwhere(P.occupy(now.points, OCC3D))
+    centers = np.asarray(OCC3D.lower) + (np.concatenate([index, near]) + 0.5) * 0.4
+    points = np.concatenate([P.move(now.T_ego_scene, scene.tree.data), now.movers.points])
+    labels = np.concatenate([scene.tree_labels, now.movers.labels])
+    ours = P.nearest_points(scene, now, centers, 5)
+    rows = cKDTree(points).query(centers, k=6)
+    clear = np.diff(rows[0], axis=1).min(1) > 1e-9  # no ties
+    assert clear.sum() > 5000 and (ours == 4).any()
+    assert np.array_equal(ours[clear], labels[rows[1][clear, :5]])

@@ -33,7 +33,7 @@ def exchanges(vlm: P.PaliGemma, answers=("yes", "3", "parked")) -> list[P.Exchan
 
 
 def loss(vlm: P.PaliGemma, last: torch.Tensor, packs: torch.Tensor) -> float:
-    return vlm.token_losses(last, packs, P.QA)[0].mean().item()
+    return vlm.token_losses(P.States(last, 0, None, None, None), packs, P.QA)[0].mean().item()
 
 
 def processed(vlm: P.PaliGemma, question: str, answer: str | None = None) -> dict:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from pyquaternion import Quaternion
 
-from common import nuscenes
+from common import files, nuscenes
 from common.files import InputError
 from common.nuscenes import CAMERAS, CHANNELS, NuScenesOccupancy, open_split, rigid_inverse, stack
 
@@ -475,6 +475,8 @@ def test_cache_that_another_process_wrote_first_is_kept(tmp_path):
     folder = tmp_path / "c" / "x"
     nuscenes.write_cache(folder, {"a": np.arange(3)}, {"who": "first"})
     nuscenes.write_cache(folder, {"a": np.arange(4)}, {"who": "second"})
+    (tmp_path / "c" / ".x.tmp-abcdefgh").mkdir()  # a third was killed
+    files._SWEPT.clear()
     arrays, meta = nuscenes.read_cache(folder)
     assert meta["who"] == "first" and len(arrays["a"]) == 3 and isinstance(arrays["a"], np.memmap)
     assert [path.name for path in folder.parent.iterdir()] == ["x"]

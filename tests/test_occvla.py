@@ -8,6 +8,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import commands
 import numpy as np
@@ -29,12 +30,14 @@ from common.networks import paligemma as P
 from common.nuscenes import CAMERAS, FREE, Boxes, NuScenesOccupancy
 from common.report import planning
 from common.report.occupancy import ground_truth
+from common.train import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 POSES, DRIVELM = SHARED / "real/nuscenes-poses", SHARED / "real/drivelm"
 CPU, ONE = torch.device("cpu"), torch.zeros(1, dtype=torch.int64)
 FIELDS = {"vlm": "toy", "vq": "toy", "image_size": (32, 32), "queries": 5, "occ_dim": 16, "occ_heads": 2,
+          "vlm_train": ("vision", "projector", "language"),
           "plan_dim": 16, "plan_heads": 2, "questions": 3, "warmup": 1, "stage_batch": (1, 1, 1, 4)}
 TINY = replace(O.PRESETS["tiny"], **FIELDS)
 SMALL = [word for name, value in FIELDS.items() for word in
@@ -51,7 +54,15 @@ def network(seed: int = 0, **changes) -> O.OccVLA:
     net.add_planner()
     for head in net.planner.values():
         nn.init.normal_(head.out[-1].weight, std=0.3)
+        if head.correct is not None:
+            nn.init.normal_(head.correct.weight, std=0.3)
+    net.keep_best(None)
     return net.eval()
+
+
+def states(last: torch.Tensor) -> P.States:
+    """A pass that left these last states."""
+    return P.States(last, 0, None, None, None)
 
 
 def occupied(net: O.OccVLA, images: torch.Tensor | None = None) -> torch.Tensor:
@@ -150,6 +161,21 @@ def test_the_stream_reads_the_joint_pass_as_the_prefix_alone():
         assert torch.allclose(net.occupy(joint), occupied(net), atol=1e-5)
 
 
+@PREFIXES
+def test_occupancy_is_supervised_on_a_pass_that_answers(prefix):
+    """The shared prefix, or the pass of a keyframe's first question; another question of it changes nothing."""
+    net, images = network(prefix=prefix, occ_target="code"), torch.cat([pictures(), pictures(1)])
+    packs = net.vlm.stack(exchanges(net) * 2, CPU)
+    ids = torch.cat([label(), label(1)])
+    batch = {"images": images, "packs": packs, "rows": torch.tensor([0, 0, 0, 1, 1, 1]), "ids": ids,
+             "seen": ids < 255}
+    with torch.no_grad():
+        states = net.vlm.run(net.vlm.encode(images), packs[[0, 3]], torch.tensor([0, 1]), hidden=True)
+        predicted = net.occupancy(states.hidden, states.mask)
+        expected = O.occupancy_loss(net, predicted, ids, ids < 255)["code"]
+        assert net(batch)["code"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_queries_unfold_to_the_latents_cells():
     """A query's own f x f cells: perturbing query (i, j) after the blocks changes those alone."""
     net, q = network(), torch.randn(1, 25, 16)
@@ -195,6 +221,19 @@ def test_occupancy_loss_leaves_out_what_no_camera_sees():
     assert O.occupancy_loss(net, elsewhere, ids, seen)["code"] != base["code"]
     nothing = O.occupancy_loss(net, predicted, ids, torch.zeros_like(seen))
     assert all(value.item() == 0 for value in nothing.values())
+
+
+def test_voxels_without_a_label_are_left_out():
+    """255 in the tokenizer is no index; in its loss, and in the stream's, it counts for nothing."""
+    net, ids = network().train(), label()
+    ids[:, :, :60] = 255
+    logits, quantized = net.tokenizer(ids)
+    weight = torch.ones(FREE + 1)
+    whole = O.tokenizer_loss(logits, quantized, ids, weight, net.tokenizer.sizes)["ce"]
+    part = O.tokenizer_loss(logits[:, :, 60:], quantized, ids[:, :, 60:], weight, net.tokenizer.sizes)["ce"]
+    assert whole.item() == pytest.approx(part.item(), rel=1e-5)
+    terms = O.occupancy_loss(net, occupied(net), ids, ids != 255)
+    assert all(value.isfinite() for value in terms.values())
 
 
 @pytest.mark.parametrize("target, names", [("code", {"code"}), ("latent", {"latent"}), ("voxel", {"voxel"}),
@@ -246,13 +285,13 @@ def test_eq8_counts_target_tokens_only():
     words = net.vlm.exchange(O.PLAN_PROMPT, "action: stop, straight", O.THOUGHT)
     pack = net.vlm.pack([*exchanges(net), words])[0][None]
     hidden = torch.randn(1, net.vlm.tokens + pack.shape[2], net.vlm.width)
-    base = O.language_loss(net, hidden, pack, ONE, 1)
+    base = O.language_loss(net, states(hidden), pack, ONE, 1)
     used = torch.zeros(hidden.shape[1], dtype=torch.bool)
     used[pack[0, P.PREVIOUS, pack[0, P.KIND] > 0]] = True
     assert set(base) == {"qa", "cot"}
     assert used.sum() == (pack[0, P.KIND] > 0).sum()  # one place for every target
     other = torch.where(used[None, :, None], hidden, torch.randn_like(hidden))
-    other = O.language_loss(net, other, pack, ONE, 1)
+    other = O.language_loss(net, states(other), pack, ONE, 1)
     assert {k: v.item() for k, v in other.items()} == pytest.approx({k: v.item() for k, v in base.items()})
     places = (pack[0, P.KIND] == P.QA).nonzero()[:, 0].tolist()
     assert len(places) == sum(len(e.answer) for e in exchanges(net))
@@ -266,10 +305,11 @@ def test_keyframes_weigh_alike_however_many_questions_they_have():
     net = network()
     packs = P.stack_packs(net.vlm.pack(exchanges(net)[:1]) + net.vlm.pack(exchanges(net)), net.vlm.text.pad)
     hidden, rows = torch.randn(2, net.vlm.tokens + packs.shape[2], net.vlm.width), torch.tensor([0, 1])
-    each = [O.language_loss(net, hidden[k : k + 1], packs[k : k + 1], ONE, 1)["qa"].item() for k in (0, 1)]
-    assert O.language_loss(net, hidden, packs, rows, 2)["qa"].item() == pytest.approx(np.mean(each), rel=1e-5)
+    one = lambda k: O.language_loss(net, states(hidden[k : k + 1]), packs[k : k + 1], ONE, 1)  # noqa: E731
+    each, both = [one(k)["qa"].item() for k in (0, 1)], O.language_loss(net, states(hidden), packs, rows, 2)
+    assert both["qa"].item() == pytest.approx(np.mean(each), rel=1e-5)
     nothing = net.vlm.pack([net.vlm.exchange("x")])[0][None]
-    assert O.language_loss(net, hidden[:1], nothing, rows[:1], 1)["qa"].item() == 0
+    assert O.language_loss(net, states(hidden[:1]), nothing, rows[:1], 1)["qa"].item() == 0
 
 
 def arc(speed: float, degrees: float) -> np.ndarray:
@@ -340,13 +380,14 @@ def test_each_planner_row_sees_what_it_is_given_and_no_more():
     net = network()
     base = future_of(np.zeros((6, 2)), straight([4, 4, 4, 4, 0, 0])[:4] - [0, 8])
     bent = np.float32([[1, 2], [1, 2], [1, 2], [1, 1]])
-    changed = {"command": base._replace(command=0), "speed": base._replace(speed=9.0),
+    changed = {"command": base._replace(command=0), "tables' speed": base._replace(speed=9.0),
                "trajectory": base._replace(trajectory=base.trajectory + 5),
-               "history": base._replace(history=base.history * bent)}
+               "history": base._replace(history=base.history * bent + np.float32([0, 0.5]))}
     before, plans = paths_of(net, base), {name: paths_of(net, f) for name, f in changed.items()}
     for row in net.cfg.plan_inputs:
         for name in changed:
-            assert (plans[name][row] == before[row]).all() != (name in row.split("+")), (row, name)
+            given = row.replace("speed", "history").split("+")  # the speed is the history's last
+            assert (plans[name][row] == before[row]).all() != (name in given), (row, name)
 
 
 def test_no_past_no_history():
@@ -391,11 +432,30 @@ def test_eq9_is_a_mean_over_known_waypoints():
     assert O.planning_loss(path, truth, known & False).item() == 0
 
 
+def test_a_head_keeps_its_best_weights():
+    """Only a smaller error of the held-out scenes replaces them; each head for itself; no scenes: always."""
+    net, batch = network(plan_inputs=("none", "command")), planning_batch()
+    net.keep_best(batch)
+    kept = {row: head.error.item() for row, head in net.best.items()}
+    assert all(math.isfinite(error) for error in kept.values())
+    before = net.best["none"].out[-1].bias.clone()
+    with torch.no_grad():
+        net.planner["none"].out[-1].bias += 100
+        net.planner["command"].mean += (batch["path"] - net.eval().plan(
+            *net.plan_inputs(net.encode(batch["images"])), batch["ego"], net.planner)["command"])[0]
+    net.keep_best(batch)
+    assert torch.equal(net.best["none"].out[-1].bias, before)
+    assert net.best["none"].error.item() == kept["none"]
+    assert net.best["command"].error < 0.01 < kept["command"]
+    net.keep_best(None)
+    assert torch.equal(net.best["none"].out[-1].bias, net.planner["none"].out[-1].bias)
+
+
 def test_planner_starts_from_the_simple_guess(drives):
     """Before its first step a head predicts the mean training path, or where history is known, driving on."""
     dataset, net = opened(drives[1]), O.build(TINY)
-    net.add_planner(dataset)
     futures = [dataset.future(i) for i in range(len(dataset))]
+    net.add_planner(futures)
     known = np.stack([f.mask for f in futures])[..., None]
     mean = (np.stack([f.trajectory for f in futures]) * known).sum(0) / known.sum(0).clip(1)
     found = paths_of(net.eval(), futures[3])
@@ -445,7 +505,8 @@ def test_each_part_learns_at_its_own_rate(optimizer):
     cfg = replace(TINY, optimizer=optimizer, lr_vision=1e-4, lr_vlm=2e-4, stage_lr=(1, 3e-4, 1, 1))
     groups = O.make_optimizer(net, 1, cfg).param_groups
     rate = {id(p): g["base_lr"] for g in groups for p in g["params"]}
-    assert len(rate) == sum(len(g["params"]) for g in groups) == len(list(net.parameters()))
+    learn = [n for n, _ in net.named_parameters() if not n.startswith("best.")]
+    assert len(rate) == sum(len(g["params"]) for g in groups) == len(learn)
     host = net.vlm.net.model
     for part, lr in ((host.vision_tower, 1e-4), (host.multi_modal_projector, 1e-4),
                      (host.language_model, 2e-4),
@@ -461,11 +522,12 @@ def test_one_keyframe_is_learned_by_heart(drives, monkeypatch):
     """Stage 2 on a single keyframe: occupancy, answers and chain of thought."""
     monkeypatch.setitem(P.SIZES, "toy", (P.SIZES["toy"][0]._replace(width=32), 0))
     torch.manual_seed(0)
-    cfg = replace(TINY, occ_dim=32, questions=4, occ_target="code", lr_vlm=2e-2, stage_lr=(1, 1, 2e-2, 1))
+    cfg = replace(TINY, occ_dim=32, questions=4, occ_target="code", lr_vlm=2e-2, mirror=False,
+                  stage_lr=(1, 1, 2e-2, 1))
     net, dataset = O.build(cfg), opened(drives[1])
     net.stage = 2
     O.trainable(net, 2)
-    keyframes = O.Keyframes(dataset, ground_truth(dataset), cfg, net.vlm, 2)
+    keyframes = O.Keyframes(dataset, ground_truth(dataset), cfg, net.vlm, 2, [0])
     item = keyframes(0, np.random.default_rng(0))
     batch, optimizer, rows = keyframes.collate([item], CPU), O.make_optimizer(net, 2, cfg), []
     for step in range(60):
@@ -486,9 +548,54 @@ def test_official_files_may_count_in_numbers(drives):
     """NuScenes-QA's loader turns every answer into text; so do we."""
     net, dataset = network(), opened(drives[1])
     dataset.questions = lambda i: [{"question": "How many cars are there?", "answer": 3}]
-    pack = O.Keyframes(dataset, None, net.cfg, net.vlm, 1)(0, np.random.default_rng(0))["packs"][0]
+    pack = O.Keyframes(dataset, None, net.cfg, net.vlm, 1, [0])(0, np.random.default_rng(0))["packs"][0]
     assert net.vlm.text.decode(pack[P.IDS, pack[P.KIND] == P.QA].tolist()) == "3"
     assert f"{len(dataset)} questions" in planning.check_questions(dataset)
+
+
+def test_a_mirrored_keyframe_is_mirrored_throughout(drives, tmp_path):
+    """Images, cameras, words, labels and plans; what is cached is what the tower makes of these images."""
+    dataset, cfg = opened(drives[1]), replace(TINY, vlm_train=("projector",), mirror=True)
+    net = O.build(cfg).eval()
+    left, right = CAMERAS.index("CAM_FRONT_LEFT"), CAMERAS.index("CAM_FRONT_RIGHT")
+    images, other = (O.read_images(dataset, 2, 1, flip) for flip in (False, True))
+    assert torch.equal(other[left], images[right].flip(-1))
+    assert torch.equal(other.flip(-1)[planning.MIRRORED], images)
+    run_ = SimpleNamespace(run=Run(0, 1, CPU, True))
+    for _ in range(2):  # made, then read
+        seen = O.cached_sight(net, dataset, run_)
+    with torch.no_grad():
+        again = net.vlm.see(torch.stack([images, other]))
+    assert torch.allclose(torch.from_numpy(seen[2]).float(), again, atol=5e-3)
+    assert O.cached_sight(net.cfg and O.build(replace(cfg, vlm_train=("vision",))), dataset, run_) is None
+    keyframes = O.Keyframes(dataset, None, cfg, net.vlm, 3, [0, 1, 2], seen)
+    plain, flipped = (keyframes.read(2, flip)["future"] for flip in (False, True))
+    np.testing.assert_array_equal(plain.trajectory * [-1, 1], flipped.trajectory)
+    assert planning.mirrored_words("the car to the front left: LC-right, left") == \
+        "the car to the front right: LC-left, right"
+    assert planning.mirrored_future(plain._replace(command=0)).command == 1
+
+
+def test_scenes_are_held_out():
+    kept, held = planning.hold_out([f"s{k // 3}" for k in range(60)], 60)
+    assert held == [15, 16, 17, 45, 46, 47] and sorted(kept + held) == list(range(60))
+    assert planning.hold_out([], 60) == (list(range(60)), [])
+
+
+def test_adapters_let_the_occupancy_teach_a_frozen_language_model():
+    """LoRA: nothing changes at first, and without it no gradient reaches the language model's own layers."""
+    plain = network(vlm_train=("projector",), prefix="image+prompt")
+    net = network(vlm_train=("projector",), prefix="image+prompt", lora=2)
+    inside = lambda k: k.replace("_proj.weight", "_proj.base.weight") if ".layers." in k else k  # noqa: E731
+    weights = {inside(k) if "language_model" in k else k: v for k, v in plain.state_dict().items()}
+    missing, _ = net.load_state_dict(weights, strict=False)
+    assert missing and all(".up." in name or ".down." in name for name in missing)
+    assert torch.equal(occupied(plain), occupied(net))
+    O.trainable(net.train(), 1)
+    sum(O.occupancy_loss(net, occupied(net), label(), label() < 255).values()).backward()
+    learned = {n for n, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert any("language_model.layers.0" in n and ".up." in n for n in learned)
+    assert not any("language_model" in n and ".up." not in n and ".down." not in n for n in learned)
 
 
 def test_two_frames_double_the_image_tokens(drives):
@@ -526,7 +633,7 @@ def test_train_counts_scenes_too_short_for_three_seconds(drives, capsys):
     text = planning.check_questions(dataset)
     assert text.startswith("mini_train: 8 keyframes,")
     assert "2 with a full 3 s of future (they teach the chain of thought), 5 with a part of it" in text
-    keyframes = O.Keyframes(dataset, None, TINY, network().vlm, 3)
+    keyframes = O.Keyframes(dataset, None, TINY, network().vlm, 3, range(len(dataset)))
     batch = keyframes.collate([keyframes(i, np.random.default_rng(0)) for i in range(8)], CPU)
     assert batch["known"].sum(1).tolist() == [6, 6, 5, 4, 3, 2, 1, 0]
 
@@ -593,12 +700,10 @@ def test_stage_zero_may_be_given(drives, trained, tmp_path, capsys):
         assert message in fails(capsys, *words, folder, *more)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_equal_one_with_the_doubled_batch(parallel, drives, trained, tmp_path):
+def test_two_processes_with_shards_equal_one_with_the_doubled_batch(drives, trained, tmp_path):
     words = [*drives[1], *SMALL, "--steps", "4", "--tokenizer", trained / O.STAGES[0], "--optimizer", "adamw",
              "--lr-vlm", "1e-3", "--stage-lr", "1e-3", "1e-3", "1e-3", "1e-3"]
-    done = commands.torchrun("occvla.py", "train", *words, "--out", tmp_path / "two", "--stage-batch", 1, 1, 1, 2,
-                             *(["--fsdp"] if parallel == "fsdp" else []))
+    done = commands.torchrun("occvla.py", "train", *words, "--out", tmp_path / "two", "--stage-batch", 1, 1, 1, 2, "--fsdp")
     assert done.returncode == 0, done.stderr[-3000:]
     run("train", *words, "--out", tmp_path / "one", "--stage-batch", "2", "2", "2", "4")
     for stage in O.STAGES[1:]:
@@ -623,25 +728,29 @@ def test_eval_scores_everything_beside_its_controls(evaluated):
     result, text, _ = evaluated
     metrics, protocol = result["metrics"], result["protocol"]
     kinds = {f"qa_{kind}" for kind in ("accuracy", *planning.TYPES)}
-    expected = kinds | {f"{arm}_{k}" for arm in ("black", "shuffled", "skipped", "constant") for k in kinds}
-    rows = ("", "command_", "history_", "command+history_", *(f"{b}_" for b in planning.Baselines.NAMES))
+    expected = kinds | {f"{arm}_{k}" for arm in ("ngram", "shuffled", "skipped", "constant") for k in kinds}
+    rows = ("", "none_", "command_", "history_", "command+history_")
+    rows += tuple(f"{b}_" for b in planning.Baselines.NAMES)
     expected |= {f"{row}{m}_{s}s_{protocol}" for row in rows for m in ("l2", "obj_box_col") for s in (1, 2, 3)
                  for protocol in ("uniad", "stp3", "vad")}
     expected |= {f"{mask}_{m}" for mask in ("miou", "iou") for m in ("camera", "lidar", "both", "none")}
-    expected |= {"vq_miou", "vq_codes_used", "meta_parsed", "free_qa_accuracy", "black_l2_avg_vad",
-                 "rayiou@1",
+    expected |= {"vq_miou", "vq_codes_used", "meta_parsed", "free_qa_accuracy", "shuffled_l2_avg_vad",
+                 "rayiou@1", "l2_avg_shuffled", "l2_avg_mean_trajectory", "l2_avg_ego_mlp",
+                 "l2_avg_speed_trees",
+                 "l2_avg_uniad", "l2_avg_uniad_masked",
                  "skipped_l2_avg_vad", "constant_miou_camera", "constant_iou_camera", "l2_avg", "col_avg",
-                 "minus_l2", "qa_types_over_black", "plain_difference_text", "prefill_off_over_plain"}
+                 "minus_l2", "qa_types_over_shuffled", "plain_difference_text", "prefill_off_over_plain"}
     assert not expected - set(metrics), expected - set(metrics)
     assert any(k.startswith("qa_") and k.endswith(("_h0", "_h1")) for k in metrics)
     assert all(metrics[f"skip_{k}"] == 0 for k in ("changed_answers", "changed_l2", "difference_text",
                                                   "difference_path"))
     assert metrics["skipped_qa_accuracy"] == metrics["qa_accuracy"]
     assert metrics["skipped_l2_avg_vad"] == metrics["l2_avg_vad"]
-    assert protocol["planner_given"] == "none, command, history, command+history"
+    assert protocol["planner_given"] == "speed+command, none, command, history, command+history"
     assert "full 3 s" in protocol["planning"]
     assert protocol["meta_action"] == "generated" and "future" in protocol["command"]
-    for line in ("===> mIoU of 3 samples:", "best constant of the type", "its images black",
+    for line in ("===> mIoU of 3 samples:", "best constant of the type", "another scene's images",
+                 "n-grams of the words",
                  "constant turn rate",
                  "ego-history MLP", "mean per command", "logits differ by 0, waypoints by 0 m",
                  "over the plain VLM: prefill", "without any"):
@@ -672,7 +781,7 @@ def test_saved_predictions_are_what_was_scored(evaluated, drives):
             truth = planning_truth(dataset, i)
             plans.add(arrays["trajectory"], truth[0].astype(np.float64), truth[1], truth[2])
     assert meter.metrics()["miou_camera"] == pytest.approx(result["metrics"]["miou_camera"])
-    assert plans.metrics()["l2_3s_uniad"] == pytest.approx(result["metrics"]["l2_3s_uniad"])
+    assert plans.metrics()["l2_3s_uniad"] == pytest.approx(result["metrics"]["l2_3s_uniad_masked"])
 
 
 def test_eval_scores_earlier_stages(evaluated, drives, trained, capsys):
@@ -691,6 +800,23 @@ def test_predict_needs_no_ground_truth(drives, trained, tmp_path, capsys):
         "2",
         "--pictures", "1")
     assert len(list((tmp_path / "p").glob("*.npz"))) == 2 and (tmp_path / "p" / "viewer.html").is_file()
+
+
+def test_an_arm_without_occupancy_is_scored_without_labels(drives, trained, tmp_path, capsys):
+    shutil.copytree(drives[0], tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "gts")
+    shutil.copytree(trained, tmp_path / "x")
+    words = ["eval", "--ckpt", tmp_path / "x", "--data-root", tmp_path / "w", "--cache", tmp_path / "cache",
+             "--eval-frames", "1", "--no-rayiou", "--pictures", "0", "--eval-questions", "2"]
+    assert "gts" in fails(capsys, *words)  # this one predicts occupancy
+    path = tmp_path / "x" / "3_planning" / "config.json"
+    content = read_json(path)
+    content["config"]["lambda_occ"] = 0.0
+    write_json(path, content)
+    run(*words)
+    assert "occupancy: not scored" in capsys.readouterr().out
+    metrics = read_json(path.with_name("result.json"))["metrics"]
+    assert "l2_avg" in metrics and not {"miou_camera", "iou_camera", "vq_miou"} & set(metrics)
 
 
 def test_baselines_print_meta_actions_beside_speeds(drives, capsys):
@@ -771,7 +897,9 @@ def test_contradicting_flags(words, message, drives, tmp_path, capsys):
 
 @pytest.mark.skipif(not POSES.is_dir(), reason="shared/real/nuscenes-poses absent")
 def test_real_poses_are_scored_as_by_hand(tmp_path, capsys):
-    """40 real keyframes (tests/test_nuscenes.py compares their futures): constant velocity's L2 by VAD's rule."""
+    """40 real keyframes (tests/test_nuscenes.py compares their futures): constant velocity's L2 by VAD's
+    rule.
+    """
     expected = np.load(POSES / "expected.npz")
     run("baselines", "--data-root", POSES, "--split", "mini_val", "--cache", tmp_path)
     text = capsys.readouterr().out
@@ -786,7 +914,7 @@ def test_real_poses_are_scored_as_by_hand(tmp_path, capsys):
 
 @pytest.mark.skipif(not DRIVELM.is_dir(), reason="shared/real/drivelm absent")
 def test_drivelms_keyframes_and_questions_run(trained, capsys):
-    asked = planning.read_asked(None, None, DRIVELM / "qa/test_eval.json")
+    asked = planning.read_drivelm(DRIVELM / "qa/test_eval.json")
     images = network().vlm.text.pixels(asked[0].images)
     assert images.shape == (6, 3, 32, 32) and 0 <= images.min() < images.max() <= 1
     run("ask", "--ckpt", trained, "--drivelm", DRIVELM / "qa/test_eval.json")

@@ -2,13 +2,15 @@
 blindly.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from common.geometry import OCC3D
-from common.metrics import class_iou
+from common.metrics import class_iou, openset_scores
 from common.nuscenes import NuScenesOccupancy
 from common.report import openset as O
 from experiments import runner
@@ -78,7 +80,8 @@ def test_a_method_that_knows_scores_perfectly_and_a_blind_one_at_chance(dataset,
             unknown, truth = torch.rand(len(label), generator=generator), np.full_like(truth, 17)
         features = F.one_hot(label, 18).float() if told else torch.ones(len(label), 18) / 18**0.5
         scores = {"both": unknown, "language": unknown}
-        return O.Answer(scores, unknown[:, None].expand(-1, 2), features, truth)
+        alike = features[:, [*known, *novel]] if told else torch.rand(len(label), 17, generator=generator)
+        return O.Answer(scores, {"": alike, "_g": alike}, unknown[:, None], features, {"": truth, "_g": truth})
 
     known = [c for c in range(17) if c not in novel]
     metrics, sums = O.score(read, dataset, list(range(len(dataset))), known, novel)
@@ -86,9 +89,34 @@ def test_a_method_that_knows_scores_perfectly_and_a_blind_one_at_chance(dataset,
     if told:
         assert metrics["auroc"] == 1 and metrics["unknown_miou"] == 1 and metrics["harmonic"] == 1
         assert metrics["retrieval_map_name"] == pytest.approx(1)
+        assert all(metrics[name + kind] == 1 for kind in ("", "_g") for name in
+                   ("naming_unknown", "naming_recall", "choice_unknown", "known_miou", "unknown_miou"))
+        assert metrics["auroc_things"] == metrics["auroc_stuff"] == metrics["auroc_margin"] == 1
         assert metrics["centroid_distance"] == pytest.approx(1)
     else:
         assert metrics["auroc"] == pytest.approx(0.5, abs=0.03) and metrics["unknown_miou"] == 0
         assert metrics["retrieval_map_name"] == pytest.approx(metrics["retrieval_map_chance"], abs=0.05)
+        assert metrics["naming_recall"] == pytest.approx(1 / 17, abs=0.03) and metrics["choice_unknown"] == 1
         assert metrics["centroid_distance"] == pytest.approx(0, abs=1e-6)
     assert set(sums["scene_auroc"]) == set(dataset.scene_names)
+
+
+def test_counts_of_half_precision_scores_equal_the_scores_themselves():
+    generator = torch.Generator().manual_seed(0)
+    score, unknown = torch.randn(5000, generator=generator).half(), torch.rand(5000, generator=generator) < 0.1
+    whole, counts = O.Counts(), [O.Counts(), O.Counts()]
+    for part, rows in zip(counts, (slice(0, 2000), slice(2000, None))):
+        part.add(score[rows], unknown=unknown[rows], known=~unknown[rows])
+        whole.merge(part)
+    assert whole.scores("unknown", "known") == pytest.approx(openset_scores(score, unknown))
+    with pytest.raises(ValueError, match="NaN"):
+        whole.add(torch.tensor([math.nan]), unknown=torch.tensor([True]))
+
+
+def test_a_pool_keeps_some_of_each_class_and_never_more():
+    pool, label = O.Pool(np.random.default_rng(0)), torch.tensor([1, 2]).repeat_interleave(3000)
+    for k in range(3):
+        pool.add(torch.full((6000, 2), float(k)), label, 2000)
+    features, classes = pool.all()
+    assert classes.bincount().tolist() == [0, 2000, 2000]
+    assert (features[:, 0].long().bincount() > 1000).all()  # each of three scenes has about a third

@@ -178,6 +178,13 @@ def test_the_opposite_sign_does_not_hold(tmp_path):
     assert run(tmp_path, claim=wrong)["comparisons"][0]["verdict"] == "does not hold"
 
 
+def test_arms_are_named_by_several_words():
+    claim = A.Claim("x", "x", {"OccLE 1 %": {}, "OccLE 10 %": {}, "all": {}, "all of it": {}}, ())
+    assert A.arms_of(("OccLE", "10", "%", "all of it", "all"), claim) == ("OccLE 10 %", "all of it", "all")
+    with pytest.raises(A.InputError, match="--arms OccLE 20 %: x has OccLE 1 %"):
+        A.arms_of(("all", "OccLE 20 %"), claim)
+
+
 def test_arms_that_were_not_run_say_so(tmp_path, capsys):
     verdict = run(tmp_path, seeds=1, only=("short",))
     assert verdict["comparisons"][0]["verdict"] == "not run" and "long                     not run" in capsys.readouterr().out
@@ -331,7 +338,11 @@ def test_results_page_keeps_synthetic_and_real_apart(tmp_path):
     for seeds, name in ((1, "easyocc-one"), (3, "easyocc-three")):
         run(tmp_path / name, seeds=seeds, more=constants)
         A.publish(tmp_path / name, name, results)
+    row = {"command": "make faults", "date": "2026-11-30", "commit": "0" * 40, "counts": {"kill": 1200}, "findings": 0}
+    write_json(results / "reliability.json", {"kind": "reliability", "method": "all", "sentence": "Broken.",
+                                              "runs": [row], "mended": ["a leftover"]})  # fmt: skip
     table.write(results, out)
+    assert "| `make faults` | 2026-11-30 | 00000000 | 1,200 | kill 1,200 | 0 |" in out.read_text()
     synthetic, real = out.read_text().split("## Real data")
     demo = read_json(results / "easyocc-demo.json")
     cells = [f"{100 * demo['metrics'][m]:.2f}" for m in ("miou_camera", "iou_camera")]
@@ -351,6 +362,19 @@ def test_results_page_keeps_synthetic_and_real_apart(tmp_path):
     A.publish(tmp_path / "odd", "odd", results)
     with pytest.raises(InputError, match="'my data' is neither"):
         table.write(results, out)
+
+
+def test_label_ratios_are_drawn_as_a_curve(tmp_path):
+    arms = {f"{who} {x} %": {} for who in ("ours", "supervised") for x in (1, 10, 100)}
+    metrics = {"miou_camera": [0.1, 0.2, None]}
+    record = {"kind": "claim", "method": "occle", "claim": "curve", "preset": "tiny", "arms": arms, "metrics": metrics,
+              "constants": {"miou_camera": 0.05}, "runs": {"arm": ["ours 10 %", "ours 10 %", "ours 1 %"], "seed": [0, 1, 0]},
+              "comparisons": [{"metric": "miou_camera"}]}  # fmt: skip
+    ratios = table.ratios_of(record)
+    assert ratios == {"ours": {10: [0.1, 0.2]}, "supervised": {}}
+    table.draw_ratios(tmp_path / "curve.png", record, ratios)
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert table.ratios_of(record | {"arms": arms | {"all": {}}}) == {}, "every arm has a ratio"
 
 
 def test_the_committed_page_is_made_of_the_committed_files():

@@ -163,6 +163,21 @@ def test_ensemble_is_the_normalised_mean_of_normalised_prompts(clip):
     assert torch.allclose(C.ensemble(clip, ["car", "sedan"]), F.normalize(torch.stack(slow).mean(0), dim=0), atol=1e-5)
 
 
+def test_no_prompt_of_the_projects_lists_has_an_unknown_word(made):
+    """Of the shipped encoder; one that was never told two names lacks those words alone."""
+    shipped = C.load("street")
+    lists = [C.read_words(captions.OPENSET / f"{name}.txt") for name in ("vocabulary", "rare", "street")]
+    texts = [template.format(word) for words in lists for given in words.values() for word in given
+             for template in C.TEMPLATES]
+    assert not {word for text in texts for word in C.unknown_words(shipped, text)}
+    lacking = {word for text in texts for word in C.unknown_words(C.load(made), text)}
+    assert {"cone", "trailer"} <= lacking <= {"cone", "trailer", "traffic", "delivery"}
+    strange = C.unknown_words(shipped, "Ein gelbes Fahrzeug, 黄色い車 и красный car")
+    assert strange == ["ein", "gelbes", "fahrzeug", "黄色い車", "и", "красный"]  # in any script
+    known, both = (C.ensemble(shipped, words) for words in (["car"], ["car", "autobus"]))
+    assert torch.equal(known, both)  # a word without a meaning is in no prompt
+
+
 def test_patches_are_read_tile_by_tile(clip):
     image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     features = C.patch_features(clip, image)

@@ -579,7 +579,11 @@ def test_mixed_order_gives_both_kinds_and_the_first_whatever_the_second():
     assert places[30:] == [step[:2] for step in places[:30]], "the same exposures without the second kind"
     draws = [o.generator(p).random() for o in (order, alone) for p in o.positions(7)[:2]]
     assert draws[:2] == draws[2:] and order.batch == 3 and order.steps(2) == 20 and alone.steps(2) == 3
+    both = T.MixedOrder.of(labelled, [4, 5, 6], 1, 1, RUN, 0)
+    slots = [[labelled.index(i) if known else i - 4 for i, known in map(both.sample, both.positions(step))] for step in range(30)]
+    assert 0 < sum(a != b for a, b in slots) < 30, "two slots of as many samples have orders of their own"
     everything = T.MixedOrder.of(labelled, [], 1, 1, RUN, 0)
+    assert all(a[0] != b[0] for a, b in (map(everything.sample, everything.positions(step)) for step in range(30)))
     assert {everything.sample(p) for step in range(9) for p in everything.positions(step)} == {
         (i, known) for i in labelled for known in (True, False)}
 
@@ -652,3 +656,12 @@ if __name__ == "__main__":
     words = dict(zip(sys.argv[2::2], sys.argv[3::2], strict=True))
     chosen = {name: type(v)(words[f"--{name}"]) for name, v in asdict(Config()).items() if f"--{name}" in words}
     toy_train(Path(sys.argv[1]), replace(Config(), **chosen), kill_at=int(words.get("--kill-at", -1)), hard=True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_keeps_full_tensors(rank, monkeypatch):
+    """A sharded network is gathered tensor by tensor; the other processes keep their own shards."""
+    shard = SimpleNamespace(full_tensor=lambda: torch.ones(4), to_local=lambda: torch.ones(2))
+    monkeypatch.setattr(T.dist, "get_rank", lambda: rank)
+    held = T.Unsharded(SimpleNamespace(state_dict=lambda: {"w": shard, "step": {"k": 3}})).state_dict()
+    assert len(held["w"]) == (2 if rank else 4) and held["step"] == {"k": 3}

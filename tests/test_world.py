@@ -289,6 +289,29 @@ def test_same_seed_same_bytes_also_after_an_interruption(tiny_world, tmp_path, m
     assert first == second
 
 
+def test_decoys_share_a_word_with_a_held_out_kind_and_leave_the_default_world_alone():
+    from data.captions import shape_words, size_words
+    from data.driving import objects
+    from data.driving.building import describe_world
+    from data.driving.city import City
+    from data.driving.world import Settings
+
+    words = [set(size_words(m.size) + shape_words(m)) for m in
+             (make(np.random.default_rng(3)) for make in objects.DECOYS)]
+    assert "with an arm" in words[0] and {"large", "without windows"} <= words[1]
+    assert {"small", "pointed"} <= words[2]
+    for make in objects.DECOYS:  # the parts' centres are in the box, but for the cherry picker's basket
+        model = make(np.random.default_rng(4))
+        place = np.abs(model.parts.center)
+        assert (place[:, :2] <= np.array(model.size[:2]) / 2 + 0.6).all() and (place[:, 2] <= model.size[2]).all()
+    plain, more = (City([0, 5], 1.0, False, 1, decoys=on) for on in (False, True))
+    found = [sum(np.allclose(a.model.size[2], 3.6) and a.model.semantic == objects.TRUCK for a in city.actors)
+             for city in (plain, more)]
+    assert found[1] > found[0] and len(more.actors) > len(plain.actors)
+    settings = Settings(0, "demo", "v1.0-trainval", ["scene-0001"], 2, 2, 0, (224, 400))
+    assert "decoys" not in describe_world(settings) and describe_world(settings._replace(decoys=True))["decoys"]
+
+
 def test_scene_names_are_the_devkits():
     from nuscenes.utils.splits import create_splits_scenes
 

@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.losses import cross_entropy, lovasz_softmax
 from common.metrics import OccupancyMeter
+from common.train import joined, sum_over_ranks
 
 
 class Sizes(NamedTuple):
@@ -153,8 +153,8 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """(1) L_vq = ||sg[z_q] - z||^2 + beta ||z_q - sg[z]||^2, the codebook learned by gradient.
 
-    A code that no latent chose for `revive` steps moves to a random latent of the batch. Under torchrun the
-    counts are those of all processes, and the main process's latents are taken.
+    A code that no latent chose for `revive` steps moves to a random latent of the batch, of all processes'
+    together: counts and latents are those of one process with the whole batch.
     """
 
     def __init__(self, codebook: int, z_dim: int, beta: float = 1.0, revive: int = 100):
@@ -187,21 +187,18 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def move_idle_codes(self, z: Tensor, index: Tensor) -> None:
         """Count the steps for which each code went unused, and move those that waited `revive` steps."""
-        together = dist.is_available() and dist.is_initialized()
-        flat = z.movedim(1, -1).flatten(0, 2)
+        flat, run = z.movedim(1, -1).flatten(0, 2), joined()
         count = torch.bincount(index.flatten(), minlength=len(self.codes)).to(flat)
-        if together:
-            dist.all_reduce(count)
+        count = sum_over_ranks(count, run)
         self.step += 1
         self.idle.add_(1).masked_fill_(count > 0, 0)
         dead = self.idle >= self.revive
         if dead.any():
             generator = torch.Generator().manual_seed(int(self.step))
-            pick = torch.randint(len(flat), (int(dead.sum()),), generator=generator).to(flat.device)
-            new = flat[pick].contiguous()
-            if together:
-                dist.broadcast(new, 0)
-            self.codes.data[dead] = new.to(self.codes.dtype)
+            pick = torch.randint(run.world * len(flat), (int(dead.sum()), 1), generator=generator)
+            pick = pick.to(flat.device)
+            new = flat[pick[:, 0] % len(flat)] * (pick // len(flat) == run.rank)  # zeros where others have it
+            self.codes.data[dead] = sum_over_ranks(new, run).to(self.codes.dtype)
             self.idle[dead] = 0
 
 
@@ -222,8 +219,9 @@ class OccupancyTokenizer(nn.Module):
         self.decoder = Decoder2D(height * s.class_dim, side, s)
 
     def encode(self, ids: Tensor) -> Tensor:
-        """(B, X, Y, Z) ids -> z (B, D, x, y)."""
-        return self.encoder(self.classes(ids.long()).flatten(3).movedim(-1, 1))
+        """(B, X, Y, Z) ids -> z (B, D, x, y); 255, not labelled, is read as the last class: free."""
+        ids = ids.long().clamp_max(len(self.classes.weight) - 1)
+        return self.encoder(self.classes(ids).flatten(3).movedim(-1, 1))
 
     @torch.no_grad()
     def index(self, ids: Tensor) -> Tensor:
@@ -291,7 +289,7 @@ def reconstruction(tokenizer: OccupancyTokenizer, truths: Iterable[tuple]) -> di
     count = torch.zeros(tokenizer.sizes.codebook, dtype=torch.int64)
     for semantics, camera, lidar in truths:
         ids = torch.from_numpy(semantics)[None].to(device)
-        logits, quantized = tokenizer(ids.clamp_max(len(tokenizer.classes.weight) - 1))
+        logits, quantized = tokenizer(ids)
         meter.add(logits[0].argmax(-1).to(torch.uint8).cpu(), semantics, camera, lidar)
         count += torch.bincount(quantized.index.flatten().cpu(), minlength=len(count))
     p, scores = count.double() / count.sum(), meter.metrics()

@@ -16,15 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import worlds
-from common.files import InputError, read_image, read_json
-from common.networks.tinyvlm import Sizes, tiny_processor, tiny_vlm
+from common.files import InputError, atomic, read_image, read_json, short_hash
+from common.networks.tinyvlm import Sizes, load_weights, set_tower, tiny_processor, tiny_vlm
 from common.pretrained import load_pretrained, loading
+from common.train import Run, barrier
 
 # --- sizes --------------------------------------------------------------------------------------------------
 
@@ -42,8 +45,9 @@ PALIGEMMA2_3B = {  # 224 px; written here so that `describe` needs no network
 
 SIZES = {  # small hosts: their sizes, and steps of lessons on pictures of other worlds (0: random weights)
     "tiny": (Sizes(), 1000),
+    "tiny-depth": (Sizes(depth=True), 1000),  # a ceiling: its lessons have metric depth, too
     "tiny-random": (Sizes(), 0),
-    "toy": (Sizes(image=32, width=16, vision_layers=2), 0),  # tests
+    "toy": (Sizes(image=32, patch=16, width=16, vision_layers=2), 0),  # tests
 }
 
 
@@ -70,7 +74,7 @@ def pretrained_host(vlm: str, sentences: Sequence[str]) -> Path:
         torch.manual_seed(0)
         host = PaliGemma(random_host(sizes, sentences), images=1, prefix="image")
         return worlds.make("tinyvlm", vlm=host.net, processor=host.text.processor, steps=steps,
-                           answer_loss=partial(answer_loss, host))
+                           depth=sizes.depth, answer_loss=partial(answer_loss, host))
 
 
 def paper_host() -> Host:
@@ -96,9 +100,11 @@ def load_host(vlm: str, sentences: Sequence[str] = (), folder: Path | None = Non
         with loading("--vlm", name):
             if "text_config" not in read_json(Path(name) / "config.json", dict):
                 raise ValueError("config.json names no text_config")  # transformers would build its own 3B
-    if folder is not None:
+    small = Path(name).is_dir() and "tower" in read_json(Path(name) / "config.json", dict)
+    if folder is not None or small:
         config, processor = load_pretrained("--vlm", name, PaliGemmaConfig, AutoProcessor)
-        return Host(PaliGemmaForConditionalGeneration(config), processor)
+        net = set_tower(PaliGemmaForConditionalGeneration(config))
+        return Host(net if folder is not None else load_weights(net, Path(name)), processor)
     kinds = PaliGemmaForConditionalGeneration, AutoProcessor
     return Host(*load_pretrained("--vlm", name, *kinds, remedy=", or tiny", dtype=torch.float32))
 
@@ -267,14 +273,40 @@ class PaliGemma(nn.Module):
             self.text.processor.save_pretrained(temporary)
             temporary.rename(folder)
 
-    def encode(self, images: Tensor) -> Encoded:
-        """(B, N, 3, H, W) in [0, 1] -> image tokens."""
+    def see(self, images: Tensor) -> Tensor:
+        """(B, N, 3, H, W) in [0, 1] -> (B, N, p p, V), what the vision tower makes of them."""
         size = (self.image_size, self.image_size)
         pixels = images.flatten(0, 1)
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-        tokens = self.net.model.get_image_features((pixels - self.pixel_mean) / self.pixel_std).pooler_output
-        return Encoded(tokens.unflatten(0, images.shape[:2]).flatten(1, 2))
+        seen = self.net.model.vision_tower((pixels - self.pixel_mean) / self.pixel_std).last_hidden_state
+        return seen.unflatten(0, images.shape[:2])
+
+    @torch.no_grad()
+    def cached_sight(self, images_of: Callable[[int], Tensor], count: int, folder: Path, key: list, run: Run,
+                     limit: float = 4e9) -> np.ndarray | None:
+        """`see` of images_of(i) (B, N, 3, H, W) for i < count -> (count, B, N, p p, V) float16 in a file of
+        `folder`, which the main process makes if it is not there; None above `limit` bytes. key: what decides
+        the images."""
+        tower = self.net.model.vision_tower.eval()
+        sums = [float(p.double().abs().sum()) for p in tower.parameters()]
+        path = folder / f"sight-{short_hash([sums, self.image_size, count, *key])}.npy"
+        if run.is_main and not path.is_file():
+            shape = self.see(images_of(0).to(run.device)).shape
+            if 2 * count * math.prod(shape) <= limit:
+                with atomic(path) as temporary:
+                    found = np.lib.format.open_memmap(temporary, "w+", np.float16, (count, *shape))
+                    for i in tqdm(range(count), "vision tower", leave=False):
+                        found[i] = self.see(images_of(i).to(run.device)).cpu().numpy()
+                    found.flush()
+        barrier(run)
+        return np.load(path, mmap_mode="r", allow_pickle=False) if path.is_file() else None
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Images, or what `see` made of them -> image tokens."""
+        project = self.net.model.multi_modal_projector
+        seen = self.see(images) if images.dim() == 5 else images.to(next(project.parameters()).dtype)
+        return Encoded(project(seen).flatten(1, 2))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids -> embeddings."""
@@ -344,11 +376,10 @@ class PaliGemma(nn.Module):
         """A pack for each exchange -> (R, 6, L)."""
         return stack_packs([self.pack([e])[0] for e in exchanges], self.text.pad).to(device)
 
-    def token_losses(self, last: Tensor, packs: Tensor, kind: int) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each target token of a kind, and the row of its pack: (M,), (M,). last (R, S,
-        C)."""
+    def token_losses(self, states: States, packs: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each target token of a kind, and the row of its pack: (M,), (M,)."""
         r, l = (packs[:, KIND] == kind).nonzero(as_tuple=True)
-        logits = self.logits(last[r, packs[r, PREVIOUS, l]]).float()
+        logits = self.logits(states.last[r, packs[r, PREVIOUS, l] - states.offset]).float()
         return F.cross_entropy(logits, packs[r, IDS, l], reduction="none"), r
 
     @torch.no_grad()
@@ -422,15 +453,13 @@ def mean_over_keyframes(values: Tensor, keyframe: Tensor, B: int) -> Tensor:
 
 
 def answer_loss(vlm: PaliGemma, images: Tensor, asked: list[list[tuple[str, str]]]) -> tuple[Tensor, float]:
-    """Questions about single pictures (B, 3, s, s) in [0, 1] -> cross-entropy of the answers' tokens, and the
-    share of answers whose every token is the likeliest one."""
-    packs = [vlm.pack([vlm.exchange(q, a) for q, a in rows]) for rows in asked]
-    rows = torch.tensor([b for b, given in enumerate(packs) for _ in given])
-    packs = stack_packs([p for given in packs for p in given], vlm.text.pad)
-    last = vlm.run(vlm.encode(images[:, None]), packs, rows).last
+    """Questions about single pictures (B, 3, s, s) in [0, 1], or float16 (B, 1, p p, V) of `see` ->
+    cross-entropy of the answers' tokens, and the share of answers whose every token is the likeliest one."""
+    packs = vlm.stack([vlm.exchange(q, a) for given in asked for q, a in given], images.device)
+    rows = torch.tensor([b for b, given in enumerate(asked) for _ in given])
+    encoded = vlm.read_prefix(vlm.encode(images if images.dtype == torch.float16 else images[:, None]))
+    states = vlm.follow(encoded, packs, rows)
     r, l = (packs[:, KIND] == QA).nonzero(as_tuple=True)
-    right = vlm.logits(last[r, packs[r, PREVIOUS, l]]).argmax(-1) == packs[r, IDS, l]
-    answer = r * (int(packs[:, SEGMENT].max()) + 1) + packs[r, SEGMENT, l]  # which answer, a number
-    wrong, number = answer[~right].unique(), len(answer.unique())
-    values, row = vlm.token_losses(last, packs, QA)
-    return mean_over_keyframes(values, rows[row], len(images)), 1 - len(wrong) / number
+    right = vlm.logits(states.last[r, packs[r, PREVIOUS, l] - states.offset]).argmax(-1) == packs[r, IDS, l]
+    values, row = vlm.token_losses(states, packs, QA)
+    return mean_over_keyframes(values, rows[row], len(images)), 1 - len(r[~right].unique()) / len(packs)

@@ -90,7 +90,8 @@ def encode_text(clip: Clip, texts: list[str]) -> Tensor:
 
 def ensemble(clip: Clip, words: list[str]) -> Tensor:
     """One class's words -> (D,): the prompts' unit vectors, averaged over words and templates (ViLD), of
-    length 1."""
+    length 1. Words without a meaning to this model are left out, unless there is no other."""
+    words = [word for word in words if not unknown_words(clip, word)] or words
     prompts = [template.format(word) for word in words for template in TEMPLATES]
     return F.normalize(encode_text(clip, prompts).mean(0), dim=-1)
 
@@ -129,8 +130,10 @@ def encode_images(clip: Clip, images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def patch_features(clip: Clip, images: Tensor) -> Tensor:
+def patch_features(clip: Clip, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     """(n, 3, h, w) RGB in [0, 1], resized to whole tiles -> (n, rows, columns, D) unit vectors, one a patch.
+
+    size: (h, w) at which they are read; default: their own.
 
     An image is read in tiles of the model's own size, as if each were a crop: its position embedding fits,
     and the cost is linear in the pixels. Real CLIPs are read the same way.
@@ -138,7 +141,7 @@ def patch_features(clip: Clip, images: Tensor) -> Tensor:
     if clip.tokenizer is None:
         images = F.interpolate(images, SIZE, mode="bilinear", align_corners=False, antialias=True)
         return clip.model.named(images).permute(0, 2, 3, 1).clone()  # at the size that it has seen
-    h, w = (max(1, round(s / clip.size)) * clip.size for s in images.shape[-2:])
+    h, w = (max(1, round(s / clip.size)) * clip.size for s in size or images.shape[-2:])
     images = F.interpolate(images, (h, w), mode="bilinear", align_corners=False, antialias=True)
     tiles = images.unflatten(-1, (-1, clip.size)).unflatten(-3, (-1, clip.size))  # (n, 3, a, s, b, s)
     n, _, a, _, b, _ = tiles.shape

@@ -24,7 +24,7 @@ from common.cli import Flag
 from common.files import InputError, write_npz
 from common.observation import Environment, Observation
 from common.robot import ENVIRONMENTS, make_environment
-from common.train import write_result
+from common.train import joined, share_out, write_result
 
 Plan = Callable[[list[Observation], list[int], int], tuple[np.ndarray, Callable | None]]
 Listed = list[tuple[str, int]]  # (task, seed) of each episode
@@ -135,11 +135,10 @@ def rollout(plan: Plan, envs: list[Environment], listed: Listed, rules: Rules, *
     """Play the episodes, len(envs) side by side: plan, execute `replan` steps, look. An abort is a failure.
 
     watch(k, observation, mark): called at each plan of episode k, mark() -> Marks or None. clock: receives
-    seconds an observation of each plan.
+    seconds an observation of each plan. Under torchrun each process plays its share.
     """
-    done: list[Episode] = []
-    bar = tqdm(total=len(listed), desc=title, unit="episode", leave=False, disable=None)
-    for first in range(0, len(listed), len(envs)):
+
+    def play(first: int) -> list[Episode]:
         group = listed[first : first + len(envs)]
         seen = [env.reset(task, seed) for env, (task, seed) in zip(envs, group)]
         shares = [env.visible_share() for env, _ in zip(envs, group)]
@@ -164,12 +163,12 @@ def rollout(plan: Plan, envs: list[Environment], listed: Listed, rules: Rules, *
                     if last:
                         seen[k] = outcome.observation
             when += 1
-        for k, (task, seed) in enumerate(group):
-            end, category = result[k], envs[k].category(task)
-            done.append(Episode(task, seed, category, end.success, end.aborted, shares[k], steps[k]))
-            bar.update()
-    bar.close()
-    return done
+        return [Episode(task, seed, envs[k].category(task), end.success, end.aborted, shares[k], steps[k])
+                for k, ((task, seed), end) in enumerate(zip(group, result, strict=True))]
+
+    firsts = range(0, len(listed), len(envs))
+    played = tqdm(share_out(play, firsts), title, len(firsts), unit="group", leave=False, disable=None)
+    return [episode for group in played for episode in group]
 
 
 def random_plan(width: int, chunk: int) -> Plan:
@@ -202,13 +201,14 @@ def controls(plan: Plan, envs: list[Environment], listed: Listed, rules: Rules, 
            "blind_success": reach(clean, "blind", images="black")}
     if not env.perturbations:
         return out, lucky
-    reached = []
-    for task, seed in pooled:
-        env.reset(task, seed)
+
+    def expert(episode: tuple[str, int]) -> bool:
+        env.reset(*episode)
         while not (outcome := env.step(env.expert(), look=False)).done:
             pass
-        reached.append(outcome.success)
-    out["expert_success"] = float(np.mean(reached))
+        return outcome.success
+
+    out["expert_success"] = float(np.mean(list(share_out(expert, pooled))))
     if reads_depth:
         moved = [e for e in listed if env.category(e[0]) == "camera"]
         other = "nominal" if rules.extrinsics == "true" else "true"
@@ -286,6 +286,11 @@ def report(plan: Plan, envs: list[Environment], rules: Rules, *, out: Path, vers
     metrics = summarise(episodes) | {"replan_ms": 1000 * float(np.median(clock))}
     luck_film = {} if env.perturbations else to_film(env, listed, min(pictures, 1))
     more, lucky = controls(plan, envs, listed, rules, reads_depth=reads_depth, watch=record(luck_film))
+    film, luck_film = map(gathered, (film, luck_film))
+    for each in envs:
+        each.close()
+    if not joined().is_main:  # one process writes
+        return
     paths = write_gifs(film, episodes, out) + write_gifs(luck_film, lucky, out, "random")
     data, protocol = write(out, episodes, metrics | more, rules, env=env, version=version, policy=policy,
                            run=run, cost=cost)
@@ -300,8 +305,6 @@ def report(plan: Plan, envs: list[Environment], rules: Rules, *, out: Path, vers
     print(f"replan {metrics['replan_ms']:.0f} ms an observation")
     for path in [out / "result.json", *paths]:
         print(f"  {path}")
-    for each in envs:
-        each.close()
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -359,6 +362,12 @@ def record(film: dict[int, list[np.ndarray]]) -> Callable:
             film[k].append(paint(o, mark()))
 
     return watch
+
+
+def gathered(film: dict[int, list[np.ndarray]]) -> dict[int, list[np.ndarray]]:
+    """The pictures of all processes: each filmed what it played."""
+    films = list(share_out(lambda _: film, range(joined().world)))
+    return {k: [picture for each in films for picture in each[k]] for k in film}
 
 
 def write_gifs(film: dict[int, list[np.ndarray]], episodes: list[Episode], out: Path,

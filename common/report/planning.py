@@ -1,16 +1,19 @@
 """Scores a driving VLM beside its controls: occupancy, answers, plans, meta-actions.
 
     drive(i, images=i, questions=(), stream=True) -> Prediction is all that a method gives. i: the keyframe.
-    images: the keyframe whose images are shown; None: black ones. stream: False drops the occupancy stream.
+    images: the keyframe whose images are shown. stream: False drops the occupancy stream.
 
 `report` writes result.json, by_scene.npz and pictures, and prints the tables. `Baselines` are planners that
-see no image. `skipping_cost` compares passes with and without the occupancy stream.
+see no image, `WordBaseline` answers from the words alone. `skipping_cost` compares passes with and without
+the occupancy stream.
 """
 
 import math
+import re
 import time
+import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +36,7 @@ from common.questions import ANSWERS, TYPES
 from common.report.occupancy import (RULES, Truth, constant_scores, describe_dataset, print_controls,
                                      print_cost, spread)
 from common.report.pictures import chosen, draw_curves
-from common.train import param_groups, reset_peak, schedule, set_lr, write_result
+from common.train import joined, param_groups, reset_peak, schedule, set_lr, share_out, write_result
 
 Action = tuple[str, str] | None  # longitudinal, lateral; None: unknown
 COMMANDS = ("right", "left", "straight")  # in the order of Future.command
@@ -62,6 +65,12 @@ class Ego(NamedTuple):
     history: Tensor  # (B, 4, 2) [m] positions at -2.0 ... -0.5 s, LIDAR_TOP frame
     known: Tensor  # (B, 4) bool: that keyframe exists; otherwise the files copy the future, so it is 0 here
 
+    @property
+    def speed(self) -> Tensor:
+        """(B, 2): the last half second's speed [10 m/s], 0 where there is none, and whether it is known."""
+        known = self.known[:, -1].float()
+        return torch.stack([self.history[:, -1].norm(dim=1) / 5 * known, known], 1)
+
 
 def ego_of(futures: Sequence[Future], device: torch.device | str = "cpu") -> Ego:
     """Futures -> `Ego`; a past that is not known is zero."""
@@ -77,6 +86,30 @@ def unknown_future() -> Future:
     history, agents = np.zeros((4, 2), np.float32), np.zeros((0, 6, 2), np.float32)
     return Future(path, mask, history, mask[:4], COMMANDS.index("straight"), 0.0, agents, agents[..., 0],
                   agents[..., 0] > 0)
+
+
+MIRRORED = [CAMERAS.index(re.sub("LEFT|RIGHT", lambda m: {"LEFT": "RIGHT", "RIGHT": "LEFT"}[m[0]], name))
+            for name in CAMERAS]  # the camera that takes each one's place in a mirror
+
+
+def hold_out(scenes: Sequence[str], n: int, every: int = 10) -> tuple[list[int], list[int]]:
+    """Scene of each of n keyframes -> those to learn from, and at most 256 of each tenth scene, which say
+    when to stop. No scenes: all, none."""
+    held = set(list(dict.fromkeys(scenes))[every // 2 :: every])
+    apart = [i for i, name in enumerate(scenes) if name in held]
+    return [i for i in range(n) if i not in set(apart)], [apart[k] for k in spread(len(apart), 256)]
+
+
+def mirrored_words(text: str) -> str:
+    """left becomes right, and right left."""
+    return re.sub("left|right", lambda m: {"left": "right", "right": "left"}[m[0]], text)
+
+
+def mirrored_future(future: Future) -> Future:
+    """Ego's path, history and command in a mirror that stands along its way; the agents stay."""
+    across = np.float32([-1, 1])
+    return future._replace(trajectory=future.trajectory * across, history=future.history * across,
+                           command=(1, 0, 2)[future.command])
 
 
 def constant_velocity(ego: Ego) -> Tensor:
@@ -111,7 +144,7 @@ def stack_paths(futures: Sequence[Future]) -> tuple[Tensor, Tensor]:
 
 class Baselines:
     """Planners that see no image, fitted to training futures: mean path (also per command), constant velocity
-    and turn rate, and an MLP on the ego's history.
+    and turn rate, an MLP on the ego's history, and trees on its speed (scikit-learn's).
 
     Without a known past the motion models return the mean path. `cv_tables` takes VAD's history instead,
     which at a scene's start is copied from the future: a leak, but often what is reported.
@@ -120,7 +153,8 @@ class Baselines:
     NAMES = {"mean": "mean training trajectory", "mean_command": "mean per command",
              "cv": "constant velocity", "cv_tables": "constant velocity, VAD's history",
              "ctr": "constant turn rate",
-             "ego_mlp": "ego-history MLP", "ego_mlp_command": "ego-history MLP, command"}
+             "ego_mlp": "ego-history MLP", "ego_mlp_command": "ego-history MLP, command",
+             "speed_trees": "trees on speed", "speed_trees_command": "trees on speed, command"}
 
     def __init__(self, futures: Sequence[Future], seed: int = 0):
         (truth, known), ego = stack_paths(futures), ego_of(futures)
@@ -134,6 +168,22 @@ class Baselines:
             self.per_command.append(torch.where(there, mean_path(truth[rows], known[rows]), self.mean))
         self.mlps = {name: self.fit(truth, known, ego, name.endswith("command"), seed)
                      for name in ("ego_mlp", "ego_mlp_command")}
+        self.trees = {name: self.grow(truth, known, ego, name.endswith("command"), seed)
+                      for name in ("speed_trees", "speed_trees_command")} if known.all(1).any() else {}
+
+    @staticmethod
+    def spoken(ego: Ego, command: bool) -> np.ndarray:
+        """(B, 2), or with the command (B, 5): what trees are given."""
+        named = [F.one_hot(ego.command, len(COMMANDS))] if command else []
+        return torch.cat([ego.speed, *named], 1).numpy()
+
+    def grow(self, truth: Tensor, known: Tensor, ego: Ego, command: bool, seed: int) -> Any:
+        """A forest on the full horizons; at least eight of them in a leaf."""
+        from sklearn.ensemble import RandomForestRegressor  # here: half a second that others do not need
+
+        full = known.all(1).numpy()
+        forest = RandomForestRegressor(100, min_samples_leaf=8, random_state=seed)
+        return forest.fit(self.spoken(ego, command)[full], truth.flatten(1).numpy()[full])
 
     @staticmethod
     def features(ego: Ego, command: bool) -> Tensor:
@@ -171,7 +221,29 @@ class Baselines:
         for name, net in self.mlps.items():
             correction = net(self.features(ego, name.endswith("command"))).unflatten(1, (6, 2))
             paths[name] = (self.guess(ego) + correction)[0]
+        for name in ("speed_trees", "speed_trees_command"):
+            found = self.trees and self.trees[name].predict(self.spoken(ego, name.endswith("command")))
+            paths[name] = torch.from_numpy(found).view(6, 2) if self.trees else self.mean
         return {name: path.double().numpy() for name, path in paths.items()}
+
+
+class WordBaseline:
+    """Answers questions from their words alone: logistic regression on the n-grams of training questions."""
+
+    def __init__(self, rows: Sequence[dict]):
+        from sklearn.feature_extraction.text import CountVectorizer  # here: as the trees
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        texts, answers = [row["question"] for row in rows], [str(row["answer"]) for row in rows]
+        self.only = answers[0] if len(set(answers)) == 1 else None
+        self.model = make_pipeline(CountVectorizer(ngram_range=(1, 3), binary=True, token_pattern=r"\S+"),
+                                   LogisticRegression(C=1.0, max_iter=100))
+        if self.only is None:
+            self.model.fit(texts, answers)
+
+    def __call__(self, questions: Sequence[str]) -> list[str]:
+        return [self.only] * len(questions) if self.only else self.model.predict(list(questions)).tolist()
 
 
 def best_constants(questions: Sequence[dict]) -> dict[str, str]:
@@ -204,7 +276,7 @@ def check_questions(dataset: NuScenesOccupancy) -> str:
 
 
 class Scores:
-    """The scores of one arm: own, shuffled or black images, or the stream skipped. rows: planner rows."""
+    """The scores of one arm: own or shuffled images, or the stream skipped. rows: planner rows."""
 
     def __init__(self, rows: Sequence[str] = (), standing: float = 0.5):
         self.occupancy, self.standing = OccupancyMeter(), standing  # standing: [m/s] below it a car stands
@@ -212,6 +284,7 @@ class Scores:
         self.hard = {name: PlanningMeter() for name in rows}  # turning and braking scenes alone
         self.questions: list[dict] = []
         self.actions: list[tuple[Action, tuple[str, str]]] = []
+        self.scenes: dict[str, None] = {}  # in order
 
     def add_plans(self, paths: dict[str, np.ndarray], truth: tuple, action: Action, scene: str) -> None:
         """truth: `audit.planning_truth`'s trajectory, mask, rasters. action: the recorded one."""
@@ -223,10 +296,16 @@ class Scores:
                 meters[name].add(path, truth[0].astype(np.float64), truth[1], truth[2], group=scene)
 
     def qa(self, key: str = "pred") -> dict[str, float]:
-        """{qa_accuracy, qa_<type>, qa_<type>_h<hop>} as fractions."""
-        if not self.questions:
-            return {}
-        scores, table = {}, qa_scores([row | {"pred": row[key]} for row in self.questions])
+        """{qa_accuracy, qa_<type>, qa_<type>_h<hop>} of NuScenes-QA's form as fractions; {qa_balanced,
+        qa_balanced_<half>} of the text-balanced set."""
+        scores, rows = {}, [row | {"pred": row[key]} for row in self.questions]
+        for half in ("", "bearing", "depth"):
+            right = [str(row["pred"]) == str(row["answer"]) for row in rows if half in row.get("half", "-")]
+            if right:
+                scores[f"qa_balanced_{half}".rstrip("_")] = float(np.mean(right))
+        table = qa_scores([row for row in rows if "half" not in row])
+        if not table["Overall"][1]:
+            return scores
         for name, (correct, total, _) in table.items():
             kind, _, hop = name.rpartition("_")
             name = "accuracy" if name == "Overall" else f"{kind}_h{hop}" if hop in ("0", "1") else name
@@ -247,30 +326,71 @@ class Scores:
         return metrics
 
 
+class Plans(Mapping):
+    """{keyframe: `audit.planning_truth`}, the rasters compressed: some kB each, not 1.4 MB."""
+
+    def __init__(self, dataset: NuScenesOccupancy, indices: Sequence[int]):
+        self.kept: dict[int, tuple] = {}
+        for i in tqdm(indices, "planning truth", leave=False):
+            path, mask, rasters = planning_truth(dataset, i)
+            both = np.stack([np.stack(pair) for pair in rasters.values()])  # (protocols, 2, 6, 200, 200)
+            packed = zlib.compress(np.packbits(both).tobytes(), 1)
+            self.kept[i] = path, mask, tuple(rasters), both.shape, packed
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray, dict[str, tuple]]:
+        path, mask, names, shape, packed = self.kept[i]
+        bits = np.unpackbits(np.frombuffer(zlib.decompress(packed), np.uint8), count=math.prod(shape))
+        return path, mask, {name: tuple(pair) for name, pair in zip(names, bits.reshape(shape).astype(bool))}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+
 def plan_metrics(meters: dict[str, PlanningMeter], main: str | None = None,
                  prefix: str = "") -> dict[str, float]:
-    """{l2_avg_vad, command_l2_avg_vad, ...}: the main row without its name."""
-    return {f"{prefix}{'' if row == main else f'{row}_'}{name}": value for row, meter in meters.items()
-            if meter.steps for name, value in meter.metrics().items()}
+    """{l2_avg_vad, command_l2_avg_vad, ...}: the main row without its name. UniAD's own averages count masked
+    steps as 0: they are named *_uniad_masked; *_uniad are those of full horizons."""
+    found = {}
+    for row, meter in meters.items():
+        name = f"{prefix}{'' if row == main else f'{row}_'}"
+        for key, value in meter.metrics().items() if meter.steps else ():
+            found[f"{name}{key}_masked" if key.endswith("uniad") else f"{name}{key}"] = value
+        for key, value in meter.full_horizons().items():
+            found[f"{name}{key}"] = value
+    return found
 
 
-def run_arm(drive: Drive, dataset: NuScenesOccupancy, indices: list[int], truth: Truth,
-            plans: dict[int, tuple], *, arm: str, rows: Sequence[str],
+def run_arm(drive: Drive, dataset: NuScenesOccupancy, indices: list[int], truth: Truth | None,
+            plans: Mapping[int, tuple], *, arm: str, rows: Sequence[str],
             action_of: Callable[[Future], Action], questions: int = 0, rayiou: bool = False,
             save: Path | None = None) -> Scores:
     """Drive the keyframes `indices` and score them; -> the scores.
 
-    arm: "own" images, another scene's ("shuffled"), "black" ones, or own ones without the stream ("skipped").
+    arm: "own" images, another scene's ("shuffled"), or own ones without the stream ("skipped"). truth None:
+    the occupancy is not scored. Under torchrun each process drives its share, and the main one scores.
     plans: {keyframe: planning truth}. questions: how many a keyframe, 0: all. save: folder for <token>.npz.
     """
     scores = Scores(rows)
-    for k, i in enumerate(tqdm(indices, f"eval, {arm} images", unit="keyframe", leave=False)):
-        images = {"shuffled": indices[(k + len(indices) // 2) % len(indices)], "black": None}.get(arm, i)
-        asked = dataset.questions(i) or []
-        asked = [asked[q] for q in spread(len(asked), questions)]
-        future, scene = dataset.future(i), dataset.scene_names[i]
-        found = drive(i, images=images, questions=[row["question"] for row in asked], stream=arm != "skipped")
-        if arm != "skipped":
+
+    def asked_of(i: int) -> list[dict]:
+        rows = dataset.questions(i) or []
+        return [rows[q] for q in spread(len(rows), questions)]
+
+    def work(k: int) -> Prediction:
+        i, other = indices[k], indices[(k + len(indices) // 2) % len(indices)]
+        return drive(i, images=other if arm == "shuffled" else i, stream=arm != "skipped",
+                     questions=[row["question"] for row in asked_of(i)])
+
+    driven = tqdm(share_out(work, range(len(indices))), f"eval, {arm} images", len(indices), leave=False)
+    for i, found in zip(indices, driven, strict=True):
+        if not joined().is_main:  # one process scores
+            continue
+        asked, future, scene = asked_of(i), dataset.future(i), dataset.scene_names[i]
+        scores.scenes[scene] = None
+        if truth is not None and arm != "skipped":
             origins = dataset.ray_origins(i) if rayiou else None
             scores.occupancy.add(found.occupancy, *truth(i), group=scene, origins=origins)
         for row, answer, free in zip(asked, found.answers, found.free, strict=True):
@@ -301,25 +421,30 @@ def changed(own: Scores, skipped: Scores) -> dict[str, float]:
     return {"skip_changed_answers": float(sum(answers)), "skip_changed_l2": float(max(errors, default=0.0))}
 
 
-def scene_sums(own: Scores, black: Scores, main: str | None) -> dict[str, np.ndarray]:
+def scene_sums(own: Scores, other: Scores, main: str | None) -> dict[str, np.ndarray]:
     """{metric: (S, K, 2) sums by scene}, rows as in by_scene.npz, for the claims' bootstrap; higher is
     better.
 
     minus_l2 and minus_col are the negative of VAD's average L2 [m] and box collision, so a table's percent
-    are centimetres. *_over_black: what own images add to the same network's answers on black ones.
+    are centimetres. *_over_shuffled: what own images add to the same network's answers on another scene's.
     """
-    scenes, sums = list(own.occupancy.counts), {}
-    right, gain = ({kind: np.zeros((len(scenes), 2)) for kind in TYPES} for _ in range(2))
-    for mine, blind in zip(own.questions, black.questions, strict=True):
-        s, kind = scenes.index(mine["scene"]), mine["template_type"]
-        hit, lucky = (str(row["pred"]) == str(row["answer"]) for row in (mine, blind))
+    scenes, sums = list(own.scenes), {}
+    kinds = (*TYPES, "depth", "bearing")
+    right, gain = ({kind: np.zeros((len(scenes), 2)) for kind in kinds} for _ in range(2))
+    for mine, wrong in zip(own.questions, other.questions, strict=True):
+        s, kind = scenes.index(mine["scene"]), mine.get("half", mine["template_type"])
+        hit, lucky = (str(row["pred"]) == str(row["answer"]) for row in (mine, wrong))
         right[kind][s] += hit, 1
         gain[kind][s] += float(hit) - float(lucky), 1
-    if own.questions:
-        for name, table in (("", right), ("_over_black", gain)):
-            sums[f"qa_accuracy{name}"] = sum(table.values())[:, None]
-            sums[f"qa_types{name}"] = np.stack(list(table.values()), 1)  # the mean of the types
-            sums |= {f"qa_{kind}{name}": table[kind][:, None] for kind in TYPES if table[kind].any()}
+    for name, table in (("", right), ("_over_shuffled", gain)):
+        asked = [kind for kind in TYPES if table[kind].any() or right[kind].any()]
+        sums |= {f"qa_{kind}{name}": table[kind][:, None] for kind in asked}
+        if asked:
+            sums[f"qa_accuracy{name}"] = sum(table[kind] for kind in asked)[:, None]
+            sums[f"qa_types{name}"] = np.stack([table[kind] for kind in asked], 1)  # the mean of the types
+        halves = {f"qa_balanced_{half}{name}": table[half][:, None] for half in ("depth", "bearing")
+                  if right[half].any()}
+        sums |= halves | ({f"qa_balanced{name}": sum(halves.values())} if halves else {})
     for row in own.plans:
         for name, column in (("l2", 0), ("col", 2)):
             table = np.zeros((len(scenes), 1, 2))
@@ -346,7 +471,7 @@ def sum_metrics(sums: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def report(drive: Drive, *, dataset: NuScenesOccupancy, train_set: NuScenesOccupancy, out: Path,
-           run: dict[str, Any], cost: dict[str, float], protocol: dict[str, str], truth: Truth,
+           run: dict[str, Any], cost: dict[str, float], protocol: dict[str, str], truth: Truth | None,
            action_of: Callable[[Future], Action], rows: Sequence[str], against: str = "", frames: int = 0,
            questions: int = 0, rayiou: bool = True, pictures: int = 6, save: Path | None = None,
            extra: dict[str, float] | None = None, known: dict[str, float] | None = None) -> dict[str, float]:
@@ -357,20 +482,23 @@ def report(drive: Drive, *, dataset: NuScenesOccupancy, train_set: NuScenesOccup
     the truth, if it is not Occ3D's. action_of: the recorded meta-action of a future. rows: planner rows, the
     first is the main one; none: no planner yet. train_set: what baselines are fitted to. extra: metrics of
     the method's own (vq_*, skip_*, *_over_plain). known: metrics known already (an arm of a claim: its
-    constant); then only black images are a control, and nothing is drawn.
+    constant); then another scene's images are the only control, and nothing is drawn. truth None: no
+    occupancy is scored.
     """
     begun, indices, main = time.time(), spread(len(dataset), frames), next(iter(rows), None)
-    plans = {i: planning_truth(dataset, i) for i in tqdm(indices, "planning truth", leave=False)
-             if rows and dataset.future(i).mask.any()}
+    plans = Plans(dataset, [i for i in indices if rows and dataset.future(i).mask.any()])
     arms = {}
-    for arm in ("own", "black") if known is not None else ("own", "black", "shuffled", "skipped"):
+    for arm in ("own", "shuffled") if known is not None else ("own", "shuffled", "skipped"):
         own = {"rayiou": rayiou, "save": save} if arm == "own" else {}
         arms[arm] = run_arm(drive, dataset, indices, truth, plans, arm=arm, rows=rows, action_of=action_of,
                             questions=questions, **own)
+    if not joined().is_main:  # one process writes
+        return {}
     own = arms["own"]
-    metrics = own.occupancy.metrics() | own.qa() | (extra or {}) | (known or {}) | own.action_metrics()
+    metrics = (own.occupancy.metrics() if truth else {}) | own.qa() | own.action_metrics()
+    metrics |= (extra or {}) | (known or {})
     metrics |= plan_metrics(own.plans, main) | plan_metrics(own.hard, main, "hard_")
-    if own.questions:
+    if any("half" not in row for row in own.questions):
         metrics |= {"free_qa_accuracy": own.qa("free")["qa_accuracy"],
                     "free_in_vocabulary": float(np.mean([r["free"] in ANSWERS for r in own.questions]))}
     kept = ("miou_camera", "iou_camera", "qa_", "l2_", "obj_box_", *(f"{row}_" for row in rows))
@@ -378,45 +506,62 @@ def report(drive: Drive, *, dataset: NuScenesOccupancy, train_set: NuScenesOccup
         values = scores.qa() | plan_metrics(scores.plans, main)
         values |= scores.occupancy.metrics() if scores.occupancy.counts else {}
         metrics |= {f"{arm}_{name}": value for name, value in values.items() if name.startswith(kept)}
+    metrics |= {f"qa_balanced_shuffled{half}": metrics[f"shuffled_qa_balanced{half}"]
+                for half in ("", "_depth", "_bearing") if f"shuffled_qa_balanced{half}" in metrics}
     metrics |= {"l2_avg": metrics.get("l2_avg_vad", math.nan),
+                "l2_avg_shuffled": metrics.get("shuffled_l2_avg_vad", math.nan),
                 "col_avg": metrics.get("obj_box_col_avg_vad", math.nan)}
     others = score_baselines(dataset, train_set, plans, action_of)
     metrics |= plan_metrics(others.plans) | plan_metrics(others.hard, prefix="hard_")
+    metrics |= {f"l2_avg_{name}": metrics.get(f"{key}_l2_avg_vad", math.nan) for name, key in (
+        ("mean_trajectory", "mean"), ("ego_mlp", "ego_mlp"), ("speed_trees", "speed_trees"))}
+    others_l2 = ("shuffled", "ego_mlp", "speed_trees")
+    metrics |= {f"minus_l2_{name}": -metrics[f"l2_avg_{name}"] for name in others_l2}
     for name, key in (("l2", "l2_avg_vad"), ("col", "obj_box_col_avg_vad")):  # what a claim's arms must beat
         metrics[f"constant_minus_{name}"] = -metrics.get(f"mean_{key}", math.nan)
     if own.questions:
-        metrics |= constant_answers(train_set, own.questions)
+        metrics |= constant_answers(train_set, own.questions) | blind_answers(train_set, own.questions)
     if known is None:
         metrics |= changed(own, arms["skipped"])
-        if train_set.gts is not None:
+        if train_set.gts is not None and truth:
             metrics |= constant_scores(train_set, dataset, indices, truth)
-    sums = scene_sums(own, arms["black"], main)
+    sums = scene_sums(own, arms["shuffled"], main)
     metrics |= sum_metrics(sums)
+    per_class = own.occupancy.per_class() if truth else {}
+    for scene in own.scenes:  # without truth: no voxel was counted
+        own.occupancy.counts.setdefault(scene, torch.zeros(4, 18, 18, dtype=torch.int64))
+        own.occupancy.frames.setdefault(scene, 0)
     save_scenes(out / "by_scene.npz", own.occupancy, sums)
 
-    data, shown = describe_dataset(dataset, len(indices)), against or "Occ3D ground truth"
+    data = describe_dataset(dataset, len(indices))
+    shown = against or ("Occ3D ground truth" if truth else "nothing")
     protocol = {"truth": shown} | RULES["occ3d"] | protocol | {
         "planning": planning_note(plans, len(indices)) if rows else "not scored: no planner in this stage",
         "planner_given": ", ".join(rows) or "no planner",
         "command": "derived from the future, as nuScenes' is; rows with 'command' are given it",
-        "meta_action": "generated",
+        "meta_action": "generated", "shuffled": "another scene's images",
         "questions": f"{len(own.questions)}, exact match, best of the thirty; free_: greedy text"}
     write_result(out, method=run["method"], preset=run["preset"], seed=run["seed"], dataset=data,
-                 protocol=protocol, metrics=metrics, per_class=own.occupancy.per_class(), cost=cost)
+                 protocol=protocol, metrics=metrics, per_class=per_class, cost=cost)
     line = protocol_line(*data.values(), train_mask=protocol["mask_train"], note=f"against {shown}")
     if known is not None:
-        print(f"{line}\nmIoU {100 * metrics['miou_camera']:.2f}, QA "
+        print(f"{line}\nmIoU {100 * metrics.get('miou_camera', math.nan):.2f}, QA "
               f"{100 * metrics.get('qa_accuracy', math.nan):.1f} %, L2 {metrics['l2_avg']:.2f} m")
+        print_gates(metrics)
         return metrics
     title = f"{run['method']}, {data['split']}"
     paths = draw(drive, dataset, chosen(len(dataset), pictures), out, title=title, truth=truth,
                  action_of=action_of, against="label" if against else "ground truth")
     paths.append(draw_curves(out, f"{run['method']}: {out.name}"))
-    own.occupancy.print_table(line)
-    print_controls(metrics)
+    if truth:
+        own.occupancy.print_table(line)
+        print_controls(metrics)
+    else:
+        print(f"{line}\noccupancy: not scored (this network learned none, and the tree has no labels)")
     print_questions(metrics, len(own.questions))
     print_plans(arms, others, protocol["planning"])
     print_skipping(metrics)
+    print_gates(metrics)
     print_cost(cost, begun, [out / "result.json", *paths])
     return metrics
 
@@ -433,9 +578,11 @@ def report_options(args: Any) -> dict[str, Any]:
 def predict_frames(drive: Drive, dataset: NuScenesOccupancy, out: Path, *,
                    action_of: Callable[[Future], Action], frames: int = 0, pictures: int = 6) -> None:
     """Write <token>.npz of each keyframe, sheets and the viewer into `out`; no ground truth is read."""
-    indices = spread(len(dataset), frames)
-    for i in tqdm(indices, "predictions", unit="keyframe", leave=False):
+    indices, run = spread(len(dataset), frames), joined()
+    for i in tqdm(indices[run.rank :: run.world], "predictions", unit="keyframe", leave=False):
         save_prediction(out, dataset.tokens[i], drive(i, images=i))
+    if not run.is_main:
+        return
     paths = draw(drive, dataset, chosen(len(dataset), pictures), out, title=dataset.split,
                  action_of=action_of)
     print("\n".join([*(f"  {path}" for path in paths), f"{out}: {len(indices)} predictions"]))
@@ -444,11 +591,38 @@ def predict_frames(drive: Drive, dataset: NuScenesOccupancy, out: Path, *,
 def planning_note(plans: dict[int, tuple], frames: int) -> str:
     """How many keyframes have a future, for the protocol."""
     full = sum(bool(t[1].all()) for t in plans.values())
-    return (f"{full} keyframes with a full 3 s, {len(plans) - full} with a part (UniAD's masked steps count "
-            f"0), {frames - len(plans)} without; obstacles: all boxes then")
+    return (f"{full} keyframes with a full 3 s, {len(plans) - full} with a part (left out of the averages; "
+            f"*_uniad_masked counts their masked steps as 0), {frames - len(plans)} without; obstacles: all "
+            "boxes then")
 
 
-def score_baselines(dataset: NuScenesOccupancy, train_set: NuScenesOccupancy, plans: dict[int, tuple],
+GATES = {  # name: what must be at least how much for an arm to count as one that uses its images
+    "images": ("own minus another scene's images on the text-balanced questions", 0.20),
+    "history": ("L2 of the ego-history MLP minus that of the head with the history [m]", 0.0),
+    "plans": ("L2 with another scene's images minus with its own [m]", 0.0),
+    "speed": ("L2 of trees on speed minus that of the main row [m]", 0.0),
+}
+
+
+def gates(metrics: dict[str, float]) -> dict[str, float]:
+    """{gate: its value}, nan where it was not measured."""
+    m = lambda name: metrics.get(name, math.nan)  # noqa: E731
+    history = min((m(f"{row}l2_avg_vad") for row in ("history_", "command+history_") if
+                   f"{row}l2_avg_vad" in metrics), default=math.nan)
+    return {"images": m("qa_balanced") - m("qa_balanced_shuffled"), "history": m("l2_avg_ego_mlp") - history,
+            "plans": m("l2_avg_shuffled") - m("l2_avg"), "speed": m("l2_avg_speed_trees") - m("l2_avg")}
+
+
+def print_gates(metrics: dict[str, float]) -> None:
+    """Print what must hold before an arm says anything about a claim."""
+    print("\ngates:")
+    for name, value in gates(metrics).items():
+        what, least = GATES[name]
+        verdict = "not measured" if math.isnan(value) else "met" if value >= least else "gate not met"
+        print(f"  {verdict:13}{value:8.3f} of {least:.2f}  {what}")
+
+
+def score_baselines(dataset: NuScenesOccupancy, train_set: NuScenesOccupancy, plans: Mapping[int, tuple],
                     action_of: Callable[[Future], Action]) -> Scores:
     """`Baselines`, fitted to train_set's futures, on the keyframes of `plans`."""
     scores = Scores(list(Baselines.NAMES))
@@ -461,12 +635,31 @@ def score_baselines(dataset: NuScenesOccupancy, train_set: NuScenesOccupancy, pl
 
 def constant_answers(train_set: NuScenesOccupancy, questions: list[dict]) -> dict[str, float]:
     """{constant_qa_...}: the training split's commonest answer of each type."""
-    best = best_constants([row for i in range(len(train_set)) for row in train_set.questions(i) or []])
-    scores = Scores()
-    scores.questions = [row | {"pred": best.get(row["template_type"], "")} for row in questions]
+    asked = [row for i in range(len(train_set)) for row in train_set.questions(i) or [] if "half" not in row]
+    best, scores = best_constants(asked), Scores()
+    scores.questions = [row | {"pred": best.get(row["template_type"], "")} for row in questions
+                        if "half" not in row]
+    if not scores.questions:
+        return {}
     found = {f"constant_{name}": value for name, value in scores.qa().items()}
     kinds = [found[f"constant_qa_{kind}"] for kind in TYPES if f"constant_qa_{kind}" in found]
     return found | {"constant_qa_types": float(np.mean(kinds))}
+
+
+def blind_answers(train_set: NuScenesOccupancy, questions: list[dict]) -> dict[str, float]:
+    """{ngram_qa_..., qa_balanced_ngram, ...}: `WordBaseline` of each set, learned on the training
+    questions.
+    """
+    asked, found = [row for i in range(len(train_set)) for row in train_set.questions(i) or []], {}
+    for balanced in (False, True):
+        own, shown = ([row for row in rows if ("half" in row) == balanced] for rows in (asked, questions))
+        if own and shown:
+            scores = Scores()
+            answers = WordBaseline(own)([row["question"] for row in shown])
+            scores.questions = [row | {"pred": answer} for row, answer in zip(shown, answers, strict=True)]
+            found |= {f"ngram_{name}": value for name, value in scores.qa().items()}
+    return found | {f"qa_balanced_ngram{half}": found[f"ngram_qa_balanced{half}"]
+                    for half in ("", "_depth", "_bearing") if f"ngram_qa_balanced{half}" in found}
 
 
 def save_scenes(path: Path, occupancy: OccupancyMeter, sums: dict[str, np.ndarray]) -> None:
@@ -486,17 +679,19 @@ def print_questions(metrics: dict[str, float], count: int) -> None:
     def percent(name: str, width: int = 0) -> str:
         return f"{100 * metrics.get(name, math.nan):{width}.1f}"
 
-    columns = ["accuracy", *TYPES]
+    columns = ["accuracy", *TYPES, "balanced", "bearing", "depth"]
     print(f"\nNuScenes-QA style questions, {count} asked, exact match [%]:")
     print(f"  {'':28}" + "".join(f"{c:>12}" for c in columns))
     for label, arm in (("this network", ""), ("occupancy stream skipped", "skipped_"),
-                       ("its images black", "black_"), ("its images shuffled", "shuffled_"),
+                       ("another scene's images", "shuffled_"), ("n-grams of the words alone", "ngram_"),
                        ("best constant of the type", "constant_")):
-        print(f"  {label:28}" + "".join(percent(f"{arm}qa_{c}", 12) for c in columns))
+        halves = {half: f"balanced_{half}" for half in ("bearing", "depth")}
+        print(f"  {label:28}" + "".join(percent(f"{arm}qa_{halves.get(c, c)}", 12) for c in columns))
     hops = (f"{kind} {percent(f'qa_{kind}_h0')}, {percent(f'qa_{kind}_h1')}" for kind in TYPES)
     print("  zero hops, one hop: " + ", ".join(hops))
-    print(f"  free text {percent('free_qa_accuracy')} %, {metrics['free_in_vocabulary']:.0%} of it one of "
-          "the thirty answers")
+    if "free_qa_accuracy" in metrics:
+        print(f"  free text {percent('free_qa_accuracy')} %, {metrics['free_in_vocabulary']:.0%} of it one "
+              "of the thirty answers")
     if "meta_parsed" in metrics:
         parts = (f"{n} {percent(f'meta_{n}')} % (commonest {percent(f'constant_meta_{n}')} %)"
                  for n in ("longitudinal", "lateral"))
@@ -510,7 +705,7 @@ def print_plans(arms: dict[str, Scores], others: Scores, note: str) -> None:
         return
     groups = []
     for arm, label in (("own", "this network, "), ("skipped", "  stream skipped, "),
-                       ("black", "  black images, ")):
+                       ("shuffled", "  another scene's images, ")):
         groups += [(label + ("images only" if r == "none" else r), arms[arm].plans[r], arms[arm].hard[r])
                    for r in (arms[arm].plans if arm in arms else ())]
     groups += [(Baselines.NAMES[name], others.plans[name], others.hard[name]) for name in others.plans]
@@ -518,7 +713,7 @@ def print_plans(arms: dict[str, Scores], others: Scores, note: str) -> None:
     print(f"  {'':36}{'VAD 1s':>8}{'2s':>8}{'3s':>8}{'avg':>8}{'col avg':>9}{'UniAD 1s':>10}{'2s':>8}"
           f"{'3s':>8}{'turning/braking avg':>21}")
     for label, meter, hard in groups:
-        m, h = (x.metrics() if x.steps else {} for x in (meter, hard))
+        m, h = (x.metrics() | x.full_horizons() if x.steps else {} for x in (meter, hard))
         cells = [(m, f"l2_{t}_vad", 8) for t in ("1s", "2s", "3s", "avg")] + [(m, "obj_box_col_avg_vad", 9)]
         cells += [(m, f"l2_{t}_uniad", w) for t, w in (("1s", 10), ("2s", 8), ("3s", 8))]
         cells += [(h, "l2_avg_vad", 21)]
@@ -572,17 +767,20 @@ class Asked(NamedTuple):
     questions: list[tuple[str, str]]
 
 
-def read_asked(images: Sequence[str] | None, question: str | None, drivelm: Path | None) -> list[Asked]:
-    """Six image files and a question, or DriveLM's question file (image paths relative to it) -> keyframes.
+def read_asked(images: Sequence[str] | None, question: str | None) -> list[Asked]:
+    """Six image files and a question -> one keyframe. Raises InputError if they are not given or not six."""
+    if images is None or question is None:
+        raise InputError("ask needs --images (six files) and --question, or --drivelm FILE")
+    if len(images) != len(CAMERAS):
+        raise InputError(f"--images: {len(images)} files, expected {len(CAMERAS)} ({', '.join(CAMERAS)})")
+    return [Asked("", [Path(path) for path in images], [(question, "")])]
+
+
+def read_drivelm(drivelm: Path) -> list[Asked]:
+    """DriveLM's question file, image paths relative to it -> keyframes.
 
     Raises InputError: another form, or a keyframe without one of the six views.
     """
-    if drivelm is None:
-        if images is None or question is None:
-            raise InputError("ask needs --images (six files) and --question, or --drivelm FILE")
-        if len(images) != len(CAMERAS):
-            raise InputError(f"--images: {len(images)} files, expected {len(CAMERAS)} ({', '.join(CAMERAS)})")
-        return [Asked("", [Path(path) for path in images], [(question, "")])]
     frame = {"image_paths?": {str: str}, "QA?": {str: [{"Q?": str}]}}
     asked: list[Asked] = []
     scenes = read_json(drivelm)
@@ -607,6 +805,8 @@ def ask(answer: Callable[[list[Path], list[str]], Prediction], asked: Sequence[A
             print(f"question  {question}\nanswer    {best} (of the thirty)\nfree text {free}"
                   + (f"\nrecorded  {recorded}" if recorded else ""))
         print(f"thought   {found.thought}")
+        if found.paths and "none" not in found.paths:
+            print(f"waypoints none: no head plans from images alone (the heads: {', '.join(found.paths)})")
         if "none" in found.paths:
             path = "  ".join(f"({x:.1f}, {y:.1f})" for x, y in found.paths["none"])
             print(f"waypoints {path} m, x right, y forward")

@@ -5,9 +5,16 @@
     python -m data.driving --out DIR --format semantickitti    # the same city as KITTI's car records it: other module
     python -m data.driving --out DIR --size questions --sweeps 0   # 150 and 40 scenes of 12 keyframes, see SHOWN
 
+    python -m data.driving --out DIR --decoys                  # with things that share words with rare kinds
+
 What is written: all thirteen v1.0 tables (the unmodified nuscenes-devkit loads them), six cameras as JPEG, LIDAR_TOP
 keyframes and sweeps, lidarseg, map masks, gts/ (Occ3D's form), questions/ (NuScenes-QA's form), and exact/: depth,
 semantics and instances of every keyframe image (0 m and class 17: nothing within 250 m), full solids, world.json.
+
+DECOYS    Off unless asked for: without them a world keeps every byte. With them, cherry pickers (trucks with an arm),
+          roll-off containers (large, long, without windows; debris) and bollards (small, pointed, some orange; pushable
+          objects) stand at the kerbs: what an open-vocabulary method calls "a large vehicle with an arm" need then be
+          no construction vehicle. They are annotated as nuScenes would.
 
 SENSORS   Keyframes at 2 Hz; a LIDAR_TOP timestamp is its sample's. Cameras trigger up to 43 ms before it, in the real
           order. Every sample_data has the ego pose of its own time; images show agents *and* ego at the camera's own

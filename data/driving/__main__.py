@@ -36,17 +36,21 @@ def main(argv: list[str] | None = None) -> None:
                              "each scan)")
     parser.add_argument("--image", help="WIDTHxHEIGHT of the images (default 400x224; semantickitti: 416x128)")
     parser.add_argument("--format", choices=["nuscenes", "semantickitti"], default="nuscenes")
+    parser.add_argument("--decoys", action="store_true",
+                        help="nuscenes: cherry pickers, containers and bollards, which share words with rare kinds")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     args = parser.parse_args(argv)
     if args.format == "semantickitti":
         if args.sweeps not in (None, 4):
             raise InputError(f"--sweeps {args.sweeps}: SemanticKITTI has voxels at every fifth scan; leave it out")
+        if args.decoys:
+            raise InputError("--decoys: for --format nuscenes only")
         image = parse_image(args.image) if args.image else IMAGE
         make_kitti_world(args.out, args.seed, args.size, args.scenes, args.keyframes, args.camera_sweeps or 0, image,
                          args.workers)
         return
     make_world(args.out, args.seed, args.size, args.scenes, args.keyframes, 2 if args.sweeps is None else args.sweeps,
-               args.camera_sweeps, parse_image(args.image or "400x224"), args.workers)
+               args.camera_sweeps, parse_image(args.image or "400x224"), args.workers, args.decoys)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from common.files import InputError, end_with_parent, is_empty, read_json, write
 
 def describe_world(settings: NamedTuple) -> dict:
     """What world.json says."""
-    return {**settings._asdict(), "image": f"{settings.image[1]}x{settings.image[0]}", "generator": "data.driving"}
+    kept = {name: value for name, value in settings._asdict().items() if name != "decoys" or value}
+    return {**kept, "image": f"{settings.image[1]}x{settings.image[0]}", "generator": "data.driving"}
 
 
 def claim_folder(out: Path, settings: NamedTuple) -> bool:

@@ -7,7 +7,7 @@ metres, x, y >= 0, z up, road surface at z = 0.
 import cv2
 import numpy as np
 
-from data.driving.objects import (BENDY, CHILD, PEDESTRIAN, POLICE, SCOOTER, WORKER, Model, barrier, bicycle,
+from data.driving.objects import (BENDY, CHILD, DECOYS, PEDESTRIAN, POLICE, SCOOTER, WORKER, Model, barrier, bicycle,
                           bus, car, cone, construction, debris, dog, motorcycle, pedestrian, pushable, rack, stroller,
                           trailer, truck)
 from data.render import ELLIPSOID, PrimitiveList, Primitives, Scene, corners
@@ -20,10 +20,13 @@ from data.driving.traffic import Actor, Path, clashes, make_network, make_path, 
 class City:
     """One scene. `actors[0]` is ego (no primitives); all others are annotated objects with instance = their index."""
 
-    def __init__(self, seed_words: list[int], duration: float, singapore: bool, turn: int = 0, shown: bool = False):
+    def __init__(self, seed_words: list[int], duration: float, singapore: bool, turn: int = 0, shown: bool = False,
+                 decoys: bool = False):
         """duration [s]; turn 0..6: whose turn it is to have certain rare classes for sure (`_rare_things`). shown: the
-        street shows how fast to drive, and no class is mostly parked (data/driving/__init__.py)."""
+        street shows how fast to drive, and no class is mostly parked (data/driving/__init__.py). decoys: more things
+        that share the words of rare classes (`objects.DECOYS`)."""
         r = np.random.default_rng(seed_words)
+        self.decoys = np.random.default_rng([*seed_words, 77]) if decoys else None
         self.turn, self.shown = turn, shown
         self.rng, self.duration = r, duration
         self.size = 300.0 + 12 * max(duration - 2, 0)
@@ -97,6 +100,8 @@ class City:
             self._park(model, x, y, yaw, "vehicle.stopped", margin=0.1)
         near = self._ego_places(ego_path, ego_start)
         self._rare_things(near)
+        if self.decoys is not None:
+            self._stand_decoys(near)
         self._parked()
         self._walkers()
 
@@ -174,6 +179,18 @@ class City:
         for place in places[:int(r.poisson(1.0))]:                # single cones at the kerb
             x, y, yaw = self._kerb(place, -0.35)
             self._park(cone(r), x, y, yaw, margin=0.05)
+
+    def _stand_decoys(self, places: list) -> None:
+        """Of each kind of decoy one or two, bollards more, at the kerbs that ego passes."""
+        r = self.decoys
+        for make, count in zip(DECOYS, (r.integers(1, 3), r.integers(1, 3), r.integers(4, 9)), strict=True):
+            for _ in range(count):
+                model = make(r)
+                for k in r.permutation(len(places)):
+                    x, y, yaw = self._kerb(places[k], model.size[1] / 2 + r.uniform(0.3, 1.2))
+                    yaw += r.normal(0, 0.05)
+                    if not self._near_junction(x, y, 6) and self._park(model, x, y, yaw, "", 0.1, 0.1):
+                        break
 
     def _bay_holds(self, place: tuple[int, float, int], width: float) -> bool:
         """Whether a vehicle parked there leaves the lane free."""

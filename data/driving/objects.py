@@ -116,6 +116,43 @@ def truck(r) -> Model:
     return p.build((l, w, max(h, 2.5)))
 
 
+def cherry_picker(r) -> Model:
+    """A decoy: a truck with an arm and a basket."""
+    p, l, w = Parts(TRUCK, r), r.uniform(6.0, 7.5), 2.3
+    cab = linear(*CAR_PAINTS[r.integers(len(CAR_PAINTS))])
+    arm = linear(0.95, 0.7, 0.1) if r.random() < 0.5 else linear(0.9, 0.9, 0.9)
+    p.box(l / 2 - 0.95, 0, 0.45, 1.9, w * 0.96, 1.1, cab, CAR_BODY)
+    p.box(l / 2 - 0.95, 0, 1.55, 1.8, w * 0.94, 0.95, cab, CAR_CABIN, (0.2, 0.06))
+    p.box(-0.95, 0, 0.55, l - 1.9, w, 0.55, linear(0.3, 0.3, 0.32), STRIPES)
+    p.box(-l / 2 + 1.2, 0, 1.1, 0.7, 0.8, 0.9, arm)
+    p.add(BOX, (-l / 2 + 2.6, 0, 2.6), (1.9, 0.16, 0.18), arm, PLAIN, rot_y(-0.4))
+    p.box(-l / 2 + 4.4, 0, 2.7, 0.8, 1.1, 0.9, arm * 0.8, STRIPES)
+    p.wheels((l / 2 - 1.0, -l / 2 + 1.3), w / 2, 0.45, 0.28)
+    p.brakes(-l / 2 + 0.06, 0.4 * w, 0.75)
+    return p.build((l, w, 3.6))
+
+
+def container(r) -> Model:
+    """A decoy: a long roll-off container on small wheels, without windows; nuScenes calls it debris."""
+    p, l, w, h = Parts(DEBRIS, r), r.uniform(6.6, 9.0), 2.4, r.uniform(2.4, 2.8)
+    color = linear(*[(0.5, 0.2, 0.12), (0.15, 0.3, 0.5), (0.2, 0.4, 0.25)][r.integers(3)])
+    p.box(0, 0, 0.3, l, w, h - 0.3, color, STRIPES)
+    p.wheels((-l / 2 + 0.4, l / 2 - 0.4), w / 2, 0.17, 0.15)
+    return p.build((l, w, h))
+
+
+def bollard(r) -> Model:
+    """A decoy: a pointed post that can be moved, sometimes orange."""
+    p, h = Parts(PUSHABLE, r), r.uniform(0.75, 1.1)
+    color = linear(*[(0.95, 0.35, 0.05), (0.85, 0.85, 0.85), (0.75, 0.1, 0.1), (0.12, 0.12, 0.13)][r.integers(4)])
+    p.add(CYLINDER, (0, 0, 0.41 * h), (0.11, 0.11, 0.41 * h), color)
+    p.add(CYLINDER, (0, 0, 0.91 * h), (0.11, 0.11, 0.09 * h), color * 0.6, PLAIN, None, (0.8, 0))
+    return p.build((0.3, 0.3, h))
+
+
+DECOYS = (cherry_picker, container, bollard)  # they share words with held-out kinds, each with one
+
+
 def bus(r, semantic: int = BUS) -> Model:
     """Rigid, double-decked or bendy."""
     l, w, h = r.uniform(10, 12.3), 2.55, r.choice([3.1, 3.4, 4.2])

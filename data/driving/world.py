@@ -40,6 +40,7 @@ class Settings(NamedTuple):
     sweeps: int
     camera_sweeps: int
     image: tuple[int, int]
+    decoys: bool = False
 
 
 # --- one scene --------------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ class Recorder:
         self.location = LOCATIONS[MINI_LOCATIONS.get(self.name, place)]
         duration = 0.5 * (settings.keyframes - 1)
         self.city = City([seed, self.number], duration, not self.location.startswith("boston"), self.number % 7,
-                         settings.size == "questions")
+                         settings.size == "questions", settings.decoys)
         self.rng = np.random.default_rng([seed, self.number, 1])
         self.id = lambda *words: token(seed, self.name, *words)    # noqa: E731
         hour = {"night": 20, "dusk": 18}.get(self.city.weather, int(self.rng.integers(9, 17)))
@@ -348,7 +349,7 @@ def scene_names(size: str, scenes: int | None) -> list[str]:
 
 def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int | None = None,
                keyframes: int | None = None, sweeps: int = 2, camera_sweeps: int | None = None,
-               image: tuple[int, int] = (224, 400), workers: int | None = None) -> Path:
+               image: tuple[int, int] = (224, 400), workers: int | None = None, decoys: bool = False) -> Path:
     """Writes the world into `out` unless it is there already. image is (H, W). Returns `out`.
 
     A finished world with the same settings is left alone; an unfinished one goes on with the scenes that it lacks.
@@ -372,7 +373,8 @@ def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int |
             raise InputError(f"{flag} {value}: it must be from {low} to {high}")
     if camera_sweeps not in (0, 2):
         raise InputError(f"--camera-sweeps {camera_sweeps}: it is 0, or 2 (one before and one after each keyframe)")
-    settings = Settings(seed, size, version, scene_names(size, scenes), keyframes, sweeps, camera_sweeps, tuple(image))
+    settings = Settings(seed, size, version, scene_names(size, scenes), keyframes, sweeps, camera_sweeps, tuple(image),
+                        decoys)
     if not claim_folder(out, settings):
         print(f"world {out}: there already ({len(settings.scenes)} scenes x {keyframes} keyframes)")
         return out

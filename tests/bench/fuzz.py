@@ -525,7 +525,8 @@ def main() -> None:
         command = [sys.executable, "-m", "tests.bench.fuzz", "--first", first, "--inputs", args.inputs]
         command += ["--seed", args.seed, "--seconds", args.seconds]
         command += ["--only", *args.only] if args.only else []
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        said = tempfile.TemporaryFile("w+")  # not a pipe: libpng's warnings would fill it
+        pipes = {"stdout": subprocess.PIPE, "stderr": said, "text": True}
         process = subprocess.Popen([*map(str, command)], cwd=ROOT, **pipes)
         while True:
             if not select.select([process.stdout], [], [], 6 * args.seconds + 60)[0]:
@@ -546,8 +547,11 @@ def main() -> None:
                     print(f"{key}   (--only '{name}' --at {number})", flush=True)
             if first % 10_000 == 0:
                 print(f"{first} inputs, {time.time() - begun:.0f} s: {dict(ends)}", flush=True)
-        tail = process.stderr.read()[-2000:]
-        if process.wait() != 0:
+        code = process.wait()
+        said.seek(0)
+        tail = said.read()[-2000:]
+        said.close()
+        if code != 0:
             if first == start:
                 sys.exit(f"no input was read: {tail}")
             print(f"the process ended at input {first} with {process.returncode}: {tail[-600:]}", flush=True)
