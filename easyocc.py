@@ -91,7 +91,7 @@ class Config:
     past_frames: int = 13  # Sec. 2.1: past keyframes, 6.5 s
     dynamic_ids: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 9, 10)  # assumption: classes dropped from past frames
     clamp_oob: bool = True  # assumption from the paper's figure: points beyond the grid land in its border
-    free_mode: Literal["unhit", "carved", "beyond"] = "unhit"  # assumption; see Keyframes.target
+    free_unseen: float = 1.0  # assumption: share of the cells no ray crossed that count as free; 0: carved ones
     outlier_nb: int = 20  # assumption: neighbours in Open3D's statistical filter; 0: no filter
     map_stride: tuple[int, int] = (1, 1)  # every n-th row and column is back-projected; tiny: CPU
     map_fill: float = 0.0  # [m] ours: points between the far-apart rows of small maps; 0: none
@@ -127,7 +127,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        clamp_oob=False, free_mode="beyond", outlier_nb=0, map_stride=(1, 4), map_fill=0.4, image_size=(112, 200),
+        clamp_oob=False, free_unseen=0.05, outlier_nb=0, map_stride=(1, 4), map_fill=0.4, image_size=(112, 200),
         backbone="street-depth+frozen", channels=32, cnn3d="unet", cnn_channels=(24, 48, 96), gates=True,
         grid_stride=(2, 2, 1), lift_stride=(2, 2, 2), logit_norm=False, norm="group", steps=450,
         optimizer="muon", lr=1e-2, weight_decay=0.6, schedule="cosine", warmup=20, grad_clip=5.0, jitter=1.0,
@@ -232,8 +232,8 @@ def pseudo_labels(dataset: NuScenesOccupancy, indices: list[int], labeler, cfg: 
         past.append(now)
 
 
-FIELDS = ("past_frames", "dynamic_ids", "clamp_oob", "outlier_nb", "map_stride", "map_fill")
-LABELS = LabelMaker(pseudo_labels, FIELDS)  # labels follow these fields
+FIELDS = ("past_frames", "dynamic_ids", "clamp_oob", "outlier_nb", "map_stride", "map_fill")  # labels follow
+LABELS = LabelMaker(pseudo_labels, FIELDS)
 
 # --- 2.2  Network: image features -> voxels -> 3D CNN -> 18 logits ------------------------------------------
 
@@ -271,7 +271,7 @@ class OccupancyNet(nn.Module):
         self.position = nn.Parameter(first)  # (V, C)
         self.register_buffer("place", coordinates(unit) if cfg.gates else unit[:, :0], persistent=False)
         cnn3d = StackedHourglass if cfg.cnn3d == "hourglass" else UNet3D
-        more = C + 3 if self.bins else 0  # features lifted to their depth, three channels of it
+        more = C + 2 if self.bins else 0  # the features that stop in the cell, two channels of depth
         self.cnn = cnn3d(C + self.place.shape[1] + more, cfg.cnn_channels, cfg.norm)
         cells_in = math.prod(self.split)  # predicted cells in a lifted one
         self.channels = 32 if self.bins else cfg.cnn_channels[0] // (2 if cells_in > 1 else 1)
@@ -339,20 +339,14 @@ class Keyframes:
     def __init__(self, dataset: NuScenesOccupancy, labels: Path, cfg: Config):
         self.dataset, self.labels, self.cfg, self.views = dataset, labels, cfg, None  # views: cached features
 
-    def target(self, i: int) -> Tensor:
-        """The label of keyframe i on the network's cells, uint8, 255 ignored.
-
-        free_mode unhit: what no point hit is free. carved: of that, what no ray crossed is ignored. beyond: it
-        is free after all where no neighbour is known, so that a surface is ignored only one cell deep.
-        """
+    def target(self, i: int, rng: np.random.Generator | None = None) -> Tensor:
+        """The label of keyframe i on the network's cells, uint8, 255 ignored. rng: draws the unseen free ones."""
         target, seen = (torch.from_numpy(a) for a in read_label(self.labels, self.dataset, i, "mask_camera"))
-        if self.cfg.free_mode != "unhit":
-            target = target.masked_fill((target == FREE) & (seen == 0), IGNORE)
-        cells = coarsen(target, self.cfg.grid_stride, FREE)
-        if self.cfg.free_mode == "beyond":
-            known = F.max_pool3d((cells != IGNORE).float()[None, None], 3, stride=1, padding=1)[0, 0] > 0
-            cells = cells.masked_fill((cells == IGNORE) & ~known, FREE)
-        return cells
+        if self.cfg.free_unseen == 1:
+            return coarsen(target, self.cfg.grid_stride, FREE)
+        cells = coarsen(target.masked_fill((target == FREE) & (seen == 0), IGNORE), self.cfg.grid_stride, FREE)
+        counted = torch.from_numpy((rng or np.random.default_rng(i)).random(cells.shape)) < self.cfg.free_unseen
+        return torch.where((cells == IGNORE) & counted, FREE, cells).to(torch.uint8)
 
     def class_weight(self) -> Tensor:
         """(18,): how much the loss counts a class, by its share of the labels."""
@@ -362,7 +356,7 @@ class Keyframes:
         item = self.views(i) if self.views else verbs.inputs(self.dataset[i])
         if not self.views and rng.random() < self.cfg.jitter:
             item["images"] = colour_jitter(item["images"], rng)
-        return item | {"target": self.target(i)}
+        return item | {"target": self.target(i, rng)}
 
 
 # --- 5  Train -----------------------------------------------------------------------------------------------
@@ -374,7 +368,7 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, network=O
 
     network, items, loss: an experiment's own, such as a rendering host whose terms join (9): (5).
     """
-    source = verbs.source(dataset, labels, "none" if cfg.free_mode == "unhit" else "seen by label's rays")
+    source = verbs.source(dataset, labels, "none" if cfg.free_unseen == 1 else "seen by label's rays")
     run = Session(args, cfg, args.out, samples=len(dataset), batch=cfg.batch, steps=cfg.steps,
                   epochs=cfg.epochs, source=source, amp=cfg.amp)
     if run.finished:

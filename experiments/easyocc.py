@@ -63,7 +63,7 @@ CLAIMS = {
     "unmasked": Claim(
         "unmasked", "(d) without a mask EasyOcc beats OccNeRF, whether un-hit voxels count as free or only "
                     "carved ones do",
-        {"easyocc unhit": EASY | {"free_mode": "unhit"}, "easyocc carved": EASY | {"free_mode": "carved"},
+        {"easyocc unhit": EASY | {"free_unseen": 1.0}, "easyocc carved": EASY | {"free_unseen": 0.0},
          "occnerf": HOST},
         (("easyocc unhit", "occnerf"), ("easyocc carved", "occnerf")), metric="miou_none",
         gates=(LEARNS._replace(metric="occnerf:miou_none", than="constant_miou_none"),)),
@@ -137,8 +137,8 @@ class RayFrames(E.Keyframes):
         self.maps, self.past, self.pseudo = make_labeler("files", dataset, maps=labels / "maps"), past, pseudo
         self.ray_weight = class_weights(self.on_rays(self.maps(i))[0] for i in range(len(dataset)))
 
-    def target(self, i: int) -> Tensor:
-        return super().target(i) if self.pseudo else torch.empty(0, dtype=torch.uint8)
+    def target(self, i: int, rng: np.random.Generator | None = None) -> Tensor:
+        return super().target(i, rng) if self.pseudo else torch.empty(0, dtype=torch.uint8)
 
     def class_weight(self) -> Tensor:
         return super().class_weight() if self.pseudo else self.ray_weight

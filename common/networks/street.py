@@ -131,13 +131,9 @@ class StreetFeatures(nn.Module):
 
 
 def lift_at_depth(context: Tensor, p: Tensor, centers: Tensor, K: Tensor, T_ref_cam: Tensor) -> Tensor:
-    """LSS' lifting by the depth that street-depth knows: context (B, N, C, h, w), p (B, N, 32, h, w) -> (B, V, C + 3).
-
-    The last channels: p / max p, how probably the surface is nearer, p.
-    """
-    curves = [torch.cat([depth_curves(d), d[:, None].float()], 1) for d in p]
-    frames = zip(context, curves, K, T_ref_cam, strict=True)
-    return torch.stack([lift(f, c, centers, k, T, depth_share) for f, c, k, T in frames])
+    """LSS' lifting by the depth that street-depth knows: context (B, N, C, h, w), p (B, N, 32, h, w) -> (B, V, C + 2)."""
+    frames = zip(context, p, K, T_ref_cam, strict=True)
+    return torch.stack([lift(f, depth_curves(d), centers, k, T, depth_share) for f, d, k, T in frames])
 
 
 class Evidence(nn.Module):
@@ -151,14 +147,14 @@ class Evidence(nn.Module):
     def __init__(self, grid: VoxelGrid, channels: int):
         super().__init__()
         self.register_buffer("centers", grid.centers().view(-1, 3), persistent=False)  # (V, 3) [m]
-        self.weigh = nn.Linear(18 + 5, channels)
+        self.weigh = nn.Linear(18 + 4, channels)
         self.height = nn.Parameter(torch.zeros(grid.shape[2], channels))
 
     def forward(self, x: Tensor, classes: Tensor, p: Tensor, K: Tensor, T_ref_cam: Tensor) -> Tensor:
         """x (B, C, X, Y, Z), probabilities of classes (B, N, 18, h, w) and depth (B, N, 32, h, w) -> as x."""
-        shown = lift_at_depth(classes, p, self.centers, K, T_ref_cam)  # (B, V, 18 + 3)
-        here, before = shown[..., 18:19], shown[..., 19:20]  # a surface here, one that hides it
-        shown = torch.cat([(torch.cat([shown, 1 - before], -1) + 1e-3).log(), here], -1)  # (B, V, 18 + 5)
+        shown = lift_at_depth(classes, p, self.centers, K, T_ref_cam)  # (B, V, 18 + 2)
+        here, before = shown[..., 18:19], shown[..., 19:]  # a surface here, one that hides it
+        shown = torch.cat([(torch.cat([shown, 1 - before], -1) + 1e-3).log(), here], -1)  # (B, V, 18 + 4)
         shown = self.weigh(shown).unflatten(1, x.shape[2:])  # (B, X, Y, Z, C)
         return (x.movedim(1, -1) + shown + self.height).relu().movedim(-1, 1)
 
