@@ -125,7 +125,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         name, self.frozen, self.channels, self.patch = name.removesuffix("+frozen"), name.endswith("+frozen"), channels, 1
-        self.bins = 0  # of the depth that the backbone knows
+        self.known: list[int] = []  # channels of the probabilities that street-depth knows
         if name == "conv":
             self.backbone, self.neck = ConvBackbone(channels, norm), None
         elif name in STREET:
@@ -133,7 +133,7 @@ class ImageEncoder(nn.Module):
 
             self.backbone = StreetFeatures(name, pretrained)
             self.neck = nn.Conv2d(KNOWN[name], channels, 1)
-            self.bins = KNOWN[name] - KNOWN["street"]
+            self.known = [18, bins] if (bins := KNOWN[name] - KNOWN["street"]) else []
         else:
             self.backbone, (fine, coarse) = load_backbone(name, pretrained)
             config = getattr(self.backbone, "config", None)
@@ -176,8 +176,8 @@ class ImageEncoder(nn.Module):
         seen = self.see(x) if x.shape[1] == 3 else x
         if self.neck is None:
             features = seen
-        elif known:
-            features = torch.cat([self.neck(seen), seen[:, -18 - self.bins :]], 1)
+        elif known and self.known:
+            features = torch.cat([self.neck(seen), seen[:, -sum(self.known) :]], 1)
         else:
             features = self.neck(*seen, (-(-h // 4), -(-w // 4))) if isinstance(self.neck, UpNeck) else self.neck(seen)
         return features.unflatten(0, lead)  # (..., C, H/4, W/4)

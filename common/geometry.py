@@ -150,7 +150,7 @@ def unproject_cells(z: Tensor, K: Tensor, T_ref_cam: Tensor, size: tuple[int, in
 
 
 def image_rays(depth: Tensor, K: Tensor, T_ref_cam: Tensor, stride: int, known: Tensor,
-               short: float) -> tuple[Tensor, Tensor]:
+               short: float = 0.7) -> tuple[Tensor, Tensor]:
     """Rays of every `stride`-th pixel that has a depth: origins (R, 3), ends (R, 3) [m] in ref.
 
     depth (N, h, w) [m], 0 = none; K (N, 3, 3) at the maps' resolution, T_ref_cam (N, 4, 4). known (N, h, w) bool: a
@@ -668,6 +668,12 @@ def fold(fine: Tensor, stride: tuple[int, int, int]) -> Tensor:
     for axis, f in zip((1, 3, 5), stride, strict=True):
         fine = fine.unflatten(axis, (-1, f))                                                 # (B, X, fx, Y, fy, Z, fz)
     return fine.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3)
+
+
+def divide(x: Tensor, split: tuple[int, int, int]) -> Tensor:
+    """(B, sx sy sz C, X, Y, Z) -> (B, C, X sx, Y sy, Z sz): a cell's channels become the cells in it, channels last."""
+    x = x.unflatten(1, (*split, -1)).permute(0, 5, 1, 6, 2, 7, 3, 4)  # (B, X, sx, Y, sy, Z, sz, C)
+    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 
 
 def refine(coarse: Tensor, shape: tuple[int, int, int]) -> Tensor:

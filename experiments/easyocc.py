@@ -137,11 +137,8 @@ class RayFrames(E.Keyframes):
         self.maps, self.past, self.pseudo = make_labeler("files", dataset, maps=labels / "maps"), past, pseudo
         self.ray_weight = class_weights(self.on_rays(self.maps(i))[0] for i in range(len(dataset)))
 
-    def target(self, i: int, rng: np.random.Generator | None = None) -> Tensor:
-        return super().target(i, rng) if self.pseudo else torch.empty(0, dtype=torch.uint8)
-
-    def class_weight(self) -> Tensor:
-        return super().class_weight() if self.pseudo else self.ray_weight
+    def target(self, i: int) -> Tensor:
+        return super().target(i) if self.pseudo else torch.empty(0, dtype=torch.uint8)
 
     def on_rays(self, maps: Maps) -> tuple[Tensor, Tensor]:
         """Semantic and depth maps (N, h, w) at the pixels of `RAYS`."""

@@ -127,10 +127,20 @@ def test_pseudo_loss_by_hand():
     """(9) is the weighted mean of -log p plus Lovasz; (8)'s affinity terms come in by their weight alone."""
     logits, target = torch.randn(2, 18, 3, 4, 2), torch.randint(0, 18, (2, 3, 4, 2), dtype=torch.uint8)
     target[0, 0, 0] = 255
-    weight, tiny = torch.rand(18) + 0.1, E.PRESETS["tiny"]
+    weight, tiny = torch.rand(18) + 0.1, replace(E.PRESETS["tiny"], l_lov=1.0, l_free=0.0)
     terms = E.pseudo_loss(logits, {"target": target}, weight, tiny)
     assert terms.keys() == {"ce", "lov"}
     one = [F.cross_entropy(x[None], y[None].long(), weight, ignore_index=255) for x, y in zip(logits, target)]
     assert torch.allclose(terms["ce"], torch.stack(one).mean(), atol=1e-6)
     eighth = E.pseudo_loss(logits, {"target": target}, weight, replace(tiny, l_ce=100, l_lov=0.0, l_scal=1))
     assert torch.allclose(eighth["ce"], 100 * terms["ce"]) and eighth["lov"] == 0 and eighth["scal"] > 0
+    p, free = logits.softmax(1), target == 17
+    apart = []  # free against occupied, free counted three times; the classes of what is occupied
+    for x, y, f in zip(p, target, free):
+        x, taken = x.flatten(1), ~f.flatten() & (y.flatten() != 255)
+        first = -3 * x[17, f.flatten()].log().sum() - (1 - x[17, taken]).log().sum()
+        second = -(x[y.flatten()[taken].long(), taken] / (1 - x[17, taken])).log()
+        heavy = weight[y.flatten()[taken].long()]
+        apart.append(first / (3 * f.sum() + taken.sum()) + (heavy * second).sum() / heavy.sum())
+    factored = E.pseudo_loss(logits, {"target": target}, weight, replace(tiny, l_free=3.0))
+    assert torch.allclose(factored["ce"], torch.stack(apart).mean(), atol=1e-5) and factored["lov"] == terms["lov"]

@@ -2,14 +2,13 @@
 
 import math
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_lidar import camera
 
-from common.geometry import invert, project
+from common.geometry import divide, invert, project
 from common.networks import lss
 
 SMALL = lss.Sizes(8, (1.0, 45.0, 1.0), (8, 16), (4, 4, 2), (2, 2, 2), "group")
@@ -47,7 +46,7 @@ def test_lifting_with_a_sharp_depth_keeps_the_voxel_at_that_depth():
 
 def test_split_cells_lie_where_their_lifted_cell_does():
     x = torch.arange(4 * 3 * 5 * 2.0).view(1, 4, 3, 5, 2)  # (B, sx sy sz C, X', Y', Z')
-    out = lss.LiftNet.divide(SimpleNamespace(split=(2, 2, 1), channels=1), x)
+    out = divide(x, (2, 2, 1))
     assert out.shape == (1, 1, 6, 10, 2)
     assert out[0, 0, 3, 6, 1] == x[0, 2, 1, 3, 1] and out[0, 0, 2, 7, 0] == x[0, 1, 1, 3, 0]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.backbones import ImageEncoder, UNet3D
-from common.geometry import OCC3D, coordinates, invert, project, scale_to, where_true
+from common.geometry import OCC3D, coordinates, divide, invert, project, scale_to, where_true
 
 Bins = tuple[float, float, float]  # [m] first, last, step
 
@@ -102,13 +102,7 @@ class LiftNet(nn.Module):
         lower, upper = centers.new_tensor(self.grid.lower), centers.new_tensor(self.grid.upper)
         place = coordinates(2 * (centers - lower) / (upper - lower) - 1).expand(len(volume), -1, -1)
         x = torch.cat([torch.stack(volume), place], -1).unflatten(1, self.lifted.shape).movedim(-1, 1)
-        return self.divide(self.spread(self.cnn(x))), depth  # x (B, C + 7, X', Y', Z')
-
-    def divide(self, x: Tensor) -> Tensor:
-        """(B, sx sy sz C, X', Y', Z') on the lifted cells -> (B, C, X, Y, Z) on the cells in them."""
-        x = x.unflatten(1, (*self.split, self.channels))  # (B, sx, sy, sz, C, X', Y', Z')
-        x = x.permute(0, 5, 1, 6, 2, 7, 3, 4)  # (B, X', sx, Y', sy, Z', sz, C)
-        return x.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)  # channels last in memory
+        return divide(self.spread(self.cnn(x)), self.split), depth  # x (B, C + 7, X', Y', Z')
 
     def voxels(self, batch: dict) -> Tensor:
         """The network protocol's features."""
