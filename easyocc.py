@@ -72,8 +72,8 @@ from common.backbones import ImageEncoder, UNet3D, norm_layer
 from common.engine import Session, stack
 from common.frozen import frozen_views
 from common.geometry import (OCC3D, VoxelGrid, between_rows, coarsen, coordinates, divide, image_rays,
-                             inliers, invert, pixel_centers, project, range_gates, refine, scale_to,
-                             transform, traversed, unproject, where_true)
+                             inliers, invert, pixel_centers, project, range_gates, scale_to, transform,
+                             traversed, unproject, where_true)
 from common.kernels.voxel_vote import voxel_vote
 from common.labels import IGNORE, LabelMaker, class_weights, read_label
 from common.losses import cross_entropy, geo_scal, lovasz_softmax, occupancy_cross_entropy, sem_scal
@@ -139,7 +139,6 @@ PRESETS = {
 
 class Cloud(NamedTuple):
     """P^sem: semantic points of one keyframe or of several."""
-
     points: Tensor  # (M, 3) [m]
     label: Tensor  # (M,) uint8, 0..16
 
@@ -188,9 +187,8 @@ def aggregate(current: Cloud, past: list[Cloud], dynamic_ids: tuple[int, ...]) -
     -> the union, and (M,) bool: from the current frame. No future frame, no tracking, no re-alignment.
     """
     static = [~torch.isin(cloud.label, torch.tensor(dynamic_ids, dtype=torch.uint8)) for cloud in past]
-    points = [current.points, *(cloud.points[s] for cloud, s in zip(past, static, strict=True))]
-    label = [current.label, *(cloud.label[s] for cloud, s in zip(past, static, strict=True))]
-    cloud = Cloud(torch.cat(points), torch.cat(label))
+    clouds = [current, *(Cloud(c.points[s], c.label[s]) for c, s in zip(past, static, strict=True))]
+    cloud = Cloud(*(torch.cat(x) for x in zip(*clouds, strict=True)))
     return cloud, torch.arange(len(cloud.points)) < len(current.points)
 
 
@@ -262,18 +260,17 @@ class OccupancyNet(nn.Module):
         self.register_buffer("centers", centers, persistent=False)  # (V, 3) [m]
         norm2d = "group" if cfg.backbone == "conv" else "instance"
         self.encoder = ImageEncoder(cfg.backbone, cfg.channels, norm2d, pretrained)
-        self.known, C = self.encoder.known, cfg.channels  # its channels of class and depth: ours, tiny
+        self.known, C = self.encoder.known, cfg.channels  # known: channels of class and depth; ours, tiny
         first = range_gates(centers, C) if cfg.gates and not self.known else torch.ones(len(centers), C)
         self.position = nn.Parameter(first)  # (V, C)
         self.register_buffer("place", coordinates(unit) if cfg.gates else unit[:, :0], persistent=False)
-        cnn3d = StackedHourglass if cfg.cnn3d == "hourglass" else UNet3D
-        more = C + 2 if self.known else 0  # the features that stop in the cell, two channels of depth
-        self.cnn = cnn3d(C + self.place.shape[1] + more, cfg.cnn_channels, cfg.norm)
-        cells_in, C = math.prod(self.split), cfg.cnn_channels[0]  # predicted cells in a lifted one
-        self.channels = cfg.channels if self.known else C // (2 if cells_in > 1 else 1)
-        self.spread = nn.Conv3d(C, n, 1) if (n := self.channels * cells_in) != C else nn.Identity()
+        C += self.place.shape[1] + (C + 2 if self.known else 0)  # + 2: lift_at_depth's curves
+        self.cnn = (StackedHourglass if cfg.cnn3d == "hourglass" else UNet3D)(C, cfg.cnn_channels, cfg.norm)
+        inner, C = math.prod(self.split), cfg.cnn_channels[0]  # predicted cells in a lifted one
+        self.channels = cfg.channels if self.known else C // (2 if inner > 1 else 1)
+        self.spread = nn.Conv3d(C, self.channels * inner, 1) if inner > 1 or self.known else nn.Identity()
         self.evidence = Evidence(self.grid, self.channels) if self.known else None
-        self.classify = nn.Conv3d(self.channels, classes, 1)
+        self.classify, self.apart = nn.Conv3d(self.channels, classes, 1), cfg.l_free > 0
         self.logit_norm = norm_layer(cfg.norm, classes, 3) if cfg.logit_norm else nn.Identity()
 
     def lifted_cells(self, cfg: Config) -> tuple[tuple[int, int, int], Tensor, Tensor]:
@@ -380,9 +377,12 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, network=O
 
 @torch.no_grad()
 def predict(net: OccupancyNet, frame: Frame) -> np.ndarray:
-    """One keyframe -> ids on the Occ3D grid (200, 200, 16) uint8: each voxel takes its cell's best class."""
+    """One keyframe -> the best class of each voxel of the Occ3D grid (200, 200, 16) uint8."""
     logits = net(stack([verbs.inputs(frame)], net.position.device))  # (1, 18, X, Y, Z)
-    return refine(logits[0].argmax(0).to(torch.uint8), OCC3D.shape).cpu().numpy()
+    logits = F.interpolate(logits, OCC3D.shape, mode="trilinear")[0]  # at the voxels
+    best, ids = logits[:FREE].max(0)
+    taken = logits[:FREE].logsumexp(0) if net.apart else best  # apart: its classes together against free
+    return torch.where(taken < logits[FREE], FREE, ids).to(torch.uint8).cpu().numpy()
 
 
 def main() -> None:
