@@ -129,8 +129,8 @@ PRESETS = {
         clamp_oob=False, free_unseen=0.001, outlier_nb=0, map_stride=(1, 4), map_fill=0.4,
         image_size=(112, 200), backbone="street-depth+frozen", channels=32, cnn3d="unet",
         cnn_channels=(24, 48, 96), gates=True, grid_stride=(2, 2, 1), lift_stride=(2, 2, 2), logit_norm=False,
-        norm="group", l_lov=0.5, l_free=4.0, steps=300, optimizer="muon", lr=2e-2, weight_decay=0.2, schedule="cosine",
-        warmup=20, grad_clip=5.0, jitter=1.0, amp="off"),
+        norm="group", l_lov=0.5, l_free=4.0, steps=300, optimizer="muon", lr=2e-2, weight_decay=0.2,
+        schedule="cosine", warmup=20, grad_clip=5.0, jitter=1.0, amp="off"),
     "base": Config(image_size=(256, 704), batch=2, grid_stride=(2, 2, 1), lift_stride=(1, 1, 2)),  # 24 GB GPU
     "paper": Config(),
 }
