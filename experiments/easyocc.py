@@ -45,7 +45,8 @@ EASY, HOST, BOTH, RENDERED = ({"network": n} for n in ("easyocc", "occnerf", "oc
 CLAIMS = {
     "transfer": Claim(
         "transfer", "(a) pseudo-labels improve the rendering host: OccNeRF < OccNeRF + labels",
-        {"occnerf": HOST, "occnerf+labels": BOTH}, (("occnerf+labels", "occnerf"),), gates=(LEARNS,),
+        {"occnerf": HOST, "occnerf+labels": BOTH},
+        (("occnerf+labels", "occnerf"), ("occnerf+labels", "occnerf", "rayiou")), gates=(LEARNS,),
         note="OccNeRF never sees metric depth, so this mixes new information with a new loss space; claim "
              "loss-space separates them. In two minutes OccNeRF learns the 2D classes it renders and next to "
              "no geometry."),
@@ -73,6 +74,14 @@ CLAIMS = {
         {"3D labels": EASY, "rendered 2D": RENDERED}, (("3D labels", "rendered 2D"),),
         gates=(LEARNS._replace(metric="rendered 2D:miou_camera"),),
         note="Both arms see the same maps of the same 14 keyframes; the rendered arm draws one a step."),
+    "movers": Claim(
+        "movers", "(g) past points of classes that can move are better dropped than kept",
+        {"dropped": EASY, "kept": EASY | {"dynamic_ids": ()}},
+        (("dropped", "kept"), ("dropped", "kept", "rayiou"))),
+    "lovasz": Claim(
+        "lovasz", "(h) cross-entropy and Lovasz beat cross-entropy alone",
+        {"both": EASY, "cross-entropy": EASY | {"l_lov": 0.0}},
+        (("both", "cross-entropy"), ("both", "cross-entropy", "iou_camera"))),
     "labeler": Claim(
         "labeler", "(f) better 2D maps make better occupancy, depth and semantics apart",
         {f"depth {d}, semantics {s}": {"depth_level": d, "semantic_level": s}
@@ -92,11 +101,14 @@ class Host(E.OccupancyNet):
     contracted.
 
     In training it returns the logits of its own cells, which are rendered; in evaluation those of `grid`.
+    Class logits are normalised, so a voxel counts as occupied where a ray would more probably stop than not:
+    free's logit alone is the density (7).
     """
 
     def __init__(self, cfg: E.Config, classes: int = 18, pretrained: bool = True, *, ratio: float):
         self.ratio = ratio
         super().__init__(cfg, classes, pretrained)
+        self.apart = True
         with torch.no_grad():  # rays that end at their first samples teach nothing
             self.classify.bias[FREE] = 4.0  # about half of the light passes at first
 
@@ -112,6 +124,7 @@ class Host(E.OccupancyNet):
 
     def forward(self, batch: dict) -> Tensor:
         logits = super().forward(batch)
+        logits = torch.cat([logits[:, :FREE].log_softmax(1), logits[:, FREE:]], 1)
         return logits if self.training else on_grid(logits, self.grid, self.ratio)
 
 
@@ -231,7 +244,7 @@ def labels_of(dataset: NuScenesOccupancy, cfg: E.Config, args: SimpleNamespace,
 
 def run_arm(cfg: E.Config, args: SimpleNamespace) -> Path:
     """Train and evaluate one arm in args.out."""
-    dataset = open_split(args.data_root, args.version, None, cfg.image_size, args.cache)
+    dataset = open_split(args.data_root, args.version, args.train_split, cfg.image_size, args.cache)
     labels = labels_of(dataset, cfg, args)
     network, items, loss = parts(args.network, cfg)
     E.train(cfg, dataset, labels, args, network, items, loss)
@@ -242,7 +255,7 @@ def run_arm(cfg: E.Config, args: SimpleNamespace) -> Path:
     constants = once(args.pool / f"constants-{short_hash([str(test.root), test.version, indices])}.json",
                      lambda: constant_scores(dataset, test, indices, ground_truth(test)))
     report(partial(E.predict, net), dataset=test, train_set=None, out=out, run=args.run, state=state,
-           params=sum(p.numel() for p in net.parameters()), frames=args.eval_frames, rayiou=False,
+           params=sum(p.numel() for p in net.parameters()), frames=args.eval_frames,
            protocol={"mask_train": args.run["data"]["mask_train"], "labels": labels_note(labels)},
            known=constants)
     return out
@@ -295,8 +308,9 @@ def score_labels(dataset: NuScenesOccupancy, labels: Path, indices: list[int]) -
 NETWORKS = Literal["easyocc", "occnerf", "occnerf+labels", "rendered"]
 FLAGS = {name: verbs.FLAGS[name]
          for name in ("workers", "depth-level", "semantic-level", "correlation", "label-seed")}
-FLAGS |= {"eval-frames": verbs.FLAGS["eval-frames"]._replace(default=60),
+FLAGS |= {"eval-frames": verbs.FLAGS["eval-frames"]._replace(default=40),
           "world-size": verbs.FLAGS["world-size"]._replace(default="claims"),
+          "train-split": cli.Flag("what arms learn from; none: the version's own", str | None),
           "network": cli.Flag("what learns", NETWORKS, "easyocc")}
 
 if __name__ == "__main__":

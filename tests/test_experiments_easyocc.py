@@ -59,8 +59,7 @@ def test_claims_run_in_one_process(capsys, monkeypatch):
 
 
 def test_an_unknown_claim_costs_one_line(capsys):
-    assert "one of transfer, streamlined, time, unmasked, loss-space, labeler, start, label-quality" in fails(
-        capsys, "ablate", "--claim", "magic")  # fmt: skip
+    assert f"one of {', '.join(X.CLAIMS)}, label-quality" in fails(capsys, "ablate", "--claim", "magic")
 
 
 def test_the_pure_host_opens_no_label_and_weighs_classes_by_their_pixels(tiny_world, tmp_path):
