@@ -361,7 +361,7 @@ class SemanticKITTI:
         return SemanticKITTI, self._arguments
 
     def _select(self) -> list[str]:
-        """Names of the sequences of the split that the tree has; says when it has only some of them."""
+        """Names of the sequences of the split that the tree has; prints a note if it has only some of them."""
         here = _sequences(self.root, "velodyne")
         official = {name for names in SPLITS.values() for name in names}
         if self.split == "all":
@@ -688,6 +688,7 @@ def check(root: Path | str) -> None:
         late = [f"{name} 1 voxel late" for name, shift in (("packed files", dataset.packed_shift),
                                                            (".label", dataset.label_shift)) if shift]  # fmt: skip
         print(f"order of voxels: {', '.join(late) if late else 'as documented'}")
+        dataset.images(0), dataset.points(0), dataset.labels(0)  # files of another form are refused, as by the commands
     if not count:
         raise InputError(f"{root}: no voxels/*.bin or .label in any sequence; unpack SemanticKITTI's voxel data")
     if missing:

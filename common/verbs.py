@@ -28,7 +28,7 @@ from common.files import InputError, exit_on_input_error, misfit, reading, write
 from common.labels import OPTIONS, WORLD, LabelMaker, labels_note, make_labels
 from common.loose import LooseImages
 from common.nuscenes import Frame, NuScenesOccupancy, open_split
-from common.train import barrier, check_architecture, joined, load_checkpoint, setup, teardown
+from common.train import Run, barrier, check_architecture, joined, load_checkpoint, setup, teardown
 from common.worlds import WORLDS, is_world, make
 
 DATA = "data-root version split"
@@ -37,7 +37,7 @@ VERBS = {
     "world": ("write the synthetic world that the other verbs use (nothing to do if it is there)",
               "out seed world-size"),
     "labels": ("make the labels that training reads", f"out! labeler {DATA} shard cache workers world-size "
-               "depth-level semantic-level correlation label-seed grounding sam depth-model maps"),
+               "depth-level semantic-level correlation label-seed grounding sam depth-model maps pictures"),
     "train": ("learn from the labels; without --labels, default ones are made first",
               f"out {DATA} labels seed steps device resume cache workers world-size"),
     "eval": ("score a run: tables, result.json, pictures",
@@ -110,17 +110,28 @@ def world(cfg: Any, args: Any, kind: str = "driving") -> None:
     make(kind, args.out, size=args.world_size, seed=args.seed)
 
 
+def data_root(args: Any, run: Run, kind: str, **options) -> Path:
+    """--data-root; without it the world that `worlds.make(kind, **options)` writes, by the main process."""
+    if run.is_main and not args.data_root:
+        make(kind, **options)
+    barrier(run)
+    return args.data_root or WORLDS / "-".join(map(str, (kind, *options.values())))
+
+
 def labels(maker: LabelMaker, cfg: Any, args: Any, open_data: Callable = open_split,
            kind: str = "driving") -> None:
     """The verb labels: 2D maps of a labeler -> a label folder."""
     run = setup("cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else joined()
-    if run.is_main and not args.data_root:
-        make(kind, size=args.world_size)
-    barrier(run)
-    root = args.data_root or WORLDS / f"{kind}-{args.world_size}"
+    root = data_root(args, run, kind, size=args.world_size)
     dataset = open_data(root, args.version, args.split, cfg.image_size, args.cache)
     make_labels(maker, dataset, args.labeler, labeler_options(args, None, maker.flags), cfg, args.out,
                 shard=args.shard, workers=args.workers)
+    barrier(run)
+    if run.is_main and not maker.maps and not args.shard[0]:
+        from common.report.pictures import draw_labels
+
+        for path in draw_labels(dataset, args.out, args.pictures, f"{args.method}, labeler {args.labeler}"):
+            print(f"  {path}")
 
 
 def labeler_options(args: Any, labeler: str | None = None, flags: dict = OPTIONS) -> dict[str, Any]:
@@ -133,10 +144,7 @@ def train(maker: LabelMaker, learn: Callable, cfg: Any, args: Any, labeler: str 
           open_data: Callable = open_split, kind: str = "driving") -> None:
     """The verb train: learn(cfg, dataset, labels, args). Without --labels, `labeler` makes some first."""
     run, args.out = setup(args.device), args.out or Path("runs") / args.method
-    if run.is_main and not args.data_root:
-        make(kind, size=args.world_size)
-    barrier(run)
-    root = args.data_root or WORLDS / f"{kind}-{args.world_size}"
+    root = data_root(args, run, kind, size=args.world_size)
     dataset = open_data(root, args.version, args.split, cfg.image_size, args.cache)
     folder = args.labels or args.out / "labels"
     if not args.labels:
@@ -178,7 +186,7 @@ def predict_frames(build: Callable, predict: Callable, cfg: Any, args: Any,
                    open_data: Callable | None = None) -> None:
     """The verb predict: <token>.npz of each frame, PNG sheets and the viewer; no ground truth is read."""
     from common.report.occupancy import spread
-    from common.report.pictures import OCC3D_STYLE, SSC_STYLE, chosen, draw
+    from common.report.pictures import chosen, draw, style_of
 
     net, _, _ = load(build, cfg, args)
     dataset = (open_data or open_eval)(cfg, args)
@@ -189,8 +197,7 @@ def predict_frames(build: Callable, predict: Callable, cfg: Any, args: Any,
     if not run.is_main:
         return
     for path in draw(partial(predict, net), dataset, chosen(len(dataset), args.pictures), args.out,
-                     title=f"{args.method}, {dataset.split}",
-                     style=SSC_STYLE if dataset.version == "semantickitti" else OCC3D_STYLE):
+                     title=f"{args.method}, {dataset.split}", style=style_of(dataset)):
         print(f"  {path}")
     print(f"{args.out}: {len(indices)} predictions")
 
@@ -260,7 +267,7 @@ def open_train(cfg: Any, args: Any, open_data: Callable = open_split) -> Any:
 
 
 def training_protocol(run: dict[str, Any]) -> dict[str, str]:
-    """What result.json's protocol says of a run's training, from its config.json."""
+    """The protocol entries of result.json on a run's training, from its config.json."""
     data = {"mask_train": "none", "protocol": {}} | run["data"]
     return {"mask_train": data["mask_train"], "labels": data["note"] or "none"} | data["protocol"]
 

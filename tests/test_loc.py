@@ -68,7 +68,7 @@ def base(tiny_world, tmp_path_factory):
     data = ["--data-root", tiny_world, "--cache", base / "cache"]
     small = flags(SMALL | {"clip": str(untrained_clip(base / "clip"))})
     for kind, labeler in (("boxes", "lidar"), ("maps", "world")):
-        run("labels", *data, "--split", "all", "--labeler", labeler, "--out", base / kind, *small, *ONE)
+        run("labels", *data, "--split", "all", "--labeler", labeler, "--out", base / kind, *small, "--pictures", 0, *ONE)
     cfg = replace(L.PRESETS["tiny"], **SMALL, clip=str(base / "clip"))
     return SimpleNamespace(root=tiny_world, data=data, small=small, boxes=base / "boxes", maps=base / "maps",
                            cache=base / "cache", cfg=cfg)
@@ -118,7 +118,7 @@ def test_labels_have_the_documented_form_and_resume(base):
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in paths}
     paths[1].unlink()
     for i in range(2):
-        run("labels", *base.data, "--split", "all", "--labeler", "lidar", "--out", base.boxes, *base.small,
+        run("labels", *base.data, "--split", "all", "--labeler", "lidar", "--out", base.boxes, "--pictures", 0, *base.small,
             *ONE, "--shard", f"{i}/2")
     assert paths[1].read_bytes() == before[paths[1]][1]
     assert all(p.stat().st_mtime_ns == before[p][0] for p in paths if p != paths[1])
@@ -165,7 +165,7 @@ def broken(base, tmp_path) -> Path:
 
 
 def labels_of(root: Path, tmp_path: Path, base, labeler: str = "lidar") -> list:
-    return ["labels", "--data-root", root, "--cache", tmp_path / "c", "--split", "all", "--labeler", labeler,
+    return ["labels", "--pictures", 0, "--data-root", root, "--cache", tmp_path / "c", "--split", "all", "--labeler", labeler,
             "--out", tmp_path / "l", *base.small, *ONE]
 
 
@@ -279,7 +279,7 @@ def test_voxel_to_voxel_equals_a_slow_loop():
 def test_image_term_and_rivals_by_hand():
     f, g, w = torch.tensor([[[1.0, 0], [1, 1]]]), torch.tensor([[[0.0, 2], [3, 3]]]), torch.ones(1, 2)
     assert L.image_term(f, g, w).item() == pytest.approx(0.5)  # cosines 0 and 1
-    assert X.pixel_mse(f, g, w).item() == pytest.approx((1 + 4 + 4 + 4) / 2)
+    assert X.pixel_mse(f, g, w).item() == pytest.approx((1 + 4 + 4 + 4) / 4)  # nn.MSELoss
     cosine = X.text_cosine(f, torch.eye(2), torch.tensor([[1, 0]]), w)
     assert cosine.item() == pytest.approx((1 + 1 - 1 / math.sqrt(2)) / 2)
 
@@ -317,7 +317,7 @@ def test_unknown_score_and_decision_by_hand(monkeypatch):
     assert L.decide(heads, prompts, True, how).tolist() == [4, 9]
     assert L.decide(heads, prompts, True, how, "_f").tolist() == [9, 4]
     assert L.decide(heads, prompts, False, how._replace(known_by="language")).tolist() == [4, 11]
-    selfsup = heads._replace(known=None)  # the language head alone names
+    selfsup = heads._replace(class_share=None)  # the language head alone names
     assert L.decide(selfsup, prompts, False, how).tolist() == [4, 11]
     assert "occupancy" not in L.unknown_score(selfsup, text)
 

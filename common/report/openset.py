@@ -74,7 +74,7 @@ def report(read: Read, *, dataset: NuScenesOccupancy, indices: list[int], known:
            out: Path, setting: str, drawn: list[int] = ()) -> dict[str, float]:
     """Score keyframes `indices`, print the table, draw `drawn`, add the scores to `out`; -> the metrics.
 
-    known, novel: Occ3D ids. setting: what the table must say about language and the held-out list.
+    known, novel: Occ3D ids. setting: text on language and the held-out list for the table.
     """
     metrics, sums = score(read, dataset, indices, known, novel)
     if not joined().is_main:  # one process writes
