@@ -41,7 +41,7 @@ def write_episode(folder: Path, cameras: tuple[str, ...], images: np.ndarray, de
     """Writes one demonstration of T frames and V cameras; episode.npz last: a folder with it is whole.
 
     images (T, V, H, W, 3) uint8, depth (T, V, H, W) [m], instances (T, V, H, W) in 0..255 (0 = background, k
-    + 1 = things[k]). arrays, as `read_episode` wants them: actions (T, D), states (T, S), poses (T, n, 4, 4)
+    + 1 = things[k]). arrays, as `read_episode` returns them: actions (T, D), states (T, S), poses (T, n, 4, 4)
     of the n things in base, K, T_base_cam (T, V, ...), things (n,) bytes, instruction and task () bytes.
     """
     for v, camera in enumerate(cameras):

@@ -2,7 +2,7 @@
 
     labeler = make_labeler("lidar", dataset)     # world | foundation | lidar | files
     maps = labeler(i)                            # Maps of dataset frame i, cameras in CAMERAS order
-    labeler.note                                 # what a protocol line must say about these labels
+    labeler.note                                 # text on these labels for the protocol line
 
     world        a synthetic world's exact maps with stated errors (data/driving/label_errors.py)
     foundation   GroundingDINO + SAM with OccNeRF's prompts, and a metric depth model; can keep its maps
@@ -208,7 +208,7 @@ class Lidar:
     Classes come from lidarseg if the tree has it (noise and ego points are dropped). Else they come from the
     boxes: the smallest that holds the point counts, and a box of none of the ten detection classes is 0
     'others'. Outside boxes a point is driveable surface within 0.3 m of a fitted ground plane, 0 otherwise.
-    `note` tells which. Points on the ego's own body are dropped.
+    `note` names the source. Points on the ego's own body are dropped.
     """
 
     def __init__(self, dataset: NuScenesOccupancy, scale: float = 1.0, seen_only: bool = True):

@@ -361,7 +361,7 @@ class SemanticKITTI:
         return SemanticKITTI, self._arguments
 
     def _select(self) -> list[str]:
-        """Names of the sequences of the split that the tree has; says when it has only some of them."""
+        """Names of the sequences of the split that the tree has; prints a note if it has only some of them."""
         here = _sequences(self.root, "velodyne")
         official = {name for names in SPLITS.values() for name in names}
         if self.split == "all":

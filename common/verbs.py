@@ -27,7 +27,7 @@ from common import cli
 from common.files import InputError, exit_on_input_error, misfit, reading, write_npz
 from common.labels import OPTIONS, WORLD, LabelMaker, labels_note, make_labels
 from common.nuscenes import Frame, NuScenesOccupancy, open_split
-from common.train import barrier, check_architecture, joined, load_checkpoint, setup, teardown
+from common.train import Run, barrier, check_architecture, joined, load_checkpoint, setup, teardown
 from common.worlds import WORLDS, is_world, make
 
 DATA = "data-root version split"
@@ -105,14 +105,19 @@ def world(cfg: Any, args: Any, kind: str = "driving") -> None:
     make(kind, args.out, size=args.world_size, seed=args.seed)
 
 
+def data_root(args: Any, run: Run, kind: str, **options) -> Path:
+    """--data-root; without it the world that `worlds.make(kind, **options)` writes, by the main process."""
+    if run.is_main and not args.data_root:
+        make(kind, **options)
+    barrier(run)
+    return args.data_root or WORLDS / "-".join(map(str, (kind, *options.values())))
+
+
 def labels(maker: LabelMaker, cfg: Any, args: Any, open_data: Callable = open_split,
            kind: str = "driving") -> None:
     """The verb labels: 2D maps of a labeler -> a label folder."""
     run = setup("cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else joined()
-    if run.is_main and not args.data_root:
-        make(kind, size=args.world_size)
-    barrier(run)
-    root = args.data_root or WORLDS / f"{kind}-{args.world_size}"
+    root = data_root(args, run, kind, size=args.world_size)
     dataset = open_data(root, args.version, args.split, cfg.image_size, args.cache)
     make_labels(maker, dataset, args.labeler, labeler_options(args, None, maker.flags), cfg, args.out,
                 shard=args.shard, workers=args.workers)
@@ -134,10 +139,7 @@ def train(maker: LabelMaker, learn: Callable, cfg: Any, args: Any, labeler: str 
           open_data: Callable = open_split, kind: str = "driving") -> None:
     """The verb train: learn(cfg, dataset, labels, args). Without --labels, `labeler` makes some first."""
     run, args.out = setup(args.device), args.out or Path("runs") / args.method
-    if run.is_main and not args.data_root:
-        make(kind, size=args.world_size)
-    barrier(run)
-    root = args.data_root or WORLDS / f"{kind}-{args.world_size}"
+    root = data_root(args, run, kind, size=args.world_size)
     dataset = open_data(root, args.version, args.split, cfg.image_size, args.cache)
     folder = args.labels or args.out / "labels"
     if not args.labels:
@@ -255,7 +257,7 @@ def open_train(cfg: Any, args: Any, open_data: Callable = open_split) -> Any:
 
 
 def training_protocol(run: dict[str, Any]) -> dict[str, str]:
-    """What result.json's protocol says of a run's training, from its config.json."""
+    """The protocol entries of result.json on a run's training, from its config.json."""
     data = {"mask_train": "none", "protocol": {}} | run["data"]
     return {"mask_train": data["mask_train"], "labels": data["note"] or "none"} | data["protocol"]
 

@@ -7,12 +7,11 @@
 Arms share the base policy (one for all seeds) and stage 1 in <out>/../arms. Rivals are plug-ins of other
 kinds (PLUGS); `generic` is the control: as many tokens, the same pictures and depth, but no calibration.
 
-In miniature no arm differs from its base, and why is known. The expert has learned from too few frames to use
-what its tokens hold: it closes its fingers 2 to 4 cm beside objects. A regression on the named objects'
-offsets from the hand makes 0.5 to 0.7 of the policy's error after as many frames (python -m
-tests.bench.policy_limit), so there is something to add; but the expert, given the same offsets beside its
-state, solved as many clean episodes after 400 more updates as without them (36 of 96). `token_shift` measures
-how far an arm reads its tokens at all.
+In miniature no arm differs from its base: the expert has learned from too few frames to use the tokens, and
+closes its fingers 2 to 4 cm beside objects. The tokens could help. A regression on the named objects' offsets
+from the hand has 0.5 to 0.7 of the policy's error after as many frames (python -m tests.bench.policy_limit).
+But with the same offsets beside its state, and 400 more updates, the expert solved as many clean episodes (36
+of 96) as without. `token_shift` measures how much an arm's plans depend on its tokens.
 """
 
 import math
@@ -89,8 +88,8 @@ class GenericTokens(nn.Module):
     def __init__(self, cfg: V.Config, c_in: int, c_out: int):
         super().__init__()
         d, sizes = cfg.width, SIZES[cfg.sizes]
-        self.project, self.depth = nn.Sequential(nn.LayerNorm(c_in), nn.Linear(c_in, d)), mlp(sizes.patch**2,
-                                                                                              d, d)
+        self.project = nn.Sequential(nn.LayerNorm(c_in), nn.Linear(c_in, d))
+        self.depth = mlp(sizes.patch**2, d, d)
         self.places = nn.Parameter(0.02 * torch.randn(cfg.views, sizes.grid**2, d))
         self.queries = nn.Parameter(0.02 * torch.randn(V.OBJECTS + V.OCCLUDED * V.QUERIES, d))
         self.layers = nn.ModuleList(Block(d, cfg.heads) for _ in range(cfg.fusion_layers))
@@ -212,7 +211,7 @@ def token_shift(agent: V.Agent, frames: list[Observation]) -> float:
 @torch.no_grad()
 def masked_token_errors(agent: V.Agent, batches: int = 4, size: int = 16,
                         frequencies: int = 10) -> dict[str, float]:
-    """Error (smooth L1) of the predictor at hidden tokens of unseen frames, beside two that know no scene.
+    """Error (smooth L1) of the predictor at hidden tokens of unseen frames, beside two guesses.
 
     ssl_position: a ridge regression of the teacher's features on position and view alone (fitted to other
     frames). ssl_nearest: the teacher's feature of the nearest shown token.
@@ -237,9 +236,8 @@ def masked_token_errors(agent: V.Agent, batches: int = 4, size: int = 16,
             eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
             ridge = torch.linalg.solve(x.mT @ x + 1e-5 * len(x) * eye, x.mT @ y)
         rows = torch.arange(size, device=device)[:, None]
-        apart = torch.cdist(found.points, found.points)
-        # a shown token
-        nearest = apart.masked_fill(hidden.flatten(1)[:, None], torch.inf).argmin(-1)[rows, where]
+        shown = torch.cdist(found.points, found.points).masked_fill(hidden.flatten(1)[:, None], torch.inf)
+        nearest = shown.argmin(-1)[rows, where]
         guesses = predicted, (features[rows, where].double() @ ridge).float(), true[rows, nearest]
         for name, guess in zip(sums, guesses):
             sums[name] += float(F.smooth_l1_loss(guess, target)) / batches

@@ -8,26 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from small_policy import look
 
 from common.demonstrations import DEPTH_UNIT, Demonstrations, read_episode, write_episode
 from common.files import InputError, write_npz
 from common.observation import Observation, check_observation, mirror_intrinsics, stack_observations
 from common.robot import make_environment
-
-
-@pytest.fixture(scope="module")
-def observations():
-    return look()
-
-
-@pytest.fixture(scope="module")
-def tabletop(tmp_path_factory):
-    from data.tabletop import make_world
-
-    out = tmp_path_factory.mktemp("tabletop") / "w"
-    make_world(out, seed=0, demos=1, tasks=("lift_cube", "open_drawer"), size=64, workers=1)
-    return out
 
 
 def open_demos(root) -> Demonstrations:

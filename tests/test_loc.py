@@ -263,7 +263,7 @@ def test_voxel_to_voxel_equals_a_slow_loop():
 def test_image_term_and_rivals_by_hand():
     f, g, w = torch.tensor([[[1.0, 0], [1, 1]]]), torch.tensor([[[0.0, 2], [3, 3]]]), torch.ones(1, 2)
     assert L.image_term(f, g, w).item() == pytest.approx(0.5)  # cosines 0 and 1
-    assert X.pixel_mse(f, g, w).item() == pytest.approx((1 + 4 + 4 + 4) / 2)
+    assert X.pixel_mse(f, g, w).item() == pytest.approx((1 + 4 + 4 + 4) / 4)  # nn.MSELoss
     cosine = X.text_cosine(f, torch.eye(2), torch.tensor([[1, 0]]), w)
     assert cosine.item() == pytest.approx((1 + 1 - 1 / math.sqrt(2)) / 2)
 
@@ -301,7 +301,7 @@ def test_unknown_score_and_decision_by_hand(monkeypatch):
     assert L.decide(heads, prompts, True, how).tolist() == [4, 9]
     assert L.decide(heads, prompts, True, how, "_f").tolist() == [9, 4]
     assert L.decide(heads, prompts, False, how._replace(known_by="language")).tolist() == [4, 11]
-    selfsup = heads._replace(known=None)  # the language head alone names
+    selfsup = heads._replace(class_share=None)  # the language head alone names
     assert L.decide(selfsup, prompts, False, how).tolist() == [4, 11]
     assert "occupancy" not in L.unknown_score(selfsup, text)
 

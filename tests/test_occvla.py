@@ -442,7 +442,7 @@ def test_a_head_keeps_its_best_weights():
     with torch.no_grad():
         net.planner["none"].out[-1].bias += 100
         net.planner["command"].mean += (batch["path"] - net.eval().plan(
-            *net.plan_inputs(net.encode(batch["images"])), batch["ego"], net.planner)["command"])[0]
+            *net.plan_context(net.encode(batch["images"])), batch["ego"], net.planner)["command"])[0]
     net.keep_best(batch)
     assert torch.equal(net.best["none"].out[-1].bias, before)
     assert net.best["none"].error.item() == kept["none"]

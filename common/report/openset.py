@@ -74,7 +74,7 @@ def report(read: Read, *, dataset: NuScenesOccupancy, indices: list[int], known:
            out: Path, setting: str, drawn: list[int] = ()) -> dict[str, float]:
     """Score keyframes `indices`, print the table, draw `drawn`, add the scores to `out`; -> the metrics.
 
-    known, novel: Occ3D ids. setting: what the table must say about language and the held-out list.
+    known, novel: Occ3D ids. setting: text on language and the held-out list for the table.
     """
     metrics, sums = score(read, dataset, indices, known, novel)
     if not joined().is_main:  # one process writes
@@ -346,7 +346,7 @@ def print_table(metrics: dict[str, float], known: list[int], novel: list[int], s
     def line(label: str, values, chance: float | None = None) -> None:
         cells = (v if v == "" else shown(None if v is None else 100 * v)
                  for v in [*values, *([chance] if chance else [])])
-        print(f"    {label:41}" + "".join(f"{cell:>9}" for cell in cells))
+        print(f"    {label:41}" + "".join(f" {cell:>8}" for cell in cells))
 
     def head(label: str, *titles: str) -> None:
         print(f"  {label:43}" + "".join(f"{title:>9}" for title in titles))

@@ -93,8 +93,8 @@ MIRRORED = [CAMERAS.index(re.sub("LEFT|RIGHT", lambda m: {"LEFT": "RIGHT", "RIGH
 
 
 def hold_out(scenes: Sequence[str], n: int, every: int = 10) -> tuple[list[int], list[int]]:
-    """Scene of each of n keyframes -> those to learn from, and at most 256 of each tenth scene, which say
-    when to stop. No scenes: all, none."""
+    """Scene of each of n keyframes -> those to learn from, and at most 256 of each tenth scene, by
+    which training picks its best weights. No scenes: all, none."""
     held = set(list(dict.fromkeys(scenes))[every // 2 :: every])
     apart = [i for i, name in enumerate(scenes) if name in held]
     return [i for i in range(n) if i not in set(apart)], [apart[k] for k in spread(len(apart), 256)]
@@ -614,7 +614,7 @@ def gates(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def print_gates(metrics: dict[str, float]) -> None:
-    """Print what must hold before an arm says anything about a claim."""
+    """Print the conditions on an arm without which it shows nothing about a claim."""
     print("\ngates:")
     for name, value in gates(metrics).items():
         what, least = GATES[name]
