@@ -800,9 +800,10 @@ class Samples:
 
 def inputs(frame: Frame) -> dict[str, Tensor]:
     """What the network reads of a frame: images, K, T_ego_cam, points and the earlier sweeps' history."""
+    if frame.points is None:
+        raise InputError("--images: OccLE reads a LiDAR sweep too; give it with --points FILE")
     history = frame.points[:0] if frame.history is None else frame.history
-    return {"images": torch.as_tensor(frame.images), "K": frame.K, "T_ego_cam": frame.T_ego_cam,
-            "points": frame.points, "history": history}
+    return verbs.inputs(frame) | {"points": frame.points, "history": history}
 
 
 def augment(item: dict[str, Tensor], rng: np.random.Generator, strong: bool, jitter: float = 0.2,
@@ -960,10 +961,9 @@ def for_format(cfg: Config, args) -> Config:
     """The preset's values for the data's format, which the tree decides; a checkpoint's config has them."""
     if args.run is not None:
         return cfg
-    root = getattr(args, "data_root", None)
-    kind = cfg.format if root is None else format_of(root)
+    kind = format_of(args.data_root) if args.data_root else cfg.format
     if "format" in args.given and cfg.format != kind:
-        raise InputError(f"--format {cfg.format}: {root} is {kind}")
+        raise InputError(f"--format {cfg.format}: {args.data_root} is {kind}")
     changes = KITTI[args.preset] if kind == "semantickitti" else {}
     return replace(cfg, format=kind, **{k: v for k, v in changes.items() if k not in args.given})
 
