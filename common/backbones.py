@@ -126,6 +126,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         name, self.frozen, self.channels, self.patch = name.removesuffix("+frozen"), name.endswith("+frozen"), channels, 1
+        self.known: list[int] = []  # channels of the probabilities that street-depth knows
         if name == "conv":
             self.backbone, self.neck = ConvBackbone(channels, norm), None
         elif name in STREET:
@@ -133,6 +134,7 @@ class ImageEncoder(nn.Module):
 
             self.backbone = StreetFeatures(name, pretrained)
             self.neck = nn.Conv2d(KNOWN[name], channels, 1)
+            self.known = [18, bins] if (bins := KNOWN[name] - KNOWN["street"]) else []
         else:
             self.backbone, (fine, coarse) = load_backbone(name, pretrained)
             config = getattr(self.backbone, "config", None)
@@ -164,16 +166,19 @@ class ImageEncoder(nn.Module):
                 x = F.interpolate(x, whole, mode="bilinear", align_corners=False)
             return self.backbone(x).feature_maps
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, known: bool = False) -> Tensor:
         """(..., 3, H, W) -> (..., C, ceil(H/4), ceil(W/4)). ViTs see the image resized to whole patches.
 
-        A street's frozen features (..., K, H/4, W/4), out of a cache, go through the neck alone.
+        A street's frozen features (..., K, H/4, W/4), out of a cache, go through the neck alone. known: behind the C
+        channels come the 18 class probabilities and those of the depth bins that street-depth knows.
         """
         lead, (h, w) = images.shape[:-3], images.shape[-2:]
         x = images.flatten(0, -4)  # (B N, 3, H, W)
         seen = self.see(x) if x.shape[1] == 3 else x
         if self.neck is None:
             features = seen
+        elif known and self.known:
+            features = torch.cat([self.neck(seen), seen[:, -sum(self.known) :]], 1)
         else:
             features = self.neck(*seen, (-(-h // 4), -(-w // 4))) if isinstance(self.neck, UpNeck) else self.neck(seen)
         return features.unflatten(0, lead)  # (..., C, H/4, W/4)
