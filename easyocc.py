@@ -25,28 +25,28 @@ GLOSSARY
     Y           logits         (B, 18, X, Y, Z) 17 classes and free                                       (4)
 
 EQUATION MAP   The paper's numbers are not all public; these are this repository's.
-    (1)  back-projection                          -> backproject
-    (2)  temporal densification                   -> aggregate
-    (3)  voxel vote                               -> vote
-    2.1  the label of a keyframe                  -> pseudo_labels
-    (4)  lifting and 3D CNN                       -> lift, OccupancyNet
-    (5)  rendering host + pseudo-loss             -> train (argument loss; the host: experiments/easyocc.py)
-    (9)  pseudo-loss; (8): GaussianOcc's weights  -> pseudo_loss (--l-ce 100 --l-scal 1)
+    2.1 maps, 2.2 encoder   -> common/labelers.py: Foundation, PROMPTS; common/backbones.py: ImageEncoder
+    (1) to 3D, (2) past     -> backproject, aggregate
+    (3) vote; 2.1  label    -> vote, pseudo_labels
+    (4)  lifting; 3D CNN    -> lift, OccupancyNet; common/networks/occnerf.py: StackedHourglass
+    (5) (6) (7) the host    -> experiments/easyocc.py: host_loss; common/networks/occnerf.py: contract, render
+    (9)  pseudo-loss        -> pseudo_loss (8: --l-ce 100 --l-scal 1; GaussianOcc's CE has no weights)
+    (10) (11) (12) losses   -> common/networks/occnerf.py: photometric_loss, smoothness_loss, semantic_loss
+    (13) of a ray's light   -> common/networks/occnerf.py: entropy_loss, distortion_loss
+    Sec. 6: mIoU, RayIoU    -> common/metrics.py: OccupancyMeter, ray_iou
 
 ASSUMPTIONS    Unpublished; the flag or the line that changes it stands beside.
-    * loss terms and weights: class-weighted cross-entropy + Lovasz, 1:1             --l-ce --l-lov --l-scal
-    * class weights are freq^-0.5 of the training labels, mean 1                      class_weights
+    * cross-entropy + Lovasz, 1:1; class weights freq^-0.5 of the training labels, mean 1    --l-ce --l-lov
     * a voxel without a point is free, and the whole grid is supervised              --free-unseen
-    * the majority wins the voxel; ties go to the current frame                      vote
-    * points beyond the grid land in its border voxels                               --clamp-oob
+    * most points win a voxel, ties: the current frame; beyond the grid they land in its border   --clamp-oob
     * past frames lose every class that can move: vehicles and pedestrians           --dynamic-ids
     * statistical outlier filter, 20 neighbours, 2 standard deviations, per frame    --outlier-nb
 DEVIATIONS
     * cameras are brought to the LiDAR timestamp's ego pose through global; OccNeRF ignores that motion.
     * a camera sees a voxel if its centre projects inside the image; OccNeRF tests for non-zero features.
-    * tiny's encoder (common/networks/street.py) knows classes and metric depth, as the maker of its labels
-      does; lift_at_depth and Evidence bring them to the cells. Labels are neither clamped nor filtered.
-    * tiny's loss parts free from occupied (--l-free) and counts few of the unseen voxels (--free-unseen).
+    * tiny's encoder (common/networks/street.py) has learned classes and metric depth, as the makers of its
+      labels have; lift_at_depth and Evidence bring them to the cells. Labels are not clamped or filtered.
+    * tiny's loss parts free from occupied (--l-free: where training IoU peaks); few unseen voxels are free.
     * tiny, for compute: coarse cells (--grid-stride, --lift-stride), coordinates (--gates), no --logit-norm.
 
 CLAIMS         the paper's, on Occ3D-nuScenes val; ours are in RESULTS.md and never in one table with these
@@ -126,7 +126,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        clamp_oob=False, free_unseen=0.001, outlier_nb=0, map_stride=(1, 4), map_fill=0.4,
+        clamp_oob=False, free_unseen=0.0005, outlier_nb=0, map_stride=(1, 4), map_fill=0.4,
         image_size=(112, 200), backbone="street-depth+frozen", channels=32, cnn3d="unet",
         cnn_channels=(24, 48, 96), gates=True, grid_stride=(2, 2, 1), lift_stride=(2, 2, 2), logit_norm=False,
         norm="group", l_lov=0.5, l_free=4.0, steps=300, optimizer="muon", lr=2e-2, weight_decay=0.2,
@@ -156,7 +156,7 @@ def backproject(depth: Tensor, semantic: Tensor, K: Tensor, T_ref_cam: Tensor,
     depth, semantic = depth[:, rows, columns], semantic[:, rows, columns]
     surface = [unproject(uv, d.to(K), k, T) for d, k, T in zip(depth, K, T_ref_cam, strict=True)]
     surface, keep = torch.stack(surface), (depth > 0) & (semantic != FREE)  # (N, h', w', 3), (N, h', w')
-    keep[keep.clone()] = inliers(surface[keep], outlier_nb)
+    keep = keep.masked_scatter(keep, inliers(surface[keep], outlier_nb))
     clouds = [(surface[keep], semantic[keep])]
     if fill:
         clouds += [between_rows(*maps, fill) for maps in zip(surface, depth, semantic, keep, strict=True)]
@@ -222,7 +222,7 @@ def pseudo_labels(dataset: NuScenesOccupancy, indices: list[int], labeler, cfg: 
             points = transform(T_ego_global, cloud.points)
             target, share, hit = vote(points, cloud.label, current, OCC3D, cfg.clamp_oob)  # (3)
             arrays = {"semantics": target, "mask_camera": seen | hit, "mask_lidar": hit,
-                      "confidence": (share * 255).round()}
+                      "confidence": (share * 255).round()}  # mask_camera: a ray crossed the voxel, or hit it
             yield i, {name: value.numpy().astype(np.uint8) for name, value in arrays.items()}
         past.append(now)
 

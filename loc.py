@@ -195,7 +195,8 @@ def dense_labels(dataset, indices: list[int], labeler, cfg: Config, todo: set[in
 
 
 LABELS = LabelMaker(dense_labels, ("fuse", "n_sweeps", "poisson", "knn_k"), check=check_supervision,
-                    options={"world": {"depth_level": "exact"}, "lidar": {"scale": 0.05, "seen_only": False}})
+                    options={"world": {"depth_level": "exact"}, "files": {"depth": False},
+                             "lidar": {"scale": 0.05, "seen_only": False}})
 
 # --- 2.3  Network: any that keeps the network protocol, and two heads ---------------------------------------
 
@@ -878,9 +879,8 @@ def main() -> None:
         "describe": lambda cfg, args: verbs.describe(Loc, cfg, args, partial(cells_of, cfg)),
     }, verbs={
         "query": ("find the voxels that a text means: PNG and HTML",
-                  "ckpt! text! data-root version split device cache eval-frames image-weight known-by"),
-        **{verb: (help, f"{flags} image-weight known-by") for verb, (help, flags) in
-           ((verb, verbs.VERBS[verb]) for verb in ("eval", "predict"))},
+                  f"ckpt! text! {verbs.DATA} {verbs.LOOSE} device cache eval-frames image-weight known-by"),
+        **{v: (verbs.VERBS[v][0], f"{verbs.VERBS[v][1]} image-weight known-by") for v in ("eval", "predict")},
     }, flags=FLAGS)
 
 

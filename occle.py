@@ -296,16 +296,6 @@ def all_sweeps(batch: dict) -> list[Tensor]:
     return [torch.cat(both) for both in zip(current_sweep(batch), earlier, strict=True)]
 
 
-def lift_to_grid(features: Tensor, grid: VoxelGrid, batch: dict) -> tuple[Tensor, Tensor]:
-    """(5) mean_cams bilinear(F_I, K T v) at the cells' centres v: features (B, N, C, h, w) -> (B, X', Y', Z',
-    C), and (B, X', Y', Z', 1) bool: a camera sees the cell."""
-    centers, size = grid.centers(device=features.device).flatten(0, 2), batch["images"].shape[-2:]
-    cameras = zip(features, batch["K"], batch["T_ego_cam"], strict=True)
-    each = zip(*(lift(f, centers, k, T, size) for f, k, T in cameras))
-    volume, seen = (torch.stack(v).unflatten(1, grid.shape) for v in each)
-    return volume, seen[..., None]
-
-
 class Semantic(NamedTuple):
     """Outputs of the semantic branch."""
 
@@ -378,6 +368,16 @@ def lift_labels(points: Tensor, sbar: Tensor, K: Tensor, T_ref_cam: Tensor, size
     label = voxel_vote(*place, V, classes, empty=IGNORE).winner
     known = occupied[label[occupied] != IGNORE]
     return known, label[known]
+
+
+def lift_to_grid(features: Tensor, grid: VoxelGrid, batch: dict) -> tuple[Tensor, Tensor]:
+    """(5) mean_cams bilinear(F_I, K T v) at the cells' centres v: features (B, N, C, h, w) -> (B, X', Y', Z',
+    C), and (B, X', Y', Z', 1) bool: a camera sees the cell."""
+    centers, size = grid.centers(device=features.device).flatten(0, 2), batch["images"].shape[-2:]
+    cameras = zip(features, batch["K"], batch["T_ego_cam"], strict=True)
+    each = zip(*(lift(f, centers, k, T, size) for f, k, T in cameras))
+    volume, seen = (torch.stack(v).unflatten(1, grid.shape) for v in each)
+    return volume, seen[..., None]
 
 
 # --- 2B  Geometric branch: cross-plane synergy (6)-(10) -----------------------------------------------------
@@ -800,9 +800,10 @@ class Samples:
 
 def inputs(frame: Frame) -> dict[str, Tensor]:
     """What the network reads of a frame: images, K, T_ego_cam, points and the earlier sweeps' history."""
+    if frame.points is None:
+        raise InputError("--images: OccLE reads a LiDAR sweep too; give it with --points FILE")
     history = frame.points[:0] if frame.history is None else frame.history
-    return {"images": torch.as_tensor(frame.images), "K": frame.K, "T_ego_cam": frame.T_ego_cam,
-            "points": frame.points, "history": history}
+    return verbs.inputs(frame) | {"points": frame.points, "history": history}
 
 
 def augment(item: dict[str, Tensor], rng: np.random.Generator, strong: bool, jitter: float = 0.2,
@@ -960,10 +961,9 @@ def for_format(cfg: Config, args) -> Config:
     """The preset's values for the data's format, which the tree decides; a checkpoint's config has them."""
     if args.run is not None:
         return cfg
-    root = getattr(args, "data_root", None)
-    kind = cfg.format if root is None else format_of(root)
+    kind = format_of(args.data_root) if args.data_root else cfg.format
     if "format" in args.given and cfg.format != kind:
-        raise InputError(f"--format {cfg.format}: {root} is {kind}")
+        raise InputError(f"--format {cfg.format}: {args.data_root} is {kind}")
     changes = KITTI[args.preset] if kind == "semantickitti" else {}
     return replace(cfg, format=kind, **{k: v for k, v in changes.items() if k not in args.given})
 

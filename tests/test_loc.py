@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from test_lidar import camera, drive
 
@@ -22,6 +23,7 @@ from common.engine import Session
 from common.files import write_npz
 from common.geometry import OCC3D, fold
 from common.labelers import make_labeler
+from common.loose import write_example
 from common.labels import label_path, read_label
 from common.networks import lss, tinyclip
 from common.nuscenes import OCC3D_CLASSES, NuScenesOccupancy
@@ -180,6 +182,20 @@ def test_trees_that_lack_what_the_labels_need_are_one_line(broken, base, tmp_pat
     (tables / "sample_annotation.json").write_text("[]")
     line = fails(capsys, *labels_of(broken, tmp_path / "d", base))
     assert "no boxes" in line and "--labeler world" in line
+
+
+def test_maps_of_any_tool_need_no_depth(base, tmp_path, capsys):
+    """Semantic maps alone, in another size than the images."""
+    for path in (base.root / "exact" / "semantic").rglob("*.png"):
+        place = tmp_path / "m" / path.relative_to(base.root / "exact")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((100, 56), Image.Resampling.NEAREST).save(place)
+    words = [*labels_of(base.root, tmp_path, base, "files"), "--maps", tmp_path / "m"]
+    run(*words)
+    label = np.load(next((tmp_path / "l").glob("scene-*/*/labels.npz")))["semantics"]
+    assert {11, 17} <= set(np.unique(label)) and (label < 17).sum() > 5000
+    shutil.rmtree(tmp_path / "m" / "semantic")
+    assert "needs semantic/ inside" in fails(capsys, *words)
 
 
 def test_one_sweep_only_is_said(base, tmp_path, capsys):
@@ -576,6 +592,10 @@ def test_predict_needs_no_ground_truth(base, trained, tmp_path):
     shutil.copytree(base.root, bare, ignore=shutil.ignore_patterns("gts", "exact", "sweeps", "lidarseg"))
     run("predict", "--ckpt", trained, "--data-root", bare, "--cache", tmp_path / "c", "--out", tmp_path / "p")
     assert len(list((tmp_path / "p").glob("*.npz"))) == 3 and (tmp_path / "p" / "viewer.html").is_file()
+    words = write_example(NuScenesOccupancy(bare, split="all", cache=tmp_path / "c"), 0, tmp_path / "c.json")
+    run("predict", "--ckpt", trained, "--out", tmp_path / "q", *words)
+    assert len(list((tmp_path / "q").glob("*.npz"))) == 1
+    run("query", "--ckpt", trained, "--text", "a tall yellow vehicle with an arm", *words)
 
 
 def test_query_writes_a_picture_and_a_page(base, trained, capsys, monkeypatch):

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.backbones import ConvBackbone
-from common.files import InputError, atomic
+from common.files import InputError, atomic, reading
 from common.geometry import VoxelGrid
 from common.networks.lss import depth_curves, lift
 
@@ -173,8 +173,15 @@ def load_street(name: str | Path, pretrained: bool = True) -> StreetEncoder:
         return StreetEncoder(path.stem.endswith("depth"))
     if not path.is_file():
         raise InputError(f"{path}: not found; make it: python -m data.foundation --out F --ship {WEIGHTS}")
-    with safe_open(path, "pt") as file:
-        weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-        net = StreetEncoder("read.depth.weight" in weights, json.loads(file.metadata()["vocabulary"]))
-    net.load_state_dict(weights)
+    with reading(path, "not an encoder of data.foundation", "copy or make it again"):
+        with safe_open(path, "pt") as file:
+            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+            words = json.loads((file.metadata() or {}).get("vocabulary", "no list of words"))
+        net = StreetEncoder("read.depth.weight" in weights, words)
+        mine = net.state_dict()
+        for key in mine | weights:
+            fits = key in mine and key in weights and weights[key].shape == mine[key].shape
+            if not (fits and weights[key].isfinite().all()):
+                raise ValueError(f"{key} is missing, of another shape or not finite")
+        net.load_state_dict(weights)
     return net.eval()

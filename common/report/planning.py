@@ -411,6 +411,11 @@ def save_prediction(folder: Path, token: str, found: Prediction) -> None:
     write_npz(folder / f"{token}.npz", pred=found.occupancy, **({} if path is None else {"trajectory": path}))
 
 
+def images_alone(found: Prediction) -> Prediction:
+    """Without the paths that were planned from a command or the ego's motion."""
+    return found._replace(paths={row: path for row, path in found.paths.items() if row == "none"})
+
+
 def changed(own: Scores, skipped: Scores) -> dict[str, float]:
     """What dropping the stream changed over the whole evaluation: answers, and waypoint errors [m]. 0: not a
     bit."""
@@ -578,6 +583,11 @@ def report_options(args: Any) -> dict[str, Any]:
 def predict_frames(drive: Drive, dataset: NuScenesOccupancy, out: Path, *,
                    action_of: Callable[[Future], Action], frames: int = 0, pictures: int = 6) -> None:
     """Write <token>.npz of each keyframe, sheets and the viewer into `out`; no ground truth is read."""
+    if (views := len(dataset.camera_files(0))) != len(CAMERAS):
+        raise InputError(f"--images: {views} a keyframe, expected {len(CAMERAS)} ({', '.join(CAMERAS)})")
+    if dataset.version == "loose":  # neither command nor motion is known: the plan of the images alone
+        all_rows = drive
+        drive = lambda i, **how: images_alone(all_rows(i, **how))  # noqa: E731
     indices, run = spread(len(dataset), frames), joined()
     for i in tqdm(indices[run.rank :: run.world], "predictions", unit="keyframe", leave=False):
         save_prediction(out, dataset.tokens[i], drive(i, images=i))
