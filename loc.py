@@ -545,8 +545,8 @@ def occupancy_loss(out: dict[str, Tensor], batch: dict, class_weight: Tensor, ne
     scores, target = out["scores"], batch["target"]  # (B, K + 1, X, Y, Z), (B, X, Y, Z) with 255 ignored
     named = target.masked_fill(target == UNNAMED, IGNORE)
     apart = partial(occupancy_cross_entropy, free=scores.shape[1] - 1, l_free=cfg.l_free)
-    entropy = apart if cfg.l_free else cross_entropy
-    terms = {"ce": entropy(scores, target if cfg.l_free else named, class_weight, ignore=IGNORE),
+    entropy = apart if net.apart else cross_entropy
+    terms = {"ce": entropy(scores, target if net.apart else named, class_weight, ignore=IGNORE),
              "lov": lovasz_softmax(scores, named, ignore=IGNORE, per_sample=True)}
     if "depth" in out:
         terms["depth"] = cfg.lambda_depth * lss.depth_loss(out["depth"], batch["depth"], net.net.bins)
