@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common import cli, verbs
+from common.nuscenes import NuScenesOccupancy
 from experiments import docs
 from experiments.table import METHODS, load
 
@@ -76,7 +77,8 @@ def test_every_command_of_a_page_is_one(page, monkeypatch):
             names = [word for word in words[1:] if "=" not in word]
             assert not names or all(f"\n{name}:" in (ROOT / "Makefile").read_text() for name in names), words
             continue
-        words = words[2:] if words[0] == "torchrun" else words[1:]
+        first = next(k for k, word in enumerate(words[1:], 1) if word == "-m" or word.endswith(".py"))
+        words = words[first:]
         if words[0] == "-m":
             assert importlib.util.find_spec(words[1]) is not None, words
             continue
@@ -98,13 +100,16 @@ def test_the_commands_of_the_readme_run(tiny_world, tmp_path, monkeypatch, capsy
     monkeypatch.setattr("common.verbs.make", lambda *a, **k: None)  # the worlds are tested elsewhere: test_world.py
     monkeypatch.chdir(tmp_path)
     trees = dict.fromkeys(("data/nuscenes", "data/worlds/driving-demo", "D"), str(tiny_world))
+    dataset = NuScenesOccupancy(tiny_world, split="all", parts=())  # six loose images, by the README's names
+    for name, file in zip("f fr br b bl fl".split(), dataset.camera_files(0), strict=True):
+        Path(f"{name}.jpg").symlink_to(tiny_world / file)
     ran = []
     for words in commands_of(ROOT / "README.md"):
         if words[0] != "python" or words[2:3] == ["ablate"]:
             continue
         words = [trees.get(word, word) for word in words[1:]]
         if "--help" not in words and words[0] != "-m":
-            own = "--data-root" in words or words[1] in ("describe", "eval", "world")
+            own = "--data-root" in words or "--images" in words or words[1] in ("describe", "eval", "world")
             words += SMALL.get(words[1], []) + ([] if own else ["--data-root", str(tiny_world)])
         monkeypatch.setattr(sys, "argv", words)
         try:

@@ -142,8 +142,8 @@ def measure_step(make: Callable, preset: str, device: str, rounds: int = 5) -> d
         optimizer.zero_grad()
         bench.synchronise(device)
         times.append((time.perf_counter() - begin, middle - begin))
-    if not math.isfinite(float(value)):
-        raise ValueError(f"loss {float(value)}")
+    if not math.isfinite(value := float(value.detach())):
+        raise ValueError(f"loss {value}")
     step, forward = (statistics.median(t) for t in zip(*times[2:], strict=True))
     return {"ms": 1e3 * step, "forward": forward / step, "learned": sum(p.numel() for p in learned),
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan}
