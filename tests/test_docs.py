@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -11,20 +10,12 @@ from pathlib import Path
 import pytest
 
 from common import cli, verbs
-from common.nuscenes import NuScenesOccupancy
 from experiments import docs
 from experiments.table import METHODS, load
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-SIZES = ["--image-size", "56", "100", "--workers", "1"]
-SMALL = {  # what a command of the README gets besides, to be over in seconds
-    "labels": ["--map-stride", "8", "8", *SIZES],
-    "train": ["--map-stride", "8", "8", "--grid-stride", "4", "4", "2", "--lift-stride", "1", "1", "1", "--cnn-channels",
-              "8", "16", "--channels", "8", "--steps", "2", "--warmup", "1", "--backbone", "conv", *SIZES],
-    "eval": ["--no-rayiou", "--pictures", "1"], "predict": ["--pictures", "1"],
-}
 
 
 def commands_of(page: Path) -> list[list[str]]:
@@ -92,33 +83,3 @@ def test_every_command_of_a_page_is_one(page, monkeypatch):
         before = len(seen)
         method.main()
         assert len(seen) == before + 1, words
-
-
-def test_the_commands_of_the_readme_run(tiny_world, tmp_path, monkeypatch, capsys):
-    """As they stand there, one after the other, on a world of six keyframes and with a small network."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("common.verbs.make", lambda *a, **k: None)  # the worlds are tested elsewhere: test_world.py
-    monkeypatch.chdir(tmp_path)
-    trees = dict.fromkeys(("data/nuscenes", "data/worlds/driving-demo", "D"), str(tiny_world))
-    dataset = NuScenesOccupancy(tiny_world, split="all", parts=())  # six loose images, by the README's names
-    for name, file in zip("f fr br b bl fl".split(), dataset.camera_files(0), strict=True):
-        Path(f"{name}.jpg").symlink_to(tiny_world / file)
-    ran = []
-    for words in commands_of(ROOT / "README.md"):
-        if words[0] != "python" or words[2:3] == ["ablate"]:
-            continue
-        words = [trees.get(word, word) for word in words[1:]]
-        if "--help" not in words and words[0] != "-m":
-            own = "--data-root" in words or "--images" in words or words[1] in ("describe", "eval", "world")
-            words += SMALL.get(words[1], []) + ([] if own else ["--data-root", str(tiny_world)])
-        monkeypatch.setattr(sys, "argv", words)
-        try:
-            if words[0] == "-m":
-                monkeypatch.setattr(sys, "argv", words[1:])
-                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-            else:
-                importlib.import_module(words[0].removesuffix(".py")).main()
-        except SystemExit as end:
-            assert not end.code, (words, capsys.readouterr().err)
-        ran.append(words)
-    assert len(ran) >= 9 and Path("runs/x/result.json").is_file(), ran
