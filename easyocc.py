@@ -270,7 +270,7 @@ class OccupancyNet(nn.Module):
         self.channels = cfg.channels if self.known else C // (2 if inner > 1 else 1)
         self.spread = nn.Conv3d(C, self.channels * inner, 1) if inner > 1 or self.known else nn.Identity()
         self.evidence = Evidence(self.grid, self.channels) if self.known else None
-        self.classify, self.apart = nn.Conv3d(self.channels, classes, 1), cfg.l_free > 0
+        self.classify, self.apart = nn.Linear(self.channels, classes), cfg.l_free > 0
         self.logit_norm = norm_layer(cfg.norm, classes, 3) if cfg.logit_norm else nn.Identity()
 
     def lifted_cells(self, cfg: Config) -> tuple[tuple[int, int, int], Tensor, Tensor]:
@@ -293,7 +293,7 @@ class OccupancyNet(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> logits (B, 18, X, Y, Z); channel 17 = free."""
-        return self.logit_norm(self.classify(features)).float()
+        return self.logit_norm(self.classify(features.movedim(1, -1)).movedim(-1, 1)).float()
 
     def forward(self, batch: dict) -> Tensor:
         return self.head(self.voxels(batch))
