@@ -112,17 +112,18 @@ from common.backbones import describe as table
 from common.demonstrations import Demonstrations, instance_masks, lift_mask, mask_maker
 from common.engine import Session
 from common.files import InputError, read_json
+from common.frozen import digest, frozen_rows
 from common.geometry import exact, farthest_from, fourier, invert, largest_cluster, rope_3d, unproject_cells
 from common.losses import (cxcywh_to_xyxy, dice_loss, focal_cost, generalized_box_iou, mask_cross_entropy,
                            sigmoid_focal_loss)
 from common.networks import pointattn
-from common.networks.pi0 import SIZES, Finder, Pi0, Prefix, pi0_time_quantile
+from common.networks.pi0 import SIZES, Pi0, Prefix, pi0_time_quantile
 from common.networks.transformer import Attention, Block, DeformableAttention, Rotate, mlp
 from common.networks.xvla import XVLA
 from common.observation import Observation, stack_observations
 from common.report import episodes
 from common.train import (autocast, barrier, joined, load_checkpoint, load_weights, make_optimizer,
-                          over_ranks, schedule, set_lr, setup, stages_cost)
+                          over_ranks, schedule, set_apart, set_lr, setup, stages_cost)
 
 # --- 1  Configuration ---------------------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ class Config:
     sizes: Literal["tiny", "libero", "paper"] = "paper"  # of the base policy: common.networks.pi0.SIZES
     views: int = 2  # cameras; LIBERO (RoboTwin: 3)
     actions: int = 7  # channels of an action; LIBERO (RoboTwin: 14)
-    flow_draws: int = 1  # noise and time drawn for each observation; openpi (more: ours, tiny)
+    head: Literal["flow", "l1"] = "flow"  # how actions are learned: flow matching, or in one step (ours, tiny)
     # 3D understanding
     tokens_at: Literal["end", "front"] = "end"  # of the prefix; Sec. 3: appended; front: ours, tiny
     width: int = 768  # d; assumption, lands near the paper's 0.086 B
@@ -148,14 +149,17 @@ class Config:
     probes: int = 300  # third-party notes: 300, elsewhere 100
     mask_width: int = 256  # channels of the mask product; Mask2Former
     sample_heads: int = 8  # assumption: Deformable DETR
+    start: Literal["probe", "mask"] = "probe"  # (4) moves a probe from: where it was; its mask's depth (ours, tiny)
     completion: Literal["pointattn", "mirror"] = "pointattn"  # Sec. 3.3; mirror: ours, tiny
     mask_ratio: float = 0.5  # Sec. 4: asymmetric, 50 %
+    ema: float = 0.999  # m of the teacher; Sec. 3.3
     # optimisation
-    optimizer: Literal["adamw", "muon"] = "adamw"  # Sec. 4; tiny: Muon for matrices
+    optimizer: Literal["adamw", "muon"] = "adamw"  # Sec. 4; tiny: Muon for matrices, not the action expert's
     batch: int = 64  # of all processes together; Sec. 4
+    head_batch: int = 64  # of stage 2, whose tokens are kept on disk; Sec. 4
     base_steps: int = 30000  # stage 0; openpi's LIBERO fine-tuning; ours
     base_lr: float = 5e-5  # openpi
-    w_ground: float = 0.0  # stage 0: loss of the finder; 0: no finder; ours, tiny
+    w_ground: float = 0.0  # stage 0: image tokens learn where the words' objects are; ours, tiny
     stage1_steps: int = 5000  # Sec. 4
     stage2_steps: int = 5000  # Sec. 4
     warmup: int = 1200  # Sec. 4: 1,200 + 3,800
@@ -168,11 +172,12 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores
-        sizes="tiny", flow_draws=4, tokens_at="front", width=96, heads=4, fusion_layers=2, rope_scale=20.0,
-        probes=40, mask_width=48, sample_heads=4, completion="mirror", optimizer="muon", batch=16,
-        base_steps=2400, base_lr=1e-2, w_ground=1.0, stage1_steps=300, stage2_steps=300, warmup=50, lr=2e-3,
-        lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05, amp="off"),
-    "base": Config(sizes="libero", batch=8),  # ours: one 24 GB GPU
+        sizes="tiny", head="l1", tokens_at="front", width=96, heads=4, fusion_layers=2, rope_scale=20.0,
+        probes=40, mask_width=48, sample_heads=4, start="mask", completion="mirror", ema=0.98,
+        optimizer="muon", batch=16, head_batch=256, base_steps=2400, base_lr=1e-2, w_ground=1.0,
+        stage1_steps=600, stage2_steps=1500, warmup=50, lr=1e-3, lr_3d=5e-3, lr_floor=0.05,
+        weight_decay=0.05, amp="off"),
+    "base": Config(sizes="libero", batch=8, head_batch=8),  # ours: one 24 GB GPU
     "paper": Config(),
 }
 
@@ -286,13 +291,16 @@ class ProbeLayer(nn.Module):
         self.coordinate = mlp(width, width, 3)
         nn.init.zeros_(self.coordinate[-1].weight), nn.init.zeros_(self.coordinate[-1].bias)
 
-    def forward(self, content: Tensor, point: Tensor, pyramid: list[Tensor], uv: Tensor,
-                valid: Tensor) -> tuple[Tensor, Tensor]:
-        """content (B, Q, d), point (B, Q, 3) with its projection -> both after this layer."""
+    def forward(self, content: Tensor, point: Tensor, pyramid: list[Tensor], uv: Tensor, valid: Tensor,
+                start: Callable | None = None) -> tuple[Tensor, Tensor]:
+        """content (B, Q, d), point (B, Q, 3) with its projection -> both after this layer.
+
+        start(content) -> (B, Q, 3): where (4) moves the points from, if not from where they were.
+        """
         sampled = self.sample(content, uv, pyramid)  # (3), (B, V, Q, d)
         update = (self.gate(sampled, valid)[..., None] * sampled).sum(1)
         content = self.block(self.norm(content + update))
-        return content, refine(point, self.coordinate(content))  # (4)
+        return content, refine(start(content) if start else point, self.coordinate(content))  # (4)
 
 
 class Probes(NamedTuple):
@@ -317,9 +325,13 @@ class ProbeHeads(nn.Module):
         nn.init.zeros_(self.box[-1].weight)
         self.box[-1].bias = nn.Parameter(torch.tensor([0.0, 0.0, -2.0, -2.0]))
 
+    def seen(self, content: Tensor, uv: Tensor) -> Tensor:
+        """content (B, Q, d), uv (B, V, Q, 2) -> c + PE(u) (B, V, Q, d)."""
+        return content[:, None] + self.view(fourier(uv, self.octaves))
+
     def forward(self, content: Tensor, point: Tensor, uv: Tensor) -> Probes:
         """content (B, Q, d), point (B, Q, 3), uv (B, V, Q, 2) -> Probes."""
-        seen = content[:, None] + self.view(fourier(uv, self.octaves))  # (B, V, Q, d)
+        seen = self.seen(content, uv)
         anchor = torch.logit(uv.clamp(1e-3, 1 - 1e-3))
         boxes = torch.sigmoid(self.box(seen) + torch.cat([anchor, torch.zeros_like(anchor)], -1))
         return Probes(content, point, self.object(content)[..., 0], boxes, self.mask(seen))
@@ -332,12 +344,18 @@ class InstanceModule(nn.Module):
 
     def __init__(self, cfg: Config, layers: int = 2):  # assumption
         super().__init__()
-        (low, high), d = torch.tensor(self.workspace), cfg.width
+        d, self.from_masks = cfg.width, cfg.start == "mask"
         self.content = nn.Parameter(0.02 * torch.randn(cfg.probes, d))
-        self.point = nn.Parameter(low + (high - low) * torch.rand(cfg.probes, 3))
+        self.point = nn.Parameter(torch.empty(cfg.probes, 3))
+        self.spread(*torch.tensor(self.workspace))
         self.where, self.pyramid = PositionEmbedding(d), Pyramid(d, cfg.mask_width)
         self.heads = ProbeHeads(d, cfg.mask_width)
         self.layers = nn.ModuleList(ProbeLayer(d, cfg.heads, cfg.sample_heads) for _ in range(layers))
+
+    @torch.no_grad()
+    def spread(self, low: Tensor, high: Tensor) -> None:
+        """Put the probes' first points anywhere in a box (3,), (3,) [m]: stage 1 gives the objects' own."""
+        self.point.copy_(low + (high - low) * torch.rand_like(self.point))
 
     def forward(self, memory: Tensor, batch: Batch) -> tuple[list[Probes], Tensor]:
         """memory (B, V, h, w, d) -> Probes of each layer, mask map (B, V, d_m, 4 h, 4 w)."""
@@ -345,11 +363,28 @@ class InstanceModule(nn.Module):
         levels, mask_map = self.pyramid(memory)
         point, out = self.point.expand(len(memory), -1, -1), []
         content, at = self.content + self.where(point), project_probes(point, *cameras)
+        cells = cell_points(batch, mask_map.shape[-2:]) if self.from_masks else None
         for layer in self.layers:
-            content, point = layer(content, point, levels, *at)
+            start = partial(self.mask_point, at[0], mask_map, cells) if self.from_masks else None
+            content, point = layer(content, point, levels, *at, start)
             at = project_probes(point, *cameras)
             out.append(self.heads(content, point, at[0]))
         return out, mask_map
+
+    @exact
+    def mask_point(self, uv: Tensor, mask_map: Tensor, cells: Tensor, content: Tensor) -> Tensor:
+        """Mean of the cells' points (B, V, h4, w4, 3), NaN without depth, by the probes' masks: (B, Q, 3)."""
+        masks = view_masks(self.heads.mask(self.heads.seen(content, uv)), mask_map).transpose(1, 2).flatten(2)
+        cells = cells.flatten(1, 3)  # (B, V h4 w4, 3)
+        masks = torch.where(cells[:, None, :, 0].isnan(), -1e4, 2 * masks.float())  # (B, Q, V h4 w4)
+        return masks.softmax(-1) @ cells.nan_to_num()
+
+
+def cell_points(batch: Batch, size: tuple[int, int]) -> Tensor:
+    """Points (B, V, h4, w4, 3) [m] of the mask map's cells; NaN without depth."""
+    depth = F.interpolate(batch.depth, tuple(size), mode="nearest-exact")
+    points = unproject_cells(depth, batch.K, batch.T_base_cam, tuple(batch.depth.shape[-2:]))
+    return torch.where(depth[..., None] > 0, points, torch.nan)
 
 
 def view_masks(embed: Tensor, mask_map: Tensor) -> Tensor:
@@ -510,16 +545,22 @@ def completion_points(masks: np.ndarray, valid: np.ndarray, order: np.ndarray, p
 
     masks (V, n, h4, w4) bool of n objects, valid (n,), order (n,): least certain first, points (V, h4, w4, 3)
     [m] of the cells (NaN: no depth), eyes (V, 3): cameras. complete(cloud, eye) -> dense cloud; most: points.
+    What lies below all that is measured around the object, or far outside it, is not chosen (ours).
     """
+    around = points[np.isfinite(points).all(-1)]  # (m, 3)
     out, keep, slot = np.zeros((OCCLUDED * QUERIES, 3), np.float32), np.zeros(OCCLUDED * QUERIES, bool), 0
     for n in order:
         clouds = [points[v][masks[v, n]] for v in range(len(masks))]
         clouds = [c[np.isfinite(c).all(1)] for c in clouds]
         cloud, v = np.concatenate(clouds), int(np.argmax([len(c) for c in clouds]))
-        if valid[n] and slot < OCCLUDED and len(cloud) >= 8:
+        if valid[n] and slot < OCCLUDED and len(cloud) >= 3:
             cloud = largest_cluster(cloud[:: max(1, len(cloud) // most)].astype(np.float64))
             span = slice(slot * QUERIES, (slot + 1) * QUERIES)
-            dense = complete(cloud, eyes[v].astype(np.float64))
+            dense, middle = complete(cloud, eyes[v].astype(np.float64)), np.median(cloud, 0)
+            near = around[np.linalg.norm(around[:, :2] - middle[:2], axis=1) < 0.15, 2]  # [m] heights
+            apart, reach = (np.linalg.norm(x - middle, axis=1) for x in (dense, cloud))
+            kept = dense[(dense[:, 2] >= np.quantile(near, 0.02) - 0.005) & (apart <= 2.5 * np.median(reach))]
+            dense = kept if len(kept) >= QUERIES else dense[np.argsort(apart)[:QUERIES]]
             out[span] = farthest_from(dense, cloud, 0.4, QUERIES)  # share: assumption
             keep[span], slot = True, slot + 1
     return out, keep
@@ -676,12 +717,14 @@ class RoutingGate(nn.Module):
 def plug(prefix: Prefix, tokens: Tensor, mask: Tensor, front: bool = False) -> Prefix:
     """The hook, the same for every policy: tokens (B, T, C) and their mask (B, T) join the prefix.
 
-    They attend and are attended to like image tokens. Before the prefix (front) they leave all rotary
-    distances as the policy has learned them. With T = 0 the policy computes bit for bit what it does alone.
+    They attend and are attended to like image tokens. In front they read the prefix, which does not read
+    them: its keys and all rotary distances stay as the policy has learned them. With T = 0 the policy
+    computes bit for bit what it does alone.
     """
-    order = slice(None, None, -1 if front else 1)
-    return prefix._replace(tokens=torch.cat([prefix.tokens, tokens.to(prefix.tokens)][order], 1),
-                           mask=torch.cat([prefix.mask, mask.to(prefix.mask)][order], 1))
+    if front:
+        return prefix._replace(front=(tokens, mask))
+    return prefix._replace(tokens=torch.cat([prefix.tokens, tokens.to(prefix.tokens)], 1), keys=None,
+                           mask=torch.cat([prefix.mask, mask.to(prefix.mask)], 1))
 
 
 class TokenOut(nn.Module):
@@ -697,22 +740,23 @@ class TokenOut(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Observations of a batch as tensors; what only training knows or draws is None at evaluation."""
+    """Observations of a batch as tensors; what is frozen may stand for them; training's are None elsewhere."""
 
-    images: Tensor  # (B, V, 3, H, W) in [0, 1]
-    depth: Tensor  # (B, V, H, W) [m], 0 = none
-    K: Tensor  # (B, V, 3, 3) [px]
-    T_base_cam: Tensor  # (B, V, 4, 4)
+    images: Tensor | None  # (B, V, 3, H, W) in [0, 1]
+    depth: Tensor | None  # (B, V, H, W) [m], 0 = none
+    K: Tensor | None  # (B, V, 3, 3) [px]
+    T_base_cam: Tensor | None  # (B, V, 4, 4)
     state: Tensor  # (B, S); the first three: the gripper's place [m]
-    texts: list[str]
+    texts: list[str] | None
     actions: Tensor | None = None  # (B, A, D)
     valid: Tensor | None = None  # (B, A) bool: before the demonstration's end
     targets: Targets | None = None
-    comp: tuple[Tensor, Tensor] | None = None  # (B, 30, 3) [m], (B, 30) bool: which are there
     ground: Tensor | None = None  # (B, V, 2, H / 4, W / 4) the object to move, and its destination
-    noise: Tensor | None = None  # (B k, A, D), k draws an observation
-    time: Tensor | None = None  # (B k,) of the flow
-    hidden: Tensor | None = None  # (B, V, h, w) bool
+    prefix: Prefix | None = None  # from stage 1 on: the frozen VLM's
+    found: Found | None = None  # stage 2: what the frozen modules found
+    noise: Tensor | None = None  # (B, A, D)
+    time: Tensor | None = None  # (B,) of the flow
+    hidden: Tensor | None = None  # (B', V, h, w) bool of the first B' samples
 
 
 class Found(NamedTuple):
@@ -720,13 +764,13 @@ class Found(NamedTuple):
 
     memory: Tensor  # (B, N, d)
     points: Tensor  # (B, N, 3)
-    view: Tensor  # (N,)
-    mask_map: Tensor  # (B, V, d_m, h4, w4)
+    view: Tensor  # (B, N)
+    mask_map: Tensor | None  # (B, V, d_m, h4, w4)
     probes: Probes  # of the last layer; T chosen of Q
     index: Tensor  # (B, T) which were chosen
     valid: Tensor  # (B, T) bool: which count
     terms: dict[str, Tensor]  # losses
-    comp: tuple[Tensor, Tensor] | None = None  # as Batch's
+    comp: tuple[Tensor, Tensor] | None = None  # completion points (B, 30, 3) [m], (B, 30) bool: which are there
 
 
 class ThreeD(nn.Module):
@@ -736,7 +780,7 @@ class ThreeD(nn.Module):
 
     def __init__(self, cfg: Config, c_in: int, c_out: int):
         super().__init__()
-        d, self.views, self.teacher, self.completer = cfg.width, cfg.views, None, None
+        d, self.views, self.ema, self.teacher, self.completer = cfg.width, cfg.views, cfg.ema, None, None
         self.fusion = SpatialFusion(c_in, d, cfg.heads, cfg.fusion_layers)
         self.instances = InstanceModule(cfg)
         self.relative, self.out_inst = RelativeEncoding(d), TokenOut(d, c_out)
@@ -767,9 +811,10 @@ class ThreeD(nn.Module):
         rows = torch.arange(len(index), device=index.device)[:, None]
         chosen = [x[rows, index] for x in layers[-1][:3]]
         chosen += [x.transpose(1, 2)[rows, index].transpose(1, 2) for x in layers[-1][3:]]
-        view = torch.arange(V, device=index.device).repeat_interleave(h * w)
-        return Found(memory.flatten(1, 3), points.flatten(1, 3), view, mask_map, Probes(*chosen), index,
-                     valid, terms)
+        view = torch.arange(V, device=index.device).repeat_interleave(h * w).expand(len(index), -1)
+        found = Found(memory.flatten(1, 3), points.flatten(1, 3), view, mask_map, Probes(*chosen), index,
+                      valid, terms)
+        return found._replace(comp=self.complete(found, batch)) if self.predicts else found
 
     @torch.no_grad()
     def complete(self, found: Found, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -777,21 +822,19 @@ class ThreeD(nn.Module):
         size, probes = tuple(batch.depth.shape[-2:]), found.probes
         seen = project_probes(probes.point, batch.K, batch.T_base_cam, size)[1][..., None, None]
         masks = (view_masks(probes.embed, found.mask_map) > 0) & seen  # learned where probes are seen
-        depth = F.interpolate(batch.depth, masks.shape[-2:], mode="nearest-exact")
-        points = unproject_cells(depth, batch.K, batch.T_base_cam, size)
-        points = torch.where(depth[..., None] > 0, points, torch.nan)
+        points = cell_points(batch, masks.shape[-2:])
         inputs = masks, found.valid, probes.logit.argsort(1), points, batch.T_base_cam[..., :3, 3]
         frames = zip(*(x.cpu().numpy() for x in inputs))
         complete = pointattn.mirror_completion if self.completer is None else self.completer.complete
         parts = [completion_points(*frame, complete, self.most) for frame in frames]
         return tuple(torch.from_numpy(np.stack(x)).to(batch.depth.device) for x in zip(*parts))
 
-    def tokens(self, found: Found, batch: Batch) -> tuple[Tensor, Tensor, Found]:
-        """-> tokens (B, T, C), mask (B, T) for `plug`: up to 16 of objects, then up to 30 of completion."""
-        (content, point, logit), hand = found.probes[:3], batch.state[:, :3]
+    def tokens(self, found: Found, hand: Tensor) -> tuple[Tensor, Tensor]:
+        """hand (B, 3) -> tokens (B, T, C), mask (B, T) for `plug`: 16 of objects, then 30 of completion."""
+        content, point, logit = found.probes[:3]
         if not self.predicts:
-            return self.out_inst(content + self.relative(point, hand)), found.valid, found
-        comp, there = batch.comp or self.complete(found, batch)
+            return self.out_inst(content + self.relative(point, hand)), found.valid
+        comp, there = found.comp
         context = self.context(found.memory, found.points, found.view, None)
         none = torch.full(comp.shape[:2], self.views, device=comp.device)  # no view sees these points
         completion = self.predictor(comp, none, there, context, found.points, None)  # (B, 30, d)
@@ -799,7 +842,7 @@ class ThreeD(nn.Module):
             content = self.routing(content, self.local(content, point, completion, comp, there), logit)
         objects = self.out_inst(content + self.relative(point, hand))
         tokens = torch.cat([objects, self.out_comp(completion + self.relative(comp, hand))], 1)
-        return tokens, torch.cat([found.valid, there], 1), found._replace(comp=(comp, there))
+        return tokens, torch.cat([found.valid, there], 1)
 
     def teach(self, found: Found) -> Tensor:
         """The predictor's targets at all tokens (B, N, d): the EMA teacher's, layer-normed (I-JEPA)."""
@@ -811,7 +854,7 @@ class ThreeD(nn.Module):
         is asked for as completion points are, without its view."""
         hidden = hidden.flatten(1)
         index = hidden.nonzero()[:, 1].view(len(hidden), -1)  # (B, n)
-        rows, view = torch.arange(len(hidden), device=hidden.device)[:, None], found.view[index]
+        rows, view = torch.arange(len(hidden), device=hidden.device)[:, None], found.view.gather(1, index)
         if unseen:
             view[:, ::unseen] = self.views
         context = self.context(found.memory, found.points, found.view, ~hidden)
@@ -822,18 +865,20 @@ class ThreeD(nn.Module):
 
     def forward(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Tensor, Found]:
         """-> tokens, mask for `plug`, Found; in training with the terms of L_inst or L_ssl."""
-        tokens, mask, found = self.tokens(self.find(prefix, batch), batch)
+        found = batch.found or self.find(prefix, batch)
+        tokens, mask = self.tokens(found, batch.state[:, :3])
         if batch.hidden is not None and batch.targets is None and self.predicts:  # stage 2
-            predicted, true, _ = self.predict_hidden(found, batch.hidden, unseen=4)
+            first = found._replace(**{k: getattr(found, k)[: len(batch.hidden)] for k in Found._fields[:3]})
+            predicted, true, _ = self.predict_hidden(first, batch.hidden, unseen=4)
             found = found._replace(terms=ssl_loss(predicted.flatten(0, 1), true.flatten(0, 1)))
         return tokens, mask, found
 
     @torch.no_grad()
-    def move_teacher(self, ema: float = 0.999) -> None:  # Sec. 3.3
+    def move_teacher(self) -> None:
         """theta_T <- m theta_T + (1 - m) theta_S."""
         if self.teacher is not None:
             for old, new in zip(self.teacher.parameters(), self.context.parameters()):
-                old.lerp_(new, 1 - ema)
+                old.lerp_(new, 1 - self.ema)
 
 
 class Agent(nn.Module):
@@ -841,11 +886,13 @@ class Agent(nn.Module):
 
     def __init__(self, cfg: Config, three: Callable = ThreeD):
         super().__init__()
-        self.cfg, self.stage, sizes, finder = cfg, 2, SIZES[cfg.sizes], cfg.w_ground > 0
+        self.cfg, self.stage, sizes, l1 = cfg, 2, SIZES[cfg.sizes], cfg.head == "l1"
         if cfg.policy == "xvla":
-            self.policy = XVLA(sizes, cfg.views, cfg.actions - 1, OBJECTS + OCCLUDED * QUERIES, finder)
+            self.policy = XVLA(sizes, cfg.views, cfg.actions - 1, OBJECTS + OCCLUDED * QUERIES, l1)
         else:
-            self.policy = Pi0(sizes, cfg.views, cfg.policy == "pi05", finder, cfg.vlm)
+            self.policy = Pi0(sizes, cfg.policy == "pi05", cfg.vlm, l1)
+        cells = 2 * (sizes.patch // 4) ** 2  # of 4 px, for the object to move and for its destination
+        self.ground = nn.Linear(self.policy.width, cells) if cfg.w_ground and not cfg.vlm else None
         self.front = cfg.tokens_at == "front" and cfg.policy != "xvla"  # X-VLA's slots are no distances
         self.three = three(cfg, self.policy.map_width, self.policy.width) if cfg.variant != "base" else None
         for name, size in (("action", cfg.actions), ("state", self.policy.state_dim)):
@@ -853,8 +900,8 @@ class Agent(nn.Module):
             self.register_buffer(f"{name}_std", torch.ones(size))
 
     def set_stage(self, stage: int) -> None:
-        """0: the whole policy learns. 1, 2: the expert and the plug-in's part; VLM and finder are frozen."""
-        self.stage, frozen = stage, [self.policy.vlm(), self.policy.finder] if stage else []
+        """0: the whole policy learns. 1, 2: the expert and the plug-in's part; the VLM is frozen."""
+        self.stage, frozen = stage, [self.policy.vlm(), self.ground] if stage else []
         self.requires_grad_(True)
         for module in frozen + (self.three.frozen(stage) if self.three is not None else []):
             if module is not None:
@@ -865,10 +912,21 @@ class Agent(nn.Module):
         S = batch.state.shape[1]
         return (batch.state - self.state_mean[:S]) / self.state_std[:S]
 
-    def prefix(self, batch: Batch) -> tuple[Prefix, Found | None]:
-        """The policy's prefix with the plug-in's tokens, and what that found."""
+    def encode(self, batch: Batch) -> Prefix:
+        """The policy's own prefix: frozen from stage 1 on, so that a frame is encoded once."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 0):
             prefix = self.policy.encode(batch.images, batch.texts, self.state(batch))
+            if self.front or self.ground is not None:
+                prefix = self.policy.read(prefix)
+            if self.ground is not None:
+                V, _, h, w = prefix.maps.shape[1:]
+                heat = self.ground(prefix.last).unflatten(1, (V, h, w)).permute(0, 1, 4, 2, 3)
+                prefix = prefix._replace(heat=F.pixel_shuffle(heat, round((heat.shape[2] / 2) ** 0.5)))
+        return prefix
+
+    def prefix(self, batch: Batch) -> tuple[Prefix, Found | None]:
+        """The policy's prefix with the plug-in's tokens, and what that found."""
+        prefix = batch.prefix or self.encode(batch)
         if self.stage == 0 or self.three is None:
             return prefix, None
         tokens, mask, found = self.three(prefix, batch)
@@ -877,11 +935,9 @@ class Agent(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """-> the loss's terms: L_action; in stage 0 + L_ground, in stage 1 + L_inst, in stage 2 + L_ssl."""
         prefix, found = self.prefix(batch)
-        k = len(batch.time) // len(batch.images)  # draws an observation
         actions = (batch.actions - self.action_mean) / self.action_std
-        state, actions, valid = (x.repeat_interleave(k, 0) for x in (self.state(batch), actions, batch.valid))
-        error = self.policy.loss(prefix, state, actions, batch.noise, batch.time).mean(-1)  # (B k, A)
-        terms = {"action": (error * valid).sum() / over_ranks(valid.sum().to(error), 1)}
+        error = self.policy.loss(prefix, self.state(batch), actions, batch.noise, batch.time).mean(-1)  # (B, A)
+        terms = {"action": (error * batch.valid).sum() / over_ranks(batch.valid.sum().to(error), 1)}
         terms |= found.terms if found is not None else {}
         if batch.ground is not None:  # stage 0
             weight = batch.ground.new_tensor(10.0)  # an object covers few cells
@@ -901,17 +957,29 @@ class Agent(nn.Module):
 
 
 def observe(observations: list[Observation], cfg: Config, device: torch.device | str = "cpu") -> Batch:
-    """Observations -> Batch at the policy's image size."""
+    """Observations -> Batch at the policy's image size, of its first views."""
+    cut = ("images", "depth", "K", "T_base_cam")
+    observations = [o._replace(**{k: getattr(o, k)[: cfg.views] for k in cut}) for o in observations]
     return Batch(**stack_observations(observations, SIZES[cfg.sizes].image_size, device))
 
 
 class Frames:
     """Frames of demonstrations as training samples. masks(observation): of each view, for pseudo_targets."""
 
-    def __init__(self, cfg: Config, root: Path, masks: Callable = instance_masks):
+    def __init__(self, cfg: Config, root: Path, masks: Callable = instance_masks, actions: int | None = None):
         self.cfg, self.sizes, self.masks = cfg, SIZES[cfg.sizes], masks
-        self.demos = Demonstrations(root, cfg.views, self.sizes.state_dim, cfg.actions)
-        self.pseudo, self.comp = {}, {}  # frame -> its Targets; -> its completion points, of one agent
+        self.demos, self.pseudo = Demonstrations(root, cfg.views, self.sizes.state_dim, actions), {}
+        if self.demos.actions > self.sizes.action_dim:
+            raise InputError(f"{root}: {self.demos.actions} numbers an action; --sizes {cfg.sizes} has "
+                             f"{self.sizes.action_dim}")
+        frames = range(len(self.demos))
+        self.rows = [torch.stack(x) for x in zip(*(self.demos.chunk(i, self.sizes.chunk) for i in frames))]
+        self.rows += [torch.from_numpy(np.concatenate([d["states"] for d in self.demos.demos])).float()]
+        self.thaw()
+
+    def thaw(self) -> None:
+        """Nothing is frozen: frames are observations."""
+        self.prefix = self.found = lambda index: None
 
     def targets(self, i: int) -> Targets:
         """Pseudo ground truth of frame i, made once; without B."""
@@ -922,40 +990,52 @@ class Frames:
         return self.pseudo[i]
 
     def batch(self, index: list[int], agent: Agent) -> Batch:
-        """Frames -> Batch with actions; stage 0: with ground, stage 1: with targets, stage 2: with comp."""
+        """Frames -> Batch with actions; stage 0: ground, stage 1: prefix, targets, stage 2: prefix, found."""
         device, three = agent.action_mean.device, agent.three
-        batch = observe([self.demos.observation(i) for i in index], self.cfg, device)
-        actions, valid = zip(*(self.demos.chunk(i, self.sizes.chunk) for i in index))
-        batch = batch._replace(actions=torch.stack(actions).to(device), valid=torch.stack(valid).to(device))
-        if agent.stage == 0 and agent.policy.finder is not None:
-            cells = self.sizes.image_size // Finder.STRIDE
-            return batch._replace(ground=torch.stack([self.demos.ground(i, cells) for i in index]).to(device))
+        actions, valid, state = (x[index].to(device) for x in self.rows)
+        learned = dict(actions=actions, valid=valid, prefix=self.prefix(index), found=self.found(index))
+        if agent.stage and (agent.stage == 2 or three is None) and learned["prefix"] is not None:
+            return Batch(None, None, None, None, state, None, **learned)
+        batch = observe([self.demos.observation(i) for i in index], self.cfg, device)._replace(**learned)
+        if agent.stage == 0 and agent.ground is not None:
+            ground = [self.demos.ground(i, self.sizes.image_size // 4) for i in index]
+            return batch._replace(ground=torch.stack(ground).to(device))
         if agent.stage == 1 and three is not None:
             fields = zip(*(self.targets(i) for i in index))  # of 0 to 16 objects each
             return batch._replace(targets=Targets(*(pad_sequence(x, True).to(device) for x in fields)))
-        if agent.stage == 2 and three is not None and three.predicts:
-            self.complete([i for i in index if i not in self.comp], agent)
-            comp, there = zip(*(self.comp[i] for i in index))
-            return batch._replace(comp=(torch.stack(comp), torch.stack(there)))
         return batch
 
-    @torch.no_grad()
-    def complete(self, index: list[int], agent: Agent) -> None:
-        """Make completion points of these frames: in stage 2 the modules that they come from are frozen."""
-        if index:
-            batch = observe([self.demos.observation(i) for i in index], self.cfg, agent.action_mean.device)
-            prefix = agent.policy.encode(batch.images, batch.texts, agent.state(batch))
-            comp = agent.three.complete(agent.three.find(prefix, batch), batch)
-            self.comp |= dict(zip(index, zip(*comp)))
+    def freeze(self, agent: Agent, base: Path, before: Path) -> None:
+        """Compute what is frozen in this stage for all frames, once; it is kept in the stages' folders."""
+        def see(index: list[int]) -> Batch:
+            return observe([self.demos.observation(i) for i in index], self.cfg, agent.action_mean.device)
+
+        def encode(index: list[int]) -> Prefix:
+            prefix = agent.encode(see(index))._replace(last=None)
+            return prefix._replace(tokens=None) if agent.front else prefix
+
+        def find(index: list[int]) -> Found:
+            found = agent.three.find(self.prefix(index), see(index))
+            return found._replace(mask_map=None, terms={}) if isinstance(found, Found) else found
+
+        rows = partial(frozen_rows, count=len(self.demos), device=agent.action_mean.device)
+        key = digest(nn.ModuleList([agent.policy.vlm()] + [agent.ground] * (agent.ground is not None)),
+                     str(self.demos.root.resolve()), len(self.demos), self.cfg.views, agent.front)
+        self.prefix, self.found = rows(base / f"tokens-{key}", make=encode), lambda index: None
+        if agent.stage == 2 and agent.three is not None:
+            frozen = nn.ModuleList(m for m in agent.three.frozen(2) if m is not None)
+            key = digest(frozen, key, agent.cfg.variant in "BC")
+            self.found = rows(before / f"found-{key}", make=find)
 
 
 def draw_step(cfg: Config, B: int, seed: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     """Batch's noise, time and hidden at a step: a process's share of what one process would draw for all."""
     g, sizes = torch.Generator().manual_seed(((seed << 40) + step) % 2**63), SIZES[cfg.sizes]
-    n = world * B * (1 if cfg.policy == "xvla" else cfg.flow_draws)  # X-VLA has no prefix to reuse
-    noise = torch.randn(n, sizes.chunk, sizes.action_dim, generator=g)
-    time = pi0_time_quantile(torch.rand(n, generator=g))
-    hidden = asymmetric_mask(world * B, cfg.views, sizes.grid, sizes.grid, cfg.mask_ratio, g)
+    noise = torch.randn(world * B, sizes.chunk, sizes.action_dim, generator=g)
+    time = pi0_time_quantile(torch.rand(world * B, generator=g))
+    if cfg.head == "l1":
+        noise, time = torch.zeros_like(noise), torch.ones_like(time)
+    hidden = asymmetric_mask(min(world * B, cfg.batch), cfg.views, *[sizes.grid] * 2, cfg.mask_ratio, g)
     return {k: x.chunk(world)[rank] for k, x in (("noise", noise), ("time", time), ("hidden", hidden))}
 
 
@@ -963,12 +1043,16 @@ def draw_step(cfg: Config, B: int, seed: int, step: int, rank: int = 0, world: i
 
 
 def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before: Path | None = None,
-                three: Callable = ThreeD) -> None:
-    """Stage 0 (base policy), 1 (fusion, instances) or 2 (predictor, aggregation), from the stage `before`."""
+                three: Callable = ThreeD, base: Path | None = None) -> None:
+    """Stage 0 (base policy), 1 (fusion, instances) or 2 (predictor, aggregation), from the stage `before`.
+
+    base: stage 0's folder, where the frozen VLM's tokens are kept.
+    """
     steps = args.steps or (cfg.base_steps, cfg.stage1_steps, cfg.stage2_steps)[stage]
     source = {"root": frames.demos.root, "stage": stage, "from": before, "pseudo": args.pseudo}
     run = Session(args, cfg, out, samples=len(frames.demos), steps=steps, source=source, amp=cfg.amp,
-                  batch=cfg.batch // setup(args.device).world, seed=args.seed + 1000 * stage)
+                  batch=(cfg.head_batch if stage == 2 else cfg.batch) // setup(args.device).world,
+                  seed=args.seed + 1000 * stage)
     if run.finished:
         return
     agent = Agent(cfg, three)
@@ -977,12 +1061,9 @@ def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before
             getattr(agent, name)[: len(value)] = value
     elif not run.start:
         inherit(agent, before, stage - 1)
-    agent.to(run.device).train()
-    agent.set_stage(stage)
-    frames.comp.clear()
-    peak = cfg.base_lr if stage == 0 else cfg.lr
-    optimizer = make_optimizer(cfg.optimizer, agent, peak, cfg.lr_3d, cfg.weight_decay, encoder="policy")
+    optimizer = prepare(agent, stage, run.device, frames)
     model, warmup = run.attach(agent, optimizer, find_unused=True), min(cfg.warmup, steps // 4)
+    frames.freeze(agent, base or before, before) if stage else frames.thaw()
     for step, index in run.batches(lambda i, _: i, workers=0, collate=list):
         lr = set_lr(optimizer, schedule(step, steps, "cosine", warmup, cfg.lr_floor))
         batch = frames.batch(index, agent)
@@ -998,9 +1079,28 @@ def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before
         run.log(step, terms, lr)
 
 
+def prepare(agent: Agent, stage: int, device: torch.device, frames: Frames) -> torch.optim.Optimizer:
+    """Set what learns in a stage, and the probes' first points; -> its optimizer."""
+    cfg, instances = agent.cfg, getattr(agent.three, "instances", None)
+    agent.to(device).train()
+    agent.set_stage(stage)
+    if stage == 1 and instances is not None:  # where the objects are, some 5 cm around
+        some = range(0, len(frames.demos), max(1, len(frames.demos) // 64))
+        points = torch.cat([frames.targets(i).points for i in some]).to(device)
+        if len(points):
+            instances.spread(points.amin(0) - 0.05, points.amax(0) + 0.05)
+    peak = cfg.lr if stage else cfg.base_lr
+    optimizer = make_optimizer(cfg.optimizer, agent, peak, cfg.lr_3d, cfg.weight_decay, encoder="policy")
+    if stage:  # a head on frozen tokens learns by AdamW
+        set_apart(optimizer.param_groups, [*agent.policy.parameters()], orthogonal=False)
+    if instances is not None:  # metres do not decay
+        set_apart(optimizer.param_groups, [instances.point], weight_decay=0.0)
+    return optimizer
+
+
 def inherit(agent: Agent, folder: Path, stage: int) -> None:
     """Take the weights of `stage`, finished in `folder`, else InputError; new tokens get the words' size."""
-    run, names = read_json(folder / "config.json"), ("policy", "sizes", "vlm", "w_ground")
+    run, names = read_json(folder / "config.json"), ("policy", "sizes", "vlm", "views", "w_ground", "head")
     if run["data"].get("stage") != stage:
         raise InputError(f"{folder}: not a stage {stage}; train one with --out first")
     if differ := [f"{k} {run['config'][k]}" for k in names if run["config"][k] != getattr(agent.cfg, k)]:
@@ -1018,18 +1118,22 @@ def train(cfg: Config, args) -> None:
     check(cfg)
     if args.steps and args.resume:
         raise InputError("--steps with --resume: a run of stages is not extended; take another --out")
-    if cfg.batch % (world := setup(args.device).world):
-        raise InputError(f"--batch {cfg.batch}: of all processes together; take a multiple of {world}")
-    out = args.out or Path("runs/threedvla")
-    base, frames = args.base or out, open_frames(cfg, args)
-    base = base if (base / "config.json").is_file() else base / "stage0"
+    world, out = setup(args.device).world, args.out or Path("runs/threedvla")
+    if cfg.batch % world or cfg.head_batch % world:
+        raise InputError(f"--batch {cfg.batch}, --head-batch {cfg.head_batch}: of all processes together; "
+                         f"take multiples of {world}")
+    if args.resume and not any((out / f"stage{k}" / "config.json").is_file() for k in range(3)):
+        raise InputError(f"{out}: no run there; drop --resume")
+    args.resume = False  # stages that are not begun begin, others go on anyway
+    frames, base = open_frames(cfg, args), args.base or out
+    cfg, base = replace(cfg, actions=frames.demos.actions), base if (base / "config.json").is_file() else base / "stage0"
     if not args.base:
         train_stage(0, replace(cfg, variant="base"), args, frames, base)
     if cfg.completion == "pointattn" and cfg.variant in ("B", "C"):
         pointattn.pretrain(args, cfg, out / "completion", frames.demos, pointattn.POINTS[cfg.sizes])
     first = replace(cfg, variant="A") if cfg.variant != "base" else cfg
     train_stage(1, first, args, frames, out / "stage1", base)
-    train_stage(2, cfg, args, frames, out / "stage2", out / "stage1")
+    train_stage(2, cfg, args, frames, out / "stage2", out / "stage1", base=base)
 
 
 def open_frames(cfg: Config, args) -> Frames:
@@ -1038,7 +1142,8 @@ def open_frames(cfg: Config, args) -> Frames:
     if run.is_main and not args.data_root:
         worlds.make("tabletop", demos=args.demos)
     barrier(run)
-    return Frames(cfg, root, mask_maker(args.pseudo, args.grounding, args.sam, args.device))
+    masks = mask_maker(args.pseudo, args.grounding, args.sam, args.device)
+    return Frames(cfg, root, masks, cfg.actions if "actions" in args.given else None)
 
 
 # --- 7  Predict, evaluate, describe -------------------------------------------------------------------------
@@ -1054,7 +1159,7 @@ def predict(agent: Agent, observations: list[Observation], seeds: list[int], whe
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     batch = observe(observations, agent.cfg, device)
     with autocast(device, agent.cfg.amp):
-        actions, found = agent.act(batch, noise)
+        actions, found = agent.act(batch, noise * (agent.cfg.head == "flow"))
     return actions.float().cpu().numpy(), partial(marks, found, batch) if found is not None else None
 
 
@@ -1104,8 +1209,10 @@ def describe(cfg: Config, args) -> None:
             agent = Agent(replace(cfg, variant=variant, vlm=None)).requires_grad_(False)
             image = torch.zeros(1, V, sizes.image_size, sizes.image_size)
             batch = Batch(image[:, :, None].expand(-1, -1, 3, -1, -1), image, torch.ones(1, V, 3, 3),
-                          torch.ones(1, V, 4, 4), torch.zeros(1, 8), ["lift the red cube"],
-                          comp=(torch.zeros(1, n, 3), torch.zeros(1, n, dtype=torch.bool)))
+                          torch.ones(1, V, 4, 4), torch.zeros(1, 8), ["lift the red cube"])
+            if agent.three is not None:  # on numbers, not on shapes
+                comp = torch.zeros(1, n, 3), torch.zeros(1, n, dtype=torch.bool)
+                agent.three.complete = lambda *_: comp
             agent.forward, noise = agent.act, torch.zeros(1, sizes.chunk, sizes.action_dim)
             print(f"{cfg.policy} {variant}, preset {args.preset}: {V} x {sizes.image_size} px, one plan")
             flops.append(table(agent, batch, noise, train=False)["flops"])
@@ -1121,8 +1228,11 @@ def check(cfg: Config) -> None:
     zero = "w_ground", "warmup", "lr_floor", "weight_decay"  # may be 0
     wrong = [f"--{k.replace('_', '-')} {v}" for k, v in asdict(cfg).items()
              if isinstance(v, (int, float)) and not (v > 0 or k in zero and v == 0)]
-    if wrong or cfg.mask_ratio >= 1:
-        raise InputError(f"{' '.join(wrong) or f'--mask-ratio {cfg.mask_ratio}'}: out of range")
+    if wrong or max(cfg.mask_ratio, cfg.ema) >= 1:
+        raise InputError(f"{' '.join(wrong) or f'--mask-ratio {cfg.mask_ratio} --ema {cfg.ema}'}: out of range")
+    if cfg.vlm and cfg.policy != "pi0":
+        raise InputError(f"--policy {cfg.policy} --vlm {cfg.vlm}: only pi0's weights load here (transformers has "
+                         "no pi0.5 and no X-VLA); drop --vlm, or take --policy pi0")
     if cfg.width % cfg.heads or cfg.width % cfg.sample_heads or cfg.width < 6 * cfg.heads:
         raise InputError(f"--width {cfg.width}: a multiple of --heads {cfg.heads} and --sample-heads "
                          f"{cfg.sample_heads}, with at least 6 channels a head for 3D RoPE")

@@ -144,10 +144,11 @@ def lift_mask(mask: np.ndarray, depth: np.ndarray, K: np.ndarray, T_base_cam: np
 class Demonstrations:
     """Demonstrations of a tabletop world, or LIBERO's (common.robot convert), in memory, a sample a frame.
 
-    Raises InputError if they have another number of cameras, states wider than `state_dim` or other actions.
+    views: cameras that are read, the first ones. Raises InputError if there are fewer, if states are wider
+    than `state_dim`, or if actions have another width than `actions` (None: any).
     """
 
-    def __init__(self, root: Path, views: int, state_dim: int, actions: int):
+    def __init__(self, root: Path, views: int, state_dim: int, actions: int | None = None):
         self.root, world = Path(root), read_world(root)
         self.known_shapes = "roles" not in world  # the tabletop world's
         # task -> moves, where to
@@ -160,11 +161,14 @@ class Demonstrations:
                                                disable=None))
         for folder, demo in zip(folders, self.demos):
             V, S, D = len(demo["K"][0]), demo["states"].shape[1], demo["actions"].shape[1]
-            if V != views or D != actions or S > state_dim or S != self.demos[0]["states"].shape[1]:
+            actions = actions or D
+            if V < views or D != actions or S > state_dim or S != self.demos[0]["states"].shape[1]:
                 raise InputError(f"{folder}: {V} cameras, {D} numbers an action, {S} a state; --views "
                                  f"{views} --actions {actions}, states of one length up to {state_dim} here")
             if demo["task"] not in self.roles:
                 raise InputError(f"{folder}: a task without roles in world.json ({demo['task']})")
+            demo |= {key: demo[key][:, :views] for key in ("images", "depth", "instances", "K", "T_base_cam")}
+        self.actions = actions
         self.place = [(e, k) for e, demo in enumerate(self.demos) for k in range(len(demo["actions"]))]
 
     def __len__(self) -> int:

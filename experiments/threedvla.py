@@ -223,9 +223,9 @@ def masked_token_errors(agent: V.Agent, batches: int = 4, size: int = 16,
     for step in range(2 * batches):
         batch = V.observe(frames[step * size : (step + 1) * size], cfg, device)
         found = three.find(agent.policy.encode(batch.images, batch.texts, agent.state(batch)), batch)
-        hidden = V.draw_step(cfg, size, 17, step)["hidden"].to(device)
+        hidden = V.draw_step(replace(cfg, batch=size), size, 17, step)["hidden"].to(device)
         predicted, target, where = three.predict_hidden(found, hidden)
-        view = F.one_hot(found.view, cfg.views).expand(size, -1, -1)
+        view = F.one_hot(found.view, cfg.views)
         features = torch.cat([fourier(found.points, frequencies), view,
                               torch.ones_like(found.points[..., :1])], -1)
         true = three.teach(found)
