@@ -886,7 +886,8 @@ class Agent(nn.Module):
 
     def __init__(self, cfg: Config, three: Callable = ThreeD):
         super().__init__()
-        self.cfg, self.stage, sizes, l1 = cfg, 2, SIZES[cfg.sizes], cfg.head == "l1"
+        self.cfg, self.stage, sizes = cfg, 2, SIZES[cfg.sizes]
+        l1 = cfg.actions - 1 if cfg.head == "l1" else None
         if cfg.policy == "xvla":
             self.policy = XVLA(sizes, cfg.views, cfg.actions - 1, OBJECTS + OCCLUDED * QUERIES, l1)
         else:

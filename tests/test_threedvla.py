@@ -420,8 +420,7 @@ def test_completion_reads_masks_where_the_probe_is_seen(observations, monkeypatc
     monkeypatch.setattr(V, "completion_points", lambda masks, *rest: (inputs.append(masks), none)[1])
     monkeypatch.setattr(V, "view_masks", lambda embed, cells: torch.ones(*embed.shape[:3], *cells.shape[-2:]))
     batch = V.observe(observations, SMALL)
-    found = find(agent, batch)
-    agent.three.complete(found, batch)
+    found = find(agent, batch)  # completes
     wanted = V.project_probes(found.probes.point, batch.K, batch.T_base_cam, (64, 64))[1]  # (B, V, T)
     assert np.array_equal(np.stack(inputs).any((-1, -2)), wanted.numpy()) and 0 < wanted.float().mean() < 1
 

@@ -13,7 +13,8 @@ A policy of this folder has width (of its tokens), map_width, grid, chunk, state
     act(prefix, state, noise)                        -> actions (B, A, D) from noise (B, A, D); l1: in one step
     vlm() -> the part that stays frozen behind a trained base policy;  word_size() -> a word embedding's RMS
 
-l1 (after OpenVLA-OFT): with noise 0 and time 1 a flow's velocity is the actions, negated, in one step.
+l1 (after OpenVLA-OFT): with noise 0 and time 1 a flow's velocity is the actions, negated, in one step. `l1`
+is the gripper's channel then (`one_step_error`).
 
 Letters: B batch, V views, h w patches, L tokens, C channels, A action steps, D action channels, S of a state.
 """
@@ -121,6 +122,16 @@ def pi0_time_embedding(time: Tensor, dim: int, min_period: float = 4e-3, max_per
     return torch.cat([angle.sin(), angle.cos()], -1).to(time.dtype)
 
 
+def one_step_error(out: Tensor, true: Tensor, gripper: int) -> Tensor:
+    """Absolute error (..., D), and twice the square for the gripper's channel.
+
+    A hand opens in one frame of thirty: by absolute errors alone a regression that is told where everything
+    is placed nothing (0 of 18), with this 15 of 18.
+    """
+    error = (out - true).abs()
+    return torch.cat([error[..., :gripper], 2 * error[..., gripper, None] ** 2, error[..., gripper + 1 :]], -1)
+
+
 # --- words --------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +215,7 @@ class Pi0(nn.Module):
     vlm: hub id or folder of weights in transformers' form; random weights without it.
     """
 
-    def __init__(self, sizes: Sizes, adarms: bool = False, vlm: str | None = None, l1: bool = False):
+    def __init__(self, sizes: Sizes, adarms: bool = False, vlm: str | None = None, l1: int | None = None):
         super().__init__()
         try:
             from transformers import PI0Config, PI0ForConditionalGeneration
@@ -214,7 +225,7 @@ class Pi0(nn.Module):
                              "fit this torch is the usual reason: pip uninstall torchvision") from error
 
         self.sizes, self.pi05, self.weights = sizes, adarms, vlm
-        self.error, self.steps = (F.l1_loss, 1) if l1 else (F.mse_loss, sizes.flow_steps)
+        self.l1, self.steps = l1, sizes.flow_steps if l1 is None else 1
         if vlm and not torch.empty(0).is_meta:
             (self.net,) = load_pretrained("--vlm", vlm, PI0ForConditionalGeneration, model_type="pi0")
             c, vision = self.net.config, self.net.config.vlm_config.vision_config
@@ -305,7 +316,8 @@ class Pi0(nn.Module):
         Padded action channels are zeros to be learned, as in openpi.
         """
         x_t, u_t = pi0_flow(pad(actions, self.action_dim), noise, time)
-        return self.error(self.velocity(self.read_all(prefix), state, x_t, time), u_t, reduction="none")
+        out = self.velocity(self.read_all(prefix), state, x_t, time)
+        return one_step_error(out, u_t, self.l1) if self.l1 is not None else (out - u_t).square()
 
     def act(self, prefix: Prefix, state: Tensor, noise: Tensor) -> Tensor:
         """-> (B, A, D): the velocity is walked backwards from the noise."""

@@ -23,7 +23,7 @@ class XVLA(nn.Module):
     gripper: index of the action channel that is open or closed. added: slots for a plug-in's tokens.
     """
 
-    def __init__(self, sizes: Sizes, views: int = 2, gripper: int = 6, added: int = 0, l1: bool = False):
+    def __init__(self, sizes: Sizes, views: int = 2, gripper: int = 6, added: int = 0, l1: int | None = None):
         super().__init__()
         d, e, c = sizes.lm_width, sizes.expert_width, sizes.vision_width
         self.sizes, self.gripper, self.width, self.map_width = sizes, gripper, d, d
@@ -40,7 +40,7 @@ class XVLA(nn.Module):
         self.backbone.register_parameter("order", nn.Parameter(0.02 * torch.randn(sizes.text_tokens, d)))
         self.action_in = nn.Linear(self.action_dim + self.state_dim + e, e)
         self.from_encoder, self.from_views = nn.Linear(d, e), nn.Linear(d, e)
-        self.error, self.steps = (F.l1_loss, 1) if l1 else (F.mse_loss, sizes.flow_steps)
+        self.error, self.steps = (F.mse_loss, sizes.flow_steps) if l1 is None else (F.l1_loss, 1)
         slots = self.chunk + self.grid**2 * views + sizes.text_tokens + added
         self.slots = nn.Parameter(0.02 * torch.randn(slots, e))
         self.prompts = nn.Parameter(0.02 * torch.randn(sizes.soft_prompts, e))
