@@ -70,8 +70,8 @@ DEVIATIONS
     * sparse convolutions are dense ones on the lifted cells, masked after each pass of the semantic U-Net.
     * the heads get the occupied cells' encodings beside the upsampled grid, and start at "empty".
     * (16) projects classes given occupied: the joint probability would also raise the occupancy in front.
-    * tiny, for compute: coarser cells (--grid-stride), token means (--mamba-stride), Muon (--optimizer);
-      class weights freq^-0.5 (--class-weights). Its losses and their weights are the paper preset's.
+    * tiny, for compute: a frozen street encoder (--backbone), coarser cells (--grid-stride), token means
+      (--mamba-stride), Muon (--optimizer), class weights freq^-0.5 (--class-weights). Same losses as paper.
 
 CLAIMS         in experiments/occle.py; the paper's 10 %: SemanticKITTI val 16.59 mIoU, Occ3D val 27.53
 """
@@ -157,7 +157,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        image_size=(112, 200), n_sweeps=2, backbone="conv", channels=24, geo_channels=16,
+        image_size=(112, 200), n_sweeps=2, backbone="street+frozen", channels=24, geo_channels=16,
         unet_channels=(16, 32, 64), grid_channels=24, head_channels=16, grid_stride=(2, 2, 1),
         mamba_stride=(2, 2, 2), d_state=4, expand=1, class_weights="sqrt", ema=0.98, scatter_stride=8,
         branch_share=0.4, optimizer="muon", steps=180, lr=1e-2, warmup=20, grad_clip=5.0, amp="off"),

@@ -27,7 +27,7 @@ from common.files import InputError, exit_on_input_error, npz_keys, read_npy, re
 from common.metrics import (FREE, PLANNING_PROTOCOLS, PROTOCOLS, RAY_THRESHOLDS, OccupancyMeter,
                             PlanningMeter, box_corners, protocol_line, rasterize, shown, ssc_confusion,
                             ssc_scores_of)
-from common.nuscenes import NuScenesOccupancy, find_root, find_version, rigid_inverse
+from common.nuscenes import FAR, NuScenesOccupancy, find_root, find_version, rigid_inverse
 from common.semantickitti import CLASSES as SSC_CLASSES
 from common.semantickitti import IGNORED, SemanticKITTI, read_voxel_labels, to_train
 
@@ -103,8 +103,8 @@ def read_trajectory(form: Form, dataset: NuScenesOccupancy, i: int) -> np.ndarra
     trajectory, path = form.read(dataset, i, (6, 2), None)
     if trajectory.dtype.kind != "f":
         raise InputError(f"{path}: '{form.key}' has dtype {trajectory.dtype}, expected a float")
-    if not np.isfinite(trajectory).all():
-        raise InputError(f"{path}: '{form.key}' holds nan or inf")
+    if not (np.abs(trajectory) < FAR).all():
+        raise InputError(f"{path}: '{form.key}' holds nan, inf or a place {FAR:.0e} m away")
     return trajectory.astype(np.float64)
 
 

@@ -484,10 +484,15 @@ def grey16(image) -> np.ndarray:
     return values.astype(np.uint16)
 
 
-def read_image(path: Path | str) -> np.ndarray:
-    """-> (H, W, 3) uint8 RGB. Raises InputError if the file is missing, does not decode, or is too large."""
+def read_image(path: Path | str, upright: bool = False) -> np.ndarray:
+    """-> (H, W, 3) uint8 RGB. Raises InputError if the file is missing, does not decode, or is too large.
+
+    upright: turned as EXIF asks; else the stored pixels, which a camera's calibration counts.
+    """
+    from PIL import ImageOps
+
     with open_image(path) as image:
-        return np.asarray(to_rgb(image))
+        return np.asarray(to_rgb(ImageOps.exif_transpose(image) if upright else image))
 
 
 def short_hash(value) -> str:

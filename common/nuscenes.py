@@ -415,19 +415,21 @@ class _Table:
     def names(self, column: str, values: list[str]) -> None:
         """Raises InputError unless each value is a name that is one component of a path, and no two are equal."""
         for value in values:
-            single = value not in ("", ".", "..") and Path(value).name == value and "\\" not in value
+            single = value[:1] != "." and Path(value).name == value != "" and "\\" not in value
             if not (single and value.isprintable() and len(value.encode()) <= 200):
                 raise InputError(f"{self.path}: {column} '{value[:80]}' is no name of a single folder; rename it")
         if len(set(values)) < len(values):
             raise InputError(f"{self.path}: two records have the same {column}; mend the table")
 
     def files(self, column: str) -> list[str]:
-        """Paths below the root, one a row. InputError on an absolute one, or one that climbs."""
+        """Paths below the root, one a row. InputError on an absolute one, one that climbs, or none at all."""
         values = self.column(column, str)
         for value in values:
             climbs = value[:1] == "/" or "\\" in value or (".." in value and ".." in Path(value).parts)
             if climbs or not value.isprintable():
                 raise InputError(f"{self.path}: {column} '{value[:80]}' leaves the dataset's folder; make it relative")
+            if not value.strip("./"):
+                raise InputError(f"{self.path}: {column} '{value[:80]}' names no file; mend the table")
         return values
 
     def join(self, column: str, other: "_Table", optional: bool = False) -> np.ndarray:
@@ -441,6 +443,9 @@ class _Table:
         rows = np.full(len(keys), -1, np.int64)
         given = np.flatnonzero(keys != b"")
         order = np.argsort(other.token, kind="stable")
+        twice = np.zeros(len(other), bool)
+        twice[order[1:]] = other.token[order[1:]] == other.token[order[:-1]]
+        other.refuse(twice, "has the token of another record")
         place = np.searchsorted(other.token, keys[given], sorter=order)
         found = np.append(order, -1)[place]  # behind the last token: not there
         wrong = np.flatnonzero((found < 0) | (np.append(other.token, b"")[found] != keys[given]))
@@ -541,6 +546,9 @@ def build_tables(root: Path, version: str) -> tuple[dict[str, np.ndarray], dict]
     key = np.flatnonzero(arrays["data_key"])
     arrays["sample_data"] = np.full((len(sample), len(CHANNELS)), -1, np.int32)
     arrays["sample_data"][arrays["data_sample"][key], arrays["data_channel"][key]] = key
+    twice = np.zeros(len(data), bool)
+    twice[rows[key]] = arrays["sample_data"][arrays["data_sample"][key], arrays["data_channel"][key]] != key
+    data.refuse(twice, "is one of two keyframes of the same sample and sensor")
     lidar = arrays["sample_data"][:, LIDAR]
     arrays["sample_lidar_token"] = np.where(lidar >= 0, np.append(data.token[rows], b"")[lidar], b"")
     del data, ego_pose, poses
@@ -1153,7 +1161,8 @@ def check(root: Path | str, version: str | None = None, cache: Path | str | None
     """Prints what of the dataset is there, and its size; raises InputError if anything required is missing.
 
     Required: the thirteen tables, and of each keyframe the six images and the LiDAR file; with a gts folder, each
-    keyframe's label too. Optional: sweeps, gts, lidarseg, questions, maps. An empty file counts as missing.
+    keyframe's label too. Optional: sweeps, gts, lidarseg, questions, maps. An empty file counts as missing. Of the
+    first keyframe the reader reads all.
     """
     dataset = NuScenesOccupancy(root, version, "all", cache=cache, parts=())
     table, root, tables = dataset._table, dataset.root, dataset.root / dataset.version
@@ -1180,7 +1189,7 @@ def check(root: Path | str, version: str | None = None, cache: Path | str | None
         paths = [dataset._file(row) for row in np.flatnonzero(between & (channel == c))]
         _line(f"sweeps/{name}", _sizes(paths, f"sweeps/{name}"), "optional")
     lidarseg = [root / name.decode() for name in table.get("sample_lidarseg", []) if name]
-    _line("lidarseg", _sizes(lidarseg, "lidarseg"), "optional")
+    _line("lidarseg", lidarseg_sizes := _sizes(lidarseg, "lidarseg"), "optional")
     _line("questions", _sizes(question_files(root), "questions"), "optional")
     maps = sorted(path for path in (root / "maps").rglob("*") if path.is_file())
     _line("maps", _sizes(maps, "maps"), "optional here; the devkit's NuScenes() opens them")
@@ -1192,6 +1201,9 @@ def check(root: Path | str, version: str | None = None, cache: Path | str | None
         k, i = np.argwhere(sizes == 0)[0]
         count = f"{(~complete).sum()} of {len(complete)}"
         raise InputError(f"{required[k][i]}: missing or empty; {count} keyframes lack a file")
+    dataset.images(0), dataset.points(0), dataset.labels(0)  # files of another form are refused, as by the commands
+    if lidarseg_sizes.all():
+        dataset.lidarseg(0)
 
 
 @exit_on_input_error

@@ -688,6 +688,7 @@ def check(root: Path | str) -> None:
         late = [f"{name} 1 voxel late" for name, shift in (("packed files", dataset.packed_shift),
                                                            (".label", dataset.label_shift)) if shift]  # fmt: skip
         print(f"order of voxels: {', '.join(late) if late else 'as documented'}")
+        dataset.images(0), dataset.points(0), dataset.labels(0)  # files of another form are refused, as by the commands
     if not count:
         raise InputError(f"{root}: no voxels/*.bin or .label in any sequence; unpack SemanticKITTI's voxel data")
     if missing:

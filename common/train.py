@@ -527,7 +527,8 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 # --- starting or going on --------------------------------------------------------------------------------------------
 
 # Shape of train_state.json (`files.misfit`)
-TRAIN_STATE = {"step": int, "groups": {"param_groups": [{"params": [int]}], "plain": dict}, "state": dict, "world": int}
+TRAIN_STATE = {"step": int, "groups": {"param_groups": [{"params": [int]}], "plain": dict},
+               "state": {"train_s?": float, "peak_gb?": float}, "world": int}
 
 # Config fields that change neither weights nor data order: a run may go on with other values of these.
 RUNTIME = ("workers", "eval_frames", "rayiou", "pictures", "world_size")
@@ -563,12 +564,13 @@ def begin(out: Path | str, run: Run, wanted: dict[str, Any], resume: bool = Fals
     barrier(run)  # every rank has looked before the main one writes
     if old is not None:
         differ = differences(old, wanted | {"world": run.world})
-        longer = resume and set(differ) <= {"steps", "config.steps", "config.epochs"} and wanted["steps"] > old["steps"]
+        extends = set(differ) <= {"steps", "config.steps", "config.epochs"} and wanted["steps"] > old["steps"]
+        longer = resume and extends
         if differ and not longer:
             shown = ", ".join(f"{name} {there} there, {here} here" for name, (there, here) in list(differ.items())[:4])
             more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
-            hint = "add --resume to extend it" if wanted["steps"] > old.get("steps", 0) and "steps" in differ else ""
-            raise InputError(f"{out}: holds a run with other settings ({shown}{more}); {hint or 'use another --out'}")
+            remedy = "add --resume to extend it" if extends else "use another --out"
+            raise InputError(f"{out}: holds a run with other settings ({shown}{more}); {remedy}")
         if not longer and found is not None and found >= wanted["steps"]:
             if run.is_main:
                 sweep(out), _clean(out)  # what a kill at the very end left
@@ -706,14 +708,26 @@ def load_weights(out: Path, net: nn.Module) -> set[str]:
     """
     if not (out / "latest.json").is_file():
         raise InputError(f"{out}: no checkpoint there (latest.json); train with --out {out} first")
-    weights, mine = _read(out / _latest(out / "latest.json")["folder"] / "model.safetensors"), net.state_dict()
-    weights = {name: value for name, value in weights.items() if name in mine}
+    path, mine = out / _latest(out / "latest.json")["folder"] / "model.safetensors", net.state_dict()
+    weights = {name: value for name, value in _read(path).items() if name in mine}
     for name, value in weights.items():
         if value.shape != mine[name].shape:
             there, here = tuple(value.shape), tuple(mine[name].shape)
             raise InputError(f"{out}: {name} is {there} there, {here} here; use its own settings")
-    net.load_state_dict(weights, strict=False)
+    _load_finite(path, net, weights)
     return set(weights)
+
+
+def _load_finite(path: Path, net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load tensors of the right shapes. Raises InputError if one is not finite, or whole numbers are not where they
+    were. (In a buffer inf may stand.)"""
+    mine, learned = net.state_dict(), {name for name, _ in net.named_parameters()}
+    for name, value in weights.items():
+        if value.is_floating_point() != mine[name].is_floating_point():
+            raise InputError(f"{path}: {name} is {value.dtype} there, {mine[name].dtype} here; copy the whole run folder")
+        if value.isnan().any() or (name in learned and value.isinf().any()):
+            raise InputError(f"{path}: {name} is not finite; train again with another --out")
+    net.load_state_dict(weights, strict=False)
 
 
 def load_checkpoint(out: Path | str, net: nn.Module, optimizer: torch.optim.Optimizer | None = None,
@@ -738,10 +752,9 @@ def load_checkpoint(out: Path | str, net: nn.Module, optimizer: torch.optim.Opti
             raise
         problem = f"a checkpoint of another architecture ({', '.join(named)}); use its own settings"
         raise InputError(f"{out}: {problem}") from error
-    weights = _read(folder / "model.safetensors")
-    if bad := [name for name, value in weights.items() if value.is_floating_point() and value.isnan().any()]:
-        raise InputError(f"{folder}: {bad[0]} holds nan; train again with another --out")
-    net.load_state_dict(weights)
+    if saved["step"] != (named := _latest(out / "latest.json")["step"]):
+        raise InputError(f"{folder}/train_state.json: step {saved['step']}, not {named}; copy the whole run folder again")
+    _load_finite(folder / "model.safetensors", net, _read(folder / "model.safetensors"))
     if optimizer is not None:
         tensors = _read(folder / "optimizer.safetensors")
         _unpack(optimizer, tensors, saved["groups"], folder)
@@ -755,8 +768,10 @@ def load_checkpoint(out: Path | str, net: nn.Module, optimizer: torch.optim.Opti
 
 def _latest(path: Path) -> dict[str, Any]:
     value = read_json(path, {"step": int, "folder": str})
-    if not re.fullmatch(r"step_\d{6,12}b?", value["folder"]) or not (path.parent / value["folder"]).is_dir():
-        raise InputError(f"{path}: names the folder {value['folder']}, which is not there; copy the whole run folder")
+    name = f"step_{value['step']:06d}"
+    if value["folder"] not in (name, f"{name}b") or not (path.parent / value["folder"]).is_dir():
+        problem = f"names the folder {value['folder']} of step {value['step']}, which is not there"
+        raise InputError(f"{path}: {problem}; copy the whole run folder")
     return value
 
 
@@ -804,11 +819,12 @@ def _pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str
 
 
 def _unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: dict[str, Any], where: Path) -> None:
-    now, saved = optimizer.state_dict()["param_groups"], groups["param_groups"]
-    if [(g["params"], g.keys()) for g in saved] != [(g["params"], g.keys()) for g in now]:
-        raise InputError(f"{where}: the optimiser has other parameter groups; use the settings of the run")
-    for old, new in zip(saved, now, strict=True):  # JSON has no tuples (betas)
-        old.update({k: tuple(v) for k, v in old.items() if isinstance(new[k], tuple)})
+    now = optimizer.state_dict()["param_groups"]
+    plain = [[{k: v for k, v in group.items() if k != "lr"} for group in json.loads(json.dumps(one))]
+             for one in (now, groups["param_groups"])]  # fmt: skip
+    if plain[0] != plain[1]:  # the rate follows from the step
+        problem = "the optimiser has other parameter groups; use the settings of the run"
+        raise InputError(f"{where / 'train_state.json'}: {problem}")
     state: dict[int, dict[str, Any]] = {}
     for key, value in (tensors | groups["plain"]).items():
         parameter, _, name = key.partition(".")
@@ -819,7 +835,9 @@ def _unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups
         for k, values in state.items():
             if any(isinstance(v, Tensor) and v.dim() and v.shape != parameters[k].shape for v in values.values()):
                 raise ValueError(f"a tensor of parameter {k} has another shape")
-        optimizer.load_state_dict({"state": state, "param_groups": saved})
+            if any(isinstance(v, Tensor) and v.isnan().any() for v in values.values()):
+                raise ValueError(f"a tensor of parameter {k} holds nan")
+        optimizer.load_state_dict({"state": state, "param_groups": now})
 
 
 def _rng() -> dict[str, Tensor]:

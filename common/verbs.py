@@ -35,7 +35,7 @@ VERBS = {
     "world": ("write the synthetic world that the other verbs use (nothing to do if it is there)",
               "out seed world-size"),
     "labels": ("make the labels that training reads", f"out! labeler {DATA} shard cache workers world-size "
-               "depth-level semantic-level correlation label-seed grounding sam depth-model maps"),
+               "depth-level semantic-level correlation label-seed grounding sam depth-model maps pictures"),
     "train": ("learn from the labels; without --labels, default ones are made first",
               f"out {DATA} labels seed steps device resume cache workers world-size"),
     "eval": ("score a run: tables, result.json, pictures",
@@ -116,6 +116,12 @@ def labels(maker: LabelMaker, cfg: Any, args: Any, open_data: Callable = open_sp
     dataset = open_data(root, args.version, args.split, cfg.image_size, args.cache)
     make_labels(maker, dataset, args.labeler, labeler_options(args, None, maker.flags), cfg, args.out,
                 shard=args.shard, workers=args.workers)
+    barrier(run)
+    if run.is_main and not maker.maps and not args.shard[0]:
+        from common.report.pictures import draw_labels
+
+        for path in draw_labels(dataset, args.out, args.pictures, f"{args.method}, labeler {args.labeler}"):
+            print(f"  {path}")
 
 
 def labeler_options(args: Any, labeler: str | None = None, flags: dict = OPTIONS) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def predict_frames(build: Callable, predict: Callable, cfg: Any, args: Any,
                    open_data: Callable | None = None) -> None:
     """The verb predict: <token>.npz of each frame, PNG sheets and the viewer; no ground truth is read."""
     from common.report.occupancy import spread
-    from common.report.pictures import OCC3D_STYLE, SSC_STYLE, chosen, draw
+    from common.report.pictures import chosen, draw, style_of
 
     net, _, _ = load(build, cfg, args)
     dataset = (open_data or open_eval)(cfg, args)
@@ -184,8 +190,7 @@ def predict_frames(build: Callable, predict: Callable, cfg: Any, args: Any,
     if not run.is_main:
         return
     for path in draw(partial(predict, net), dataset, chosen(len(dataset), args.pictures), args.out,
-                     title=f"{args.method}, {dataset.split}",
-                     style=SSC_STYLE if dataset.version == "semantickitti" else OCC3D_STYLE):
+                     title=f"{args.method}, {dataset.split}", style=style_of(dataset)):
         print(f"  {path}")
     print(f"{args.out}: {len(indices)} predictions")
 

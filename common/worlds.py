@@ -18,8 +18,8 @@ def make(kind: str, out: Path | str | None = None, **options) -> Path:
                seed, decoys                                   keyframes, questions: 190 (data/driving)
     kitti      size mini|demo|claims, seed                    kitti-<size>
     tabletop   demos, seed                                    tabletop-<demos>
-    tinyclip   hide (file of the kinds it never names)        the shipped one, or tinyclip-without-<stem of hide>
-    tinyvlm    vlm, processor, answer_loss, steps, depth      tinyvlm-<steps>, tinyvlm-depth-<steps>
+    tinyclip   hide (file of the kinds it never names)        the shipped one, tinyclip-without-<stem of hide>
+    tinyvlm    vlm, processor, answer_loss, steps, start      tinyvlm-<steps>, tinyvlm-depth-<steps>, -conv-
 
     The makers take more options; see data/default.py. Raises InputError if an option is wrong, or if `out`
     holds something else.

@@ -43,6 +43,6 @@ def make_default(kind: str, out: Path | None = None, **options) -> Path:
     if kind == "tinyvlm":
         from data.tinyvlm import make_tinyvlm
 
-        depth = "-depth" * bool(options.get("depth"))
-        return make_tinyvlm(out or WORLDS / f"tinyvlm{depth}-{options['steps']}", **options)
+        start = {"street": "", "street-depth": "-depth", "conv": "-conv"}[options.get("start", "street")]
+        return make_tinyvlm(out or WORLDS / f"tinyvlm{start}-{options['steps']}", **options)
     raise ValueError(f"world '{kind}': one of driving, kitti, tabletop, tinyclip, tinyvlm")

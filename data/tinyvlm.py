@@ -8,7 +8,7 @@ WHAT IT IS TAUGHT   What PaliGemma 2 has learned long before it drives (its pre-
     detection and questions about pictures), in two lessons over single photographs.
     Seeing: heads read the vision tower's tokens. Of each token they say how many objects of each class have
     their middle there, where the largest one's is and how large it looks, and the shares of the classes;
-    with `depth` (a ceiling, off in all arms) the mean depth, too. The neck learns; the foundation stays.
+    from street-depth (a ceiling) the mean depth, too. The neck learns; the foundation stays.
     Answering, over the frozen tokens: is there such a thing in the picture, and how many. Projector and
     language model learn. Distance, direction, motion and a second camera are left to the method.
 
@@ -191,19 +191,20 @@ def learn_to_answer(vlm: nn.Module, answer_loss: AnswerLoss, pictures: Pictures,
 
 
 def make_tinyvlm(
-    out: Path | str, vlm: nn.Module, processor: Any, answer_loss: AnswerLoss, steps: int, depth: bool = False,
-    pictures: Pictures | None = None
+    out: Path | str, vlm: nn.Module, processor: Any, answer_loss: AnswerLoss, steps: int,
+    start: str = "street", pictures: Pictures | None = None
 ) -> Path:
     """Pre-trains `vlm` and saves it with its processor in folder `out`, unless it is there. -> `out`.
 
-    steps: of the first lesson; the second has a quarter as many. pictures: default the miniature
-    foundation's, beside `out`. Raises InputError if `out` holds one of other settings.
+    steps: of the first lesson; the second has a quarter as many. start: of the tower's encoder, conv
+    (random), street or street-depth. pictures: default the miniature foundation's, beside `out`. Raises
+    InputError if `out` holds one of other settings.
     """
     tower, text = vlm.model.vision_tower, vlm.config.text_config
-    start = "street-depth" if depth else "street"
     out, wanted = Path(out), {"steps": steps, "side": tower.side, "width": text.hidden_size,
-                              "layers": text.num_hidden_layers, "depth": depth,
-                              "foundation": read_json(WEIGHTS / f"{start}.json")["commit"]}
+                              "layers": text.num_hidden_layers, "start": start}
+    if start != "conv":
+        wanted["foundation"] = read_json(WEIGHTS / f"{start}.json")["commit"]
     if (out / "tinyvlm.json").is_file():
         found = read_json(out / "tinyvlm.json")
         if differ := [name for name in wanted if found.get(name) != wanted[name]]:
@@ -212,8 +213,9 @@ def make_tinyvlm(
             )
         return out
     pictures = load_pictures(out.parent / "foundation", RIGS, 0) if pictures is None else pictures
-    tower.encoder.load_state_dict(load_street(start).backbone.state_dict())
-    known = learn_to_see(tower, pictures, steps, depth)
+    if start != "conv":
+        tower.encoder.load_state_dict(load_street(start).backbone.state_dict())
+    known = learn_to_see(tower, pictures, steps, depth=start == "street-depth")
     known["answers_right"] = learn_to_answer(vlm, answer_loss, pictures, steps // 4)
     try:
         with atomic(out, folder=True) as whole:

@@ -34,7 +34,7 @@ from common.metrics import OccupancyMeter
 from common.nuscenes import FREE, NuScenesOccupancy, open_split
 from common.report.occupancy import constant_scores, describe_dataset, spread
 from common.report.openset import hide_classes
-from common.report.pictures import OCC3D_STYLE, SSC_STYLE
+from common.report.pictures import style_of
 from common.semantickitti import SemanticKITTI
 from common.worlds import is_world, make
 from experiments.runner import Claim, main, once, start_claim, write_quality
@@ -288,7 +288,7 @@ def draw_steps(dataset, i: int, panels: dict[str, np.ndarray], title: str, out: 
     """PNG: keyframe i's label after each step; beside ground truth the errors of the last one."""
     kitti = isinstance(dataset, SemanticKITTI)
     path = out / f"{'_'.join(''.join(c if c.isalnum() else ' ' for c in title.lower()).split())}.png"
-    style = (SSC_STYLE if kitti else OCC3D_STYLE)._asdict()
+    style = style_of(dataset)._asdict()
     style.pop("mask")
     viz.sheet(path, dataset.images(i), panels, mask=None if kitti else dataset.labels(i)[1],
               error=None if kitti else ("ground truth", "+ KNN"),

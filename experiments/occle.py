@@ -468,7 +468,8 @@ def targets(cfg: O.Config, args: SimpleNamespace) -> None:
     rng, data = np.random.default_rng(0), O.Samples(dataset, labels, indices, cfg)
     batch = O.stack_items([data((indices[0], True), rng), data((indices[-1], False), rng)], "cpu", 1)
     S, norms = data.labels.solid, {}
-    weights, learnt = O.Weights(torch.ones(S), torch.ones(S + 1)), list(net.branches.geometric.parameters())
+    weights = O.Weights(torch.ones(S), torch.ones(S + 1))
+    learnt = [p for p in net.branches.geometric.parameters() if p.requires_grad]
     terms = O.one_step(net, saved["teacher"], batch, 1, 1, weights, cfg, nullcontext)
     for name, term in terms.items():
         grads = torch.autograd.grad(term, learnt, retain_graph=True, allow_unused=True)

@@ -49,6 +49,8 @@ def gates(arm: str) -> tuple[Gate, ...]:
             Gate("main row against trees on speed", f"{arm}:minus_l2", ">", f"{arm}:minus_l2_speed_trees"))
 
 
+LEARNS = {"vlm_train": ("vision", "projector", "language")}  # the tower, too
+
 CLAIMS = {
     "supervision": Claim(
         "supervision", "(a) occupancy supervision makes a better VLM: answers that need "
@@ -72,6 +74,15 @@ CLAIMS = {
         {"depth": {"vlm": "tiny-depth"}, "on": {}, "off": {"lambda_occ": 0.0}},
         tuple((*pair, m) for pair in (("depth", "on"), ("on", "off")) for m in HALVES),
         metric="qa_balanced_depth", gates=gates("on"), seeds=1, note="Ours."),
+    "start": Claim(
+        "start", "ours: a vision tower that learned on single pictures of other streets beats random "
+                 "weights; metric depth adds to it; frozen is no worse",
+        {"conv": {"vlm": "tiny-conv"} | LEARNS, "street": LEARNS, "street+frozen": {},
+         "street-depth": {"vlm": "tiny-depth"} | LEARNS, "street-depth+frozen": {"vlm": "tiny-depth"}},
+        tuple((*pair, m) for pair in (("street", "conv"), ("street-depth", "street"),
+                                      ("street+frozen", "street"), ("street-depth+frozen", "street-depth"))
+              for m in ("miou_camera", "qa_balanced")), seeds=1,
+        note="Each host has its two lessons on pictures of other streets; its encoder stays as it is there."),
     "lambda": Claim(
         "lambda", "(d) the weight of the occupancy loss: 1 is better than 0.1 and 0 (the paper has no sweep)",
         {"1": {}, "0.1": {"lambda_occ": 0.1}, "0": {"lambda_occ": 0.0}},

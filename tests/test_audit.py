@@ -308,7 +308,8 @@ def test_planning_truth_by_hand(tree, cache):
 
 
 @pytest.mark.parametrize("kind, says", [
-    ("missing", "file not found"), ("shape", "shape (5, 2)"), ("dtype", "dtype int64"), ("nan", "nan or inf"),
+    ("missing", "file not found"), ("shape", "shape (5, 2)"), ("dtype", "dtype int64"),
+    (np.nan, "nan, inf or"), (1e300, "nan, inf or a place 1e+08 m away"),
 ])  # fmt: skip
 def test_a_wrong_trajectory_is_one_line(kind, says, val, tree, cache, tmp_path):
     folder = write_plans(tmp_path, val)
@@ -316,8 +317,8 @@ def test_a_wrong_trajectory_is_one_line(kind, says, val, tree, cache, tmp_path):
     plan = np.zeros((6, 2), np.float32)
     if kind == "missing":
         path.unlink()
-    elif kind == "nan":
-        write_npz(path, trajectory=plan * np.nan)
+    elif isinstance(kind, float):
+        write_npz(path, trajectory=plan + np.float64(kind))
     else:
         write_npz(path, trajectory=plan[:5] if kind == "shape" else plan.astype(np.int64))
     with pytest.raises(InputError, match="1 of 5 prediction files") as error:

@@ -36,7 +36,7 @@ def data(tiny_world, tmp_path_factory):
     """(flags that name the world, a folder with its labels)."""
     base = tmp_path_factory.mktemp("easyocc")
     flags = ["--data-root", tiny_world, "--cache", base / "cache"]
-    run("labels", *flags, "--split", "all", "--out", base / "labels", *SMALL)
+    run("labels", *flags, "--split", "all", "--out", base / "labels", "--pictures", "0", *SMALL)
     return flags, base / "labels"
 
 
@@ -64,15 +64,16 @@ def test_labels_have_the_documented_form_and_resume(data, tiny_world):
     assert (arrays["mask_camera"][hit] == 1).all() and arrays["mask_camera"].sum() > hit.sum()
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in paths}
     paths[1].unlink()
-    run("labels", *flags, "--split", "all", "--out", labels, *SMALL)
+    run("labels", *flags, "--split", "all", "--out", labels, "--pictures", "2", *SMALL)
     assert paths[1].read_bytes() == before[paths[1]][1]  # made again, the same bytes
     assert all(p.stat().st_mtime_ns == before[p][0] for p in paths if p != paths[1])  # the others untouched
+    assert len(list((labels / "pictures").glob("*.png"))) == 2 and (labels / "viewer.html").is_file()
 
 
 def test_shards_make_the_same_labels(data, tmp_path):
     flags, labels = data
     for i in range(2):
-        run("labels", *flags, "--split", "all", "--out", tmp_path / "l", "--shard", f"{i}/2", *SMALL)
+        run("labels", *flags, "--split", "all", "--out", tmp_path / "l", "--shard", f"{i}/2", "--pictures", "0", *SMALL)
     for path in sorted(labels.glob("scene-*/*/labels.npz")):
         assert (tmp_path / "l" / path.relative_to(labels)).read_bytes() == path.read_bytes()
 
@@ -88,7 +89,7 @@ def test_exact_labels_lie_in_matter(tiny_world, data, tmp_path):
     from scipy.ndimage import binary_dilation
 
     flags, _ = data
-    run("labels", *flags, "--out", tmp_path / "l", *SMALL, "--depth-level", "exact", "--semantic-level", "exact",
+    run("labels", *flags, "--out", tmp_path / "l", "--pictures", "0", *SMALL, "--depth-level", "exact", "--semantic-level", "exact",
         "--past-frames", "0", "--no-clamp-oob", "--map-fill", "0")
     for path in (tmp_path / "l").glob("scene-*/*/labels.npz"):
         label = np.load(path)["semantics"]
@@ -102,7 +103,7 @@ def test_exact_labels_lie_in_matter(tiny_world, data, tmp_path):
 
 def test_killed_labels_leave_nothing_half_written(data, tmp_path):
     flags, labels = data
-    command = [sys.executable, "easyocc.py", "labels", *map(str, flags), "--split", "all", "--out", str(tmp_path / "l"), *SMALL]
+    command = [sys.executable, "easyocc.py", "labels", *map(str, flags), "--split", "all", "--out", str(tmp_path / "l"), "--pictures", "0", *SMALL]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not list((tmp_path / "l").glob("scene-*/*/labels.npz")) and process.poll() is None:
         time.sleep(0.01)
@@ -165,7 +166,7 @@ def test_two_processes_share_labels_and_eval(data, trained, tmp_path):
     assert (one / "by_scene.npz").read_bytes() == (two / "by_scene.npz").read_bytes()
     first, second = (json.loads((folder / "result.json").read_text())["metrics"] for folder in (one, two))
     assert first == second and len(first) > 20 and len(list((tmp_path / "pred").glob("*.npz"))) == 6
-    done = torchrun("labels", *flags, "--split", "all", "--out", tmp_path / "l", *SMALL)
+    done = torchrun("labels", *flags, "--split", "all", "--out", tmp_path / "l", "--pictures", "0", *SMALL)
     assert done.returncode == 0 and done.stdout.count("3 keyframes of 1 scenes, 3 new") == 2, done.stderr[-2000:]
     for path in sorted(labels.glob("scene-*/*/labels.npz")):
         assert (tmp_path / "l" / path.relative_to(labels)).read_bytes() == path.read_bytes()

@@ -27,7 +27,8 @@ def network(kind: str, **changes) -> O.OccVLA:
 
 
 def test_claims_cover_the_paper():
-    names = ["supervision", "grid", "ceiling", "lambda", "ego", "target", "labels", "two-way", "frames"]
+    names = ["supervision", "grid", "ceiling", "start", "lambda", "ego", "target", "labels", "two-way",
+             "frames"]
     assert list(X.CLAIMS) == names and X.CLAIMS["supervision"].seeds == 3
     fields = cli.to_dict(TINY).keys()
     for claim in X.CLAIMS.values():

@@ -165,6 +165,12 @@ def test_grey_pictures_keep_their_levels(suffix, dtype, tmp_path):
     found = read_image(path)
     assert found.shape == (4, 256, 3) and np.array_equal(found[0, :, 0], np.arange(256))
     assert (found == found[..., :1]).all()
+    if suffix == "png":  # a phone's picture lies on its side, and EXIF says so
+        image, exif = Image.open(path), Image.Exif()
+        exif[0x0112] = 6
+        image.save(path, exif=exif)
+        assert np.array_equal(read_image(path, upright=True), np.rot90(found, -1))
+        assert np.array_equal(read_image(path), found)
 
 
 def test_the_declared_size_is_the_limit(tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def base(tiny_world, tmp_path_factory):
     data = ["--data-root", tiny_world, "--cache", base / "cache"]
     small = flags(SMALL | {"clip": str(untrained_clip(base / "clip"))})
     for kind, labeler in (("boxes", "lidar"), ("maps", "world")):
-        run("labels", *data, "--split", "all", "--labeler", labeler, "--out", base / kind, *small, *ONE)
+        run("labels", *data, "--split", "all", "--labeler", labeler, "--out", base / kind, *small, "--pictures", 0, *ONE)
     cfg = replace(L.PRESETS["tiny"], **SMALL, clip=str(base / "clip"))
     return SimpleNamespace(root=tiny_world, data=data, small=small, boxes=base / "boxes", maps=base / "maps",
                            cache=base / "cache", cfg=cfg)
@@ -116,7 +116,7 @@ def test_labels_have_the_documented_form_and_resume(base):
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in paths}
     paths[1].unlink()
     for i in range(2):
-        run("labels", *base.data, "--split", "all", "--labeler", "lidar", "--out", base.boxes, *base.small,
+        run("labels", *base.data, "--split", "all", "--labeler", "lidar", "--out", base.boxes, "--pictures", 0, *base.small,
             *ONE, "--shard", f"{i}/2")
     assert paths[1].read_bytes() == before[paths[1]][1]
     assert all(p.stat().st_mtime_ns == before[p][0] for p in paths if p != paths[1])
@@ -163,7 +163,7 @@ def broken(base, tmp_path) -> Path:
 
 
 def labels_of(root: Path, tmp_path: Path, base, labeler: str = "lidar") -> list:
-    return ["labels", "--data-root", root, "--cache", tmp_path / "c", "--split", "all", "--labeler", labeler,
+    return ["labels", "--pictures", 0, "--data-root", root, "--cache", tmp_path / "c", "--split", "all", "--labeler", labeler,
             "--out", tmp_path / "l", *base.small, *ONE]
 
 

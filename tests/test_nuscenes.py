@@ -537,6 +537,8 @@ NAN, INF = float("nan"), float("inf")
     ("scene", {"name": "../../x"}, "scene.json: name '../../x' is no name of a single folder"),
     ("scene", {"name": "/x"}, "no name of a single folder"), ("scene", {"name": "a\\b"}, "no name of a single folder"),
     ("scene", {"name": ".."}, "no name of a single folder"), ("scene", {"name": ""}, "no name of a single folder"),
+    ("scene", {"name": ".a.tmp-abcdefgh"}, "no name of a single folder"),  # one that a sweep would take for a leftover
+    ("sample_data", {"filename": ""}, "names no file"), ("lidarseg", {"filename": "./"}, "names no file"),
     ("scene", {"name": "a\nb"}, "no name of a single folder"), ("scene", {"name": "a\0b"}, "no name of a single folder"),
     ("scene", {"name": "x" * 300}, "no name of a single folder"), ("scene", {"name": 7}, "is a whole number, expected a"),
     ("scene", {"name": "scene-0061"}, "two records have the same name"),
@@ -583,9 +585,14 @@ def test_tables_that_would_lead_astray(copy, tmp_path, table, record, says):
     assert f"/{table}.json: " in str(caught.value) and says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_links_that_go_round_are_refused(copy, tmp_path):
-    change_table(copy, "sample_data", lambda row, k: row.update(next=row["token"]) if k == 3 else None)
-    with pytest.raises(InputError, match="has a 'next' that does not lie after it in time"):
+@pytest.mark.parametrize("table, change, says", [
+    ("sample_data", lambda row, k: row.update(next=row["token"]) if k == 3 else None, "has a 'next' that does not lie"),
+    ("ego_pose", lambda row, k: row.update(token="twin") if k < 2 else None, "has the token of another record"),
+    ("sample_data", lambda row, k: row.update(is_key_frame=True), "is one of two keyframes of the same sample and sensor"),
+])  # fmt: skip
+def test_records_that_contradict_each_other_are_refused(copy, tmp_path, table, change, says):
+    change_table(copy, table, change)
+    with pytest.raises(InputError, match=f"{table}.json: record '.*' {says}"):
         _open_all(copy, tmp_path / "c")
 
 
@@ -787,6 +794,10 @@ def test_check_counts_and_exit_codes(copy, tmp_path):
     assert f"{count - 2} of {count - 2}" in lines["sweeps/CAM_BACK"] and f"{count} of {count}" in lines["gts"]
     assert f"keyframes with six images, LiDAR and label: {count} of {count}" in done.stdout
     data = _open_all(copy, tmp_path / "c")
+    cloud = (copy / data.lidar_file(0)).read_bytes()
+    (copy / data.lidar_file(0)).write_bytes(cloud[:-4])
+    assert "bytes, expected a multiple of 20" in run_check(copy, tmp_path / "c").stderr
+    (copy / data.lidar_file(0)).write_bytes(cloud)
     (copy / data.camera_files(4)[1]).write_bytes(b"")
     done = run_check(copy, tmp_path / "c")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1

@@ -108,7 +108,7 @@ def test_folder_is_a_host_and_is_made_once(tmp_path, pictures):
     vlm, processor = fresh()
     out = T.make_tinyvlm(tmp_path / "vlm", vlm, processor, no_questions, steps=4, pictures=pictures)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["vlm"]
-    assert {"recall", "precision", "answers_right", "steps", "depth"} <= set(read_json(out / "tinyvlm.json"))
+    assert {"recall", "precision", "answers_right", "steps", "start"} <= set(read_json(out / "tinyvlm.json"))
     weights = P.load_host(str(out)).net.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in vlm.state_dict().items())
     stamp = (out / WEIGHTS).stat().st_mtime_ns

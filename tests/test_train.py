@@ -359,11 +359,18 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
     assert loaded_value(tmp_path) == (1, 1.0)
     net.register_buffer("mask", torch.tensor([-math.inf, 0.0]))  # a mask may be infinite
     T.save_checkpoint(tmp_path, RUN, net, make_net(2.0)[1], 3, {})
-    weights = T._read(tmp_path / "step_000003/model.safetensors")
     assert (tmp_path / "step_000003/model.safetensors").stat().st_mode & 0o077 == 0o666 & ~umask() & 0o077
-    T._save(tmp_path / "step_000003/model.safetensors", weights | {"weight": weights["weight"] * math.nan})
-    with pytest.raises(InputError, match="step_000003: weight holds nan; train again with another --out"):
-        T.load_checkpoint(tmp_path, net)
+    bad = torch.full((3,), math.nan)
+    for file, name, value, says in (("model", "bias", bad, "bias is not finite; train again with another --out"),
+                                    ("model", "bias", 1 / torch.zeros(3), "bias is not finite"),
+                                    ("model", "bias", bad.int(), "bias is torch.int32 there, torch.float32 here"),
+                                    ("optimizer", "1.exp_avg", bad, "a tensor of parameter 1 holds nan")):
+        path = tmp_path / f"step_000003/{file}.safetensors"
+        whole = T._read(path)
+        T._save(path, whole | {name: value})
+        with pytest.raises(InputError, match=f"{path}: .*{says}"):
+            T.load_checkpoint(tmp_path, net, optimizer)
+        T._save(path, whole)
 
 
 def umask() -> int:
@@ -376,12 +383,22 @@ def umask() -> int:
     ("latest.json", [], "the value is a list, expected an object"),
     ("latest.json", {"step": "5", "folder": "step_000005"}, "'step' is a text, expected a whole number"),
     ("latest.json", {"step": 5, "folder": "../x"}, "names the folder ../x"),
+    ("latest.json", {"step": 2, "folder": "step_000005"}, "names the folder step_000005 of step 2"),
     ("config.json", {"method": "toy"}, "the value has no 'preset'"),
-    ("step_000005/train_state.json", {"step": 5, "groups": {}, "state": {}, "world": 1}, "'groups' has no 'param_groups'"),
+    ("step_000005/train_state.json", {"groups": {}}, "'groups' has no 'param_groups'"),
+    ("step_000005/train_state.json", {"state": {"train_s": "x"}}, "'train_s' is a text, expected a number"),
+    ("step_000005/train_state.json", {"step": 4}, "step 4, not 5"),
+    *(("step_000005/train_state.json", {name: value}, "the optimiser has other parameter groups")
+      for name, value in (("base_lr", math.nan), ("betas", [0.9]), ("eps", None), ("weight_decay", [0.1]))),
 ])  # fmt: skip
 def test_hand_edited_run_folders_are_one_line(name, change, says, tmp_path):
     with pytest.raises(Killed):
         toy_train(tmp_path, kill_at=6)
+    if "train_state" in name:
+        whole = read_json(tmp_path / name)
+        group = whole["groups"]["param_groups"][0]
+        group.update(change) if set(change) <= set(group) else whole.update(change)
+        change = whole
     write_json(tmp_path / name, change)
     with pytest.raises(InputError) as error:
         toy_train(tmp_path)

@@ -45,7 +45,8 @@ PALIGEMMA2_3B = {  # 224 px; written here so that `describe` needs no network
 
 SIZES = {  # small hosts: their sizes, and steps of lessons on pictures of other worlds (0: random weights)
     "tiny": (Sizes(), 1000),
-    "tiny-depth": (Sizes(depth=True), 1000),  # a ceiling: its lessons have metric depth, too
+    "tiny-depth": (Sizes(start="street-depth"), 1000),  # a ceiling: its lessons have metric depth, too
+    "tiny-conv": (Sizes(start="conv"), 1000),  # the tower's encoder starts random
     "tiny-random": (Sizes(), 0),
     "toy": (Sizes(image=32, patch=16, width=16, vision_layers=2), 0),  # tests
 }
@@ -74,7 +75,7 @@ def pretrained_host(vlm: str, sentences: Sequence[str]) -> Path:
         torch.manual_seed(0)
         host = PaliGemma(random_host(sizes, sentences), images=1, prefix="image")
         return worlds.make("tinyvlm", vlm=host.net, processor=host.text.processor, steps=steps,
-                           depth=sizes.depth, answer_loss=partial(answer_loss, host))
+                           start=sizes.start, answer_loss=partial(answer_loss, host))
 
 
 def paper_host() -> Host:
@@ -169,7 +170,7 @@ class Text:
     def pixels(self, files: Sequence[Path]) -> Tensor:
         """Image files -> (N, 3, s, s) in [0, 1], resized by the host's own processor (`encode`
         normalises)."""
-        images = [read_image(path) for path in files]
+        images = [read_image(path, upright=True) for path in files]
         return self.processor.image_processor(images, do_normalize=False, return_tensors="pt")["pixel_values"]
 
     def decode(self, ids: Sequence[int]) -> str:

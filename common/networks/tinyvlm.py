@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
     vision_layers: int = 0
     layers: int = 3  # of the language model
     vocabulary: int = 900  # tokens
-    depth: bool = False  # the vision tower's lessons have metric depth, too
+    start: str = "street"  # of the vision tower; conv: random. street-depth: its lessons have depth, too
 
 
 SIZES = Sizes()

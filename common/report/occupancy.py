@@ -27,7 +27,7 @@ from common.backbones import start_of
 from common.metrics import (OccupancyMeter, constant_prediction, protocol_line, shown, ssc_confusion,
                             ssc_scores_of)
 from common.nuscenes import FREE, Frame, NuScenesOccupancy
-from common.report.pictures import OCC3D_STYLE, SSC_STYLE, chosen, draw, draw_curves
+from common.report.pictures import chosen, draw, draw_curves, style_of
 from common.semantickitti import CLASSES as SSC_CLASSES
 from common.semantickitti import SemanticKITTI
 from common.train import joined, sum_over_ranks, write_result
@@ -284,7 +284,7 @@ def report(predict: Predict, *, dataset: NuScenesOccupancy | SemanticKITTI, trai
         print(f"{line}\n{score} {shown(100 * metrics.get(score, math.nan))}")
         return metrics
 
-    title, style = f"{run['method']}, {data['split']}", SSC_STYLE if ssc else OCC3D_STYLE
+    title, style = f"{run['method']}, {data['split']}", style_of(dataset)
 
     def masked(i: int) -> tuple[np.ndarray, np.ndarray]:  # ids, and where errors are drawn
         ids, mask, *_ = of(i)

@@ -152,7 +152,8 @@ def programs() -> dict[str, Callable[[], Any]]:
 
     @exit_on_input_error
     def vlm() -> None:
-        tinyvlm.make_tinyvlm(sys.argv[1], *test_tinyvlm.fresh(), test_tinyvlm.no_questions, 2, 6)
+        tinyvlm.RIGS = 1
+        tinyvlm.make_tinyvlm(sys.argv[1], *test_tinyvlm.fresh(), test_tinyvlm.no_questions, steps=2)
 
     city = importlib.import_module("data.driving.__main__").main
     makers = {"driving": city, "kitti": city, "tabletop": tabletop.main, "tinyclip": tinyclip.main}
