@@ -44,9 +44,9 @@ EQUATION MAP
     3.2  boxes and masks of a view                -> ProbeHeads
     (5)  one 3D matching for all views            -> match_costs, match
     (6)  instance loss                            -> instance_loss
-    3.2  pseudo ground truth                      -> pseudo_targets
+    3.2  pseudo ground truth                      -> common/demonstrations.py: pseudo_targets
     3.3  asymmetric masking                       -> asymmetric_mask
-    3.3  completion coordinates                   -> completion_points
+    3.3  completion coordinates                   -> common/networks/pointattn.py: completion_points
     (7)  context tokens                           -> ContextEncoder
     (8)  target queries                           -> Predictor
     (9)  rotated queries and keys (3D RoPE)       -> rotary
@@ -73,13 +73,12 @@ ASSUMPTIONS    What the summary leaves open; the flag or the place that changes 
     * self-attention among probes; vector gate; 5 neighbours, 10 frequencies   ProbeLayer, LocalContext
 DEVIATIONS
     * the tiny policies are random, trained whole on the demonstrations (stage 0 stands in for pre-training),
-      then frozen. What a pre-trained VLM can do, find what the words name, a small finder learns in stage 0
-      from the simulator's masks (--w-ground); it is frozen with the VLM, and all variants share it.
-    * tiny puts the 3D tokens before the prefix (--tokens-at): behind it they move the actions away from what
-      they have learned. Loss of the frozen base with 16 random tokens: 0.21 without, 0.23 before, 0.44
-      behind.
-    * pseudo ground truth: the simulator's masks without identities, or GroundingDINO + SAM (--pseudo); the
-      paper's VL-SAM-V2 is not public. They are training labels only.
+      then frozen, and every frame's tokens kept on disk: stage 2 learns from batches of --head-batch frames.
+      What a pre-trained VLM can do, see what the words name, the image tokens learn in stage 0 from the
+      simulator's masks (--w-ground). They carry names, but no ready-made points.
+    * tiny: actions in one step (--head l1), 3D tokens that read the prefix, unread (--tokens-at front), and
+      probes that (4) moves from their masks' depth (--start mask).
+    * VL-SAM-V2 is not public: --pseudo has the simulator's masks without identities, or GroundingDINO + SAM.
     * the base policies' and PointAttN's own: common/networks. tiny mirrors instead (--completion).
 
 CLAIMS         the paper's; ours are in RESULTS.md and never in one table with these
@@ -109,16 +108,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common import cli, verbs, worlds
 from common.backbones import describe as table
-from common.demonstrations import Demonstrations, instance_masks, lift_mask, mask_maker
+from common.demonstrations import Demonstrations, instance_masks, mask_maker, pseudo_targets
 from common.engine import Session
 from common.files import InputError, read_json
 from common.frozen import digest, frozen_rows
-from common.geometry import exact, farthest_from, fourier, invert, largest_cluster, rope_3d, unproject_cells
+from common.geometry import exact, fourier, hide_blocks, invert, rope_3d, unproject_cells
 from common.losses import (cxcywh_to_xyxy, dice_loss, focal_cost, generalized_box_iou, mask_cross_entropy,
                            sigmoid_focal_loss)
 from common.networks import pointattn
 from common.networks.pi0 import SIZES, Pi0, Prefix, pi0_time_quantile
-from common.networks.transformer import Attention, Block, DeformableAttention, Rotate, mlp
+from common.networks.transformer import (Attention, Block, DeformableAttention, PlaceCode, Rotate, TokenOut,
+                                         mlp)
 from common.networks.xvla import XVLA
 from common.observation import Observation, stack_observations
 from common.report import episodes
@@ -139,7 +139,7 @@ class Config:
     sizes: Literal["tiny", "libero", "paper"] = "paper"  # of the base policy: common.networks.pi0.SIZES
     views: int = 2  # cameras; LIBERO (RoboTwin: 3)
     actions: int = 7  # channels of an action; LIBERO (RoboTwin: 14)
-    head: Literal["flow", "l1"] = "flow"  # how actions are learned: flow matching, or in one step (ours, tiny)
+    head: Literal["flow", "l1"] = "flow"  # flow matching, or actions in one step (OpenVLA-OFT; tiny)
     # 3D understanding
     tokens_at: Literal["end", "front"] = "end"  # of the prefix; Sec. 3: appended; front: ours, tiny
     width: int = 768  # d; assumption, lands near the paper's 0.086 B
@@ -149,12 +149,12 @@ class Config:
     probes: int = 300  # third-party notes: 300, elsewhere 100
     mask_width: int = 256  # channels of the mask product; Mask2Former
     sample_heads: int = 8  # assumption: Deformable DETR
-    start: Literal["probe", "mask"] = "probe"  # (4) moves a probe from: where it was; its mask's depth (ours, tiny)
+    start: Literal["probe", "mask"] = "probe"  # what (4) moves: a probe; its mask's depth (ours, tiny)
     completion: Literal["pointattn", "mirror"] = "pointattn"  # Sec. 3.3; mirror: ours, tiny
     mask_ratio: float = 0.5  # Sec. 4: asymmetric, 50 %
     ema: float = 0.999  # m of the teacher; Sec. 3.3
     # optimisation
-    optimizer: Literal["adamw", "muon"] = "adamw"  # Sec. 4; tiny: Muon for matrices, not the action expert's
+    optimizer: Literal["adamw", "muon"] = "adamw"  # Sec. 4; tiny: Muon, without the expert
     batch: int = 64  # of all processes together; Sec. 4
     head_batch: int = 64  # of stage 2, whose tokens are kept on disk; Sec. 4
     base_steps: int = 30000  # stage 0; openpi's LIBERO fine-tuning; ours
@@ -293,10 +293,7 @@ class ProbeLayer(nn.Module):
 
     def forward(self, content: Tensor, point: Tensor, pyramid: list[Tensor], uv: Tensor, valid: Tensor,
                 start: Callable | None = None) -> tuple[Tensor, Tensor]:
-        """content (B, Q, d), point (B, Q, 3) with its projection -> both after this layer.
-
-        start(content) -> (B, Q, 3): where (4) moves the points from, if not from where they were.
-        """
+        """content (B, Q, d), point (B, Q, 3) -> both after this layer. start(content): what (4) moves."""
         sampled = self.sample(content, uv, pyramid)  # (3), (B, V, Q, d)
         update = (self.gate(sampled, valid)[..., None] * sampled).sum(1)
         content = self.block(self.norm(content + update))
@@ -325,13 +322,13 @@ class ProbeHeads(nn.Module):
         nn.init.zeros_(self.box[-1].weight)
         self.box[-1].bias = nn.Parameter(torch.tensor([0.0, 0.0, -2.0, -2.0]))
 
-    def seen(self, content: Tensor, uv: Tensor) -> Tensor:
-        """content (B, Q, d), uv (B, V, Q, 2) -> c + PE(u) (B, V, Q, d)."""
-        return content[:, None] + self.view(fourier(uv, self.octaves))
+    def embed(self, content: Tensor, uv: Tensor) -> Tensor:
+        """content (B, Q, d), uv (B, V, Q, 2) -> the masks' side of the product (B, V, Q, d_m)."""
+        return self.mask(content[:, None] + self.view(fourier(uv, self.octaves)))
 
     def forward(self, content: Tensor, point: Tensor, uv: Tensor) -> Probes:
         """content (B, Q, d), point (B, Q, 3), uv (B, V, Q, 2) -> Probes."""
-        seen = self.seen(content, uv)
+        seen = content[:, None] + self.view(fourier(uv, self.octaves))  # (B, V, Q, d)
         anchor = torch.logit(uv.clamp(1e-3, 1 - 1e-3))
         boxes = torch.sigmoid(self.box(seen) + torch.cat([anchor, torch.zeros_like(anchor)], -1))
         return Probes(content, point, self.object(content)[..., 0], boxes, self.mask(seen))
@@ -344,18 +341,12 @@ class InstanceModule(nn.Module):
 
     def __init__(self, cfg: Config, layers: int = 2):  # assumption
         super().__init__()
-        d, self.from_masks = cfg.width, cfg.start == "mask"
+        (low, high), d, self.from_masks = torch.tensor(self.workspace), cfg.width, cfg.start == "mask"
         self.content = nn.Parameter(0.02 * torch.randn(cfg.probes, d))
-        self.point = nn.Parameter(torch.empty(cfg.probes, 3))
-        self.spread(*torch.tensor(self.workspace))
+        self.point = nn.Parameter(low + (high - low) * torch.rand(cfg.probes, 3))
         self.where, self.pyramid = PositionEmbedding(d), Pyramid(d, cfg.mask_width)
         self.heads = ProbeHeads(d, cfg.mask_width)
         self.layers = nn.ModuleList(ProbeLayer(d, cfg.heads, cfg.sample_heads) for _ in range(layers))
-
-    @torch.no_grad()
-    def spread(self, low: Tensor, high: Tensor) -> None:
-        """Put the probes' first points anywhere in a box (3,), (3,) [m]: stage 1 gives the objects' own."""
-        self.point.copy_(low + (high - low) * torch.rand_like(self.point))
 
     def forward(self, memory: Tensor, batch: Batch) -> tuple[list[Probes], Tensor]:
         """memory (B, V, h, w, d) -> Probes of each layer, mask map (B, V, d_m, 4 h, 4 w)."""
@@ -374,7 +365,7 @@ class InstanceModule(nn.Module):
     @exact
     def mask_point(self, uv: Tensor, mask_map: Tensor, cells: Tensor, content: Tensor) -> Tensor:
         """Mean of the cells' points (B, V, h4, w4, 3), NaN without depth, by the probes' masks: (B, Q, 3)."""
-        masks = view_masks(self.heads.mask(self.heads.seen(content, uv)), mask_map).transpose(1, 2).flatten(2)
+        masks = view_masks(self.heads.embed(content, uv), mask_map).transpose(1, 2).flatten(2)
         cells = cells.flatten(1, 3)  # (B, V h4 w4, 3)
         masks = torch.where(cells[:, None, :, 0].isnan(), -1e4, 2 * masks.float())  # (B, Q, V h4 w4)
         return masks.softmax(-1) @ cells.nan_to_num()
@@ -479,35 +470,6 @@ def instance_loss(layers: list[Probes], mask_map: Tensor, targets: Targets,
     return terms, m
 
 
-def pseudo_targets(masks: list[list[np.ndarray]], depth: np.ndarray, K: np.ndarray, T_base_cam: np.ndarray,
-                   cells: int, most: int = 16, radius: float = 0.05) -> Targets:  # ours
-    """Masks of V views, (H, W) bool without identities, depth (V, H, W) [m] -> `most` objects or fewer; no B.
-
-    Masks of two views are one object if their points are nearest and closer than `radius` [m]. An object's
-    point is the mean over views. cells: side of the mask map.
-    """
-    V, objects = len(depth), []  # per object {view: (point, box, mask)}
-    for v in range(V):
-        found = [lift_mask(mask, depth[v], K[v], T_base_cam[v], cells) for mask in masks[v]]
-        found, joined = [f for f in found if f is not None], {}
-        if objects and found:
-            centers = torch.stack([torch.stack([x[0] for x in o.values()]).mean(0) for o in objects])
-            apart = (torch.stack([f[0] for f in found])[:, None] - centers).norm(dim=-1)  # [m]
-            joined = {r: c for r, c in zip(*linear_sum_assignment(apart)) if apart[r, c] < radius}
-        objects += [{v: f} for r, f in enumerate(found) if r not in joined]
-        for r, c in joined.items():
-            objects[c][v] = found[r]
-    objects = sorted(objects, key=lambda o: -max(x[2].sum() for x in o.values()))[:most]
-    n = len(objects)
-    points, boxes = torch.zeros(n, 3), torch.full((n, V, 4), 0.5)
-    shares, valid = torch.zeros(n, V, cells, cells), torch.zeros(n, V, dtype=torch.bool)
-    for t, o in enumerate(objects):
-        points[t] = torch.stack([x[0] for x in o.values()]).mean(0)
-        for v, (_, boxes[t, v], shares[t, v]) in o.items():
-            valid[t, v] = True
-    return Targets(points, boxes, shares, valid)
-
-
 # --- 3.3  Coordinate-driven 3D self-supervised predictor (eq. 7-13) -----------------------------------------
 
 
@@ -527,45 +489,6 @@ def asymmetric_mask(B: int, V: int, h: int, w: int, ratio: float, generator: tor
     return hidden
 
 
-def hide_blocks(view: Tensor, count: int, generator: torch.Generator) -> None:
-    """Set exactly `count` cells of (h, w): random rectangles, the last one cut."""
-    h, w = view.shape
-    while (lack := count - int(view.sum())) > 0:
-        size = torch.rand(4, generator=generator)
-        high, wide = (max(1, round(n * (0.25 + 0.35 * float(s)))) for n, s in zip((h, w), size[:2]))
-        i, j = int(size[2] * (h - high + 1)), int(size[3] * (w - wide + 1))
-        block = torch.zeros_like(view)
-        block[i : i + high, j : j + wide] = True
-        view.view(-1)[(block & ~view).flatten().nonzero()[:lack, 0]] = True
-
-
-def completion_points(masks: np.ndarray, valid: np.ndarray, order: np.ndarray, points: np.ndarray,
-                      eyes: np.ndarray, complete: Callable, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """P_comp (30, 3), valid (30,): back-project, cluster, complete, keep what is farthest from what was seen.
-
-    masks (V, n, h4, w4) bool of n objects, valid (n,), order (n,): least certain first, points (V, h4, w4, 3)
-    [m] of the cells (NaN: no depth), eyes (V, 3): cameras. complete(cloud, eye) -> dense cloud; most: points.
-    What lies below all that is measured around the object, or far outside it, is not chosen (ours).
-    """
-    around = points[np.isfinite(points).all(-1)]  # (m, 3)
-    out, keep, slot = np.zeros((OCCLUDED * QUERIES, 3), np.float32), np.zeros(OCCLUDED * QUERIES, bool), 0
-    for n in order:
-        clouds = [points[v][masks[v, n]] for v in range(len(masks))]
-        clouds = [c[np.isfinite(c).all(1)] for c in clouds]
-        cloud, v = np.concatenate(clouds), int(np.argmax([len(c) for c in clouds]))
-        if valid[n] and slot < OCCLUDED and len(cloud) >= 3:
-            cloud = largest_cluster(cloud[:: max(1, len(cloud) // most)].astype(np.float64))
-            span = slice(slot * QUERIES, (slot + 1) * QUERIES)
-            dense, middle = complete(cloud, eyes[v].astype(np.float64)), np.median(cloud, 0)
-            near = around[np.linalg.norm(around[:, :2] - middle[:2], axis=1) < 0.15, 2]  # [m] heights
-            apart, reach = (np.linalg.norm(x - middle, axis=1) for x in (dense, cloud))
-            kept = dense[(dense[:, 2] >= np.quantile(near, 0.02) - 0.005) & (apart <= 2.5 * np.median(reach))]
-            dense = kept if len(kept) >= QUERIES else dense[np.argsort(apart)[:QUERIES]]
-            out[span] = farthest_from(dense, cloud, 0.4, QUERIES)  # share: assumption
-            keep[span], slot = True, slot + 1
-    return out, keep
-
-
 def rotary(px: Tensor, py: Tensor, scale: float) -> Rotate:
     """(9) 3D RoPE: queries turn by their points px (B, N, 3) [m], keys by py (B, N', 3); values never do."""
     return lambda q, k: (rope_3d(q, px[:, None], scale=scale), rope_3d(k, py[:, None], scale=scale))
@@ -583,20 +506,6 @@ class HybridBlock(nn.Module):
         """x (B, N, d) at px, context y (B, N', d) at py; my (B, N'), mx (B, N): what counts -> (B, N, d)."""
         x = x + self.cross(self.norm_x(x), self.norm_y(y), my, rotary(px, py, self.scale))
         return self.block(x, mx, rotary(px, px, self.scale))
-
-
-class PlaceCode(nn.Module):
-    """Phi_pos(P) + E_view(v): Fourier features of coordinates [m], a vector per view; the last is no view."""
-
-    def __init__(self, width: int, views: int, frequencies: int = 10):  # assumption
-        super().__init__()
-        self.frequencies, self.linear = frequencies, nn.Linear(3 + 6 * frequencies, width)
-        self.views = nn.Embedding(views + 1, width)
-        nn.init.normal_(self.views.weight, std=0.02)
-
-    def forward(self, points: Tensor, view: Tensor) -> Tensor:
-        """points (B, N, 3), view (B, N) or (N,) long -> (B, N, d)."""
-        return self.linear(fourier(points, self.frequencies)) + self.views(view)
 
 
 class ContextEncoder(nn.Module):
@@ -717,9 +626,8 @@ class RoutingGate(nn.Module):
 def plug(prefix: Prefix, tokens: Tensor, mask: Tensor, front: bool = False) -> Prefix:
     """The hook, the same for every policy: tokens (B, T, C) and their mask (B, T) join the prefix.
 
-    They attend and are attended to like image tokens. In front they read the prefix, which does not read
-    them: its keys and all rotary distances stay as the policy has learned them. With T = 0 the policy
-    computes bit for bit what it does alone.
+    They attend and are attended to like image tokens. front: they read the prefix, which does not read them,
+    and all rotary distances stay. With T = 0 the policy computes bit for bit what it does alone.
     """
     if front:
         return prefix._replace(front=(tokens, mask))
@@ -727,20 +635,8 @@ def plug(prefix: Prefix, tokens: Tensor, mask: Tensor, front: bool = False) -> P
                            mask=torch.cat([prefix.mask, mask.to(prefix.mask)], 1))
 
 
-class TokenOut(nn.Module):
-    """Tokens (B, T, d) -> (B, T, C) in the policy's token space: linear, layer norm, one learned gain."""
-
-    def __init__(self, width: int, out: int):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(width, out), nn.LayerNorm(out)
-        self.gain = nn.Parameter(torch.tensor(0.5))  # starts at the size of the policy's words: `inherit`
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.norm(self.linear(tokens)) * self.gain
-
-
 class Batch(NamedTuple):
-    """Observations of a batch as tensors; what is frozen may stand for them; training's are None elsewhere."""
+    """Observations of a batch as tensors, or what is frozen of them; fields of training alone may be None."""
 
     images: Tensor | None  # (B, V, 3, H, W) in [0, 1]
     depth: Tensor | None  # (B, V, H, W) [m], 0 = none
@@ -765,12 +661,12 @@ class Found(NamedTuple):
     memory: Tensor  # (B, N, d)
     points: Tensor  # (B, N, 3)
     view: Tensor  # (B, N)
-    mask_map: Tensor | None  # (B, V, d_m, h4, w4)
+    masks: Tensor  # (B, V, T, h4, w4) bool: the chosen probes' own
     probes: Probes  # of the last layer; T chosen of Q
     index: Tensor  # (B, T) which were chosen
     valid: Tensor  # (B, T) bool: which count
     terms: dict[str, Tensor]  # losses
-    comp: tuple[Tensor, Tensor] | None = None  # completion points (B, 30, 3) [m], (B, 30) bool: which are there
+    comp: tuple[Tensor, Tensor] | None = None  # (B, 30, 3) [m], (B, 30) bool: which are there
 
 
 class ThreeD(nn.Module):
@@ -812,8 +708,8 @@ class ThreeD(nn.Module):
         chosen = [x[rows, index] for x in layers[-1][:3]]
         chosen += [x.transpose(1, 2)[rows, index].transpose(1, 2) for x in layers[-1][3:]]
         view = torch.arange(V, device=index.device).repeat_interleave(h * w).expand(len(index), -1)
-        found = Found(memory.flatten(1, 3), points.flatten(1, 3), view, mask_map, Probes(*chosen), index,
-                      valid, terms)
+        found = Found(memory.flatten(1, 3), points.flatten(1, 3), view, view_masks(chosen[-1], mask_map) > 0,
+                      Probes(*chosen), index, valid, terms)
         return found._replace(comp=self.complete(found, batch)) if self.predicts else found
 
     @torch.no_grad()
@@ -821,12 +717,13 @@ class ThreeD(nn.Module):
         """Completion coordinates from the probes' own masks: (B, 30, 3) [m] and which of them are there."""
         size, probes = tuple(batch.depth.shape[-2:]), found.probes
         seen = project_probes(probes.point, batch.K, batch.T_base_cam, size)[1][..., None, None]
-        masks = (view_masks(probes.embed, found.mask_map) > 0) & seen  # learned where probes are seen
+        masks = found.masks & seen  # learned where probes are seen
         points = cell_points(batch, masks.shape[-2:])
         inputs = masks, found.valid, probes.logit.argsort(1), points, batch.T_base_cam[..., :3, 3]
         frames = zip(*(x.cpu().numpy() for x in inputs))
         complete = pointattn.mirror_completion if self.completer is None else self.completer.complete
-        parts = [completion_points(*frame, complete, self.most) for frame in frames]
+        options = complete, self.most, OCCLUDED, QUERIES
+        parts = [pointattn.completion_points(*frame, *options) for frame in frames]
         return tuple(torch.from_numpy(np.stack(x)).to(batch.depth.device) for x in zip(*parts))
 
     def tokens(self, found: Found, hand: Tensor) -> tuple[Tensor, Tensor]:
@@ -886,10 +783,10 @@ class Agent(nn.Module):
 
     def __init__(self, cfg: Config, three: Callable = ThreeD):
         super().__init__()
-        self.cfg, self.stage, sizes = cfg, 2, SIZES[cfg.sizes]
-        l1 = cfg.actions - 1 if cfg.head == "l1" else None
+        self.cfg, self.stage, sizes, grip = cfg, 2, SIZES[cfg.sizes], cfg.actions - 1
+        l1 = grip if cfg.head == "l1" else None
         if cfg.policy == "xvla":
-            self.policy = XVLA(sizes, cfg.views, cfg.actions - 1, OBJECTS + OCCLUDED * QUERIES, l1)
+            self.policy = XVLA(sizes, cfg.views, grip, OBJECTS + OCCLUDED * QUERIES, l1)
         else:
             self.policy = Pi0(sizes, cfg.policy == "pi05", cfg.vlm, l1)
         cells = 2 * (sizes.patch // 4) ** 2  # of 4 px, for the object to move and for its destination
@@ -902,11 +799,15 @@ class Agent(nn.Module):
 
     def set_stage(self, stage: int) -> None:
         """0: the whole policy learns. 1, 2: the expert and the plug-in's part; the VLM is frozen."""
-        self.stage, frozen = stage, [self.policy.vlm(), self.ground] if stage else []
+        self.stage = stage
         self.requires_grad_(True)
-        for module in frozen + (self.three.frozen(stage) if self.three is not None else []):
-            if module is not None:
-                module.requires_grad_(False)
+        modules = self.frozen() * (stage > 0) + (self.three.frozen(stage) if self.three is not None else [])
+        for module in filter(None, modules):
+            module.requires_grad_(False)
+
+    def frozen(self) -> list[nn.Module]:
+        """What gives the prefix."""
+        return [self.policy.vlm()] + [self.ground] * (self.ground is not None)
 
     def state(self, batch: Batch) -> Tensor:
         """(B, S) normalised."""
@@ -923,7 +824,7 @@ class Agent(nn.Module):
                 V, _, h, w = prefix.maps.shape[1:]
                 heat = self.ground(prefix.last).unflatten(1, (V, h, w)).permute(0, 1, 4, 2, 3)
                 prefix = prefix._replace(heat=F.pixel_shuffle(heat, round((heat.shape[2] / 2) ** 0.5)))
-        return prefix
+        return prefix._replace(last=None)
 
     def prefix(self, batch: Batch) -> tuple[Prefix, Found | None]:
         """The policy's prefix with the plug-in's tokens, and what that found."""
@@ -937,7 +838,7 @@ class Agent(nn.Module):
         """-> the loss's terms: L_action; in stage 0 + L_ground, in stage 1 + L_inst, in stage 2 + L_ssl."""
         prefix, found = self.prefix(batch)
         actions = (batch.actions - self.action_mean) / self.action_std
-        error = self.policy.loss(prefix, self.state(batch), actions, batch.noise, batch.time).mean(-1)  # (B, A)
+        error = self.policy.loss(prefix, self.state(batch), actions, batch.noise, batch.time).mean(-1)
         terms = {"action": (error * batch.valid).sum() / over_ranks(batch.valid.sum().to(error), 1)}
         terms |= found.terms if found is not None else {}
         if batch.ground is not None:  # stage 0
@@ -967,37 +868,35 @@ def observe(observations: list[Observation], cfg: Config, device: torch.device |
 class Frames:
     """Frames of demonstrations as training samples. masks(observation): of each view, for pseudo_targets."""
 
+    prefix = found = staticmethod(lambda index: None)  # of frames: what is frozen, from the disk
+
     def __init__(self, cfg: Config, root: Path, masks: Callable = instance_masks, actions: int | None = None):
         self.cfg, self.sizes, self.masks = cfg, SIZES[cfg.sizes], masks
         self.demos, self.pseudo = Demonstrations(root, cfg.views, self.sizes.state_dim, actions), {}
-        if self.demos.actions > self.sizes.action_dim:
-            raise InputError(f"{root}: {self.demos.actions} numbers an action; --sizes {cfg.sizes} has "
-                             f"{self.sizes.action_dim}")
+        if (D := self.demos.actions) > (most := self.sizes.action_dim):
+            raise InputError(f"{root}: {D} numbers an action; --sizes {cfg.sizes} has {most}")
         frames = range(len(self.demos))
         self.rows = [torch.stack(x) for x in zip(*(self.demos.chunk(i, self.sizes.chunk) for i in frames))]
         self.rows += [torch.from_numpy(np.concatenate([d["states"] for d in self.demos.demos])).float()]
-        self.thaw()
-
-    def thaw(self) -> None:
-        """Nothing is frozen: frames are observations."""
-        self.prefix = self.found = lambda index: None
 
     def targets(self, i: int) -> Targets:
         """Pseudo ground truth of frame i, made once; without B."""
         if i not in self.pseudo:
             o = self.demos.observation(i)
             scene = (x[0].numpy() for x in observe([o], self.cfg)[1:4])  # depth, K, T_base_cam
-            self.pseudo[i] = pseudo_targets(self.masks(o), *scene, cells=4 * self.sizes.grid)
+            self.pseudo[i] = Targets(*pseudo_targets(self.masks(o), *scene, cells=4 * self.sizes.grid))
         return self.pseudo[i]
 
     def batch(self, index: list[int], agent: Agent) -> Batch:
         """Frames -> Batch with actions; stage 0: ground, stage 1: prefix, targets, stage 2: prefix, found."""
         device, three = agent.action_mean.device, agent.three
-        actions, valid, state = (x[index].to(device) for x in self.rows)
-        learned = dict(actions=actions, valid=valid, prefix=self.prefix(index), found=self.found(index))
-        if agent.stage and (agent.stage == 2 or three is None) and learned["prefix"] is not None:
-            return Batch(None, None, None, None, state, None, **learned)
-        batch = observe([self.demos.observation(i) for i in index], self.cfg, device)._replace(**learned)
+        (actions, valid, state), prefix = (x[index].to(device) for x in self.rows), self.prefix(index)
+        batch = Batch(None, None, None, None, state, None, actions, valid, prefix=prefix,
+                      found=self.found(index))
+        if prefix is not None and (agent.stage == 2 or three is None):
+            return batch
+        seen = observe([self.demos.observation(i) for i in index], self.cfg, device)
+        batch = seen._replace(**{k: x for k, x in batch._asdict().items() if x is not None})
         if agent.stage == 0 and agent.ground is not None:
             ground = [self.demos.ground(i, self.sizes.image_size // 4) for i in index]
             return batch._replace(ground=torch.stack(ground).to(device))
@@ -1007,26 +906,22 @@ class Frames:
         return batch
 
     def freeze(self, agent: Agent, base: Path, before: Path) -> None:
-        """Compute what is frozen in this stage for all frames, once; it is kept in the stages' folders."""
+        """Compute once what is frozen in this stage, of all frames; it is kept in the stages' folders."""
+        device, three = agent.action_mean.device, agent.three
+        rows = partial(frozen_rows, count=len(self.demos), device=device)
+        key, unread = [str(self.demos.root.resolve()), agent.front], {"tokens": None} if agent.front else {}
+
         def see(index: list[int]) -> Batch:
-            return observe([self.demos.observation(i) for i in index], self.cfg, agent.action_mean.device)
+            return observe([self.demos.observation(i) for i in index], self.cfg, device)
 
-        def encode(index: list[int]) -> Prefix:
-            prefix = agent.encode(see(index))._replace(last=None)
-            return prefix._replace(tokens=None) if agent.front else prefix
-
-        def find(index: list[int]) -> Found:
-            found = agent.three.find(self.prefix(index), see(index))
-            return found._replace(mask_map=None, terms={}) if isinstance(found, Found) else found
-
-        rows = partial(frozen_rows, count=len(self.demos), device=agent.action_mean.device)
-        key = digest(nn.ModuleList([agent.policy.vlm()] + [agent.ground] * (agent.ground is not None)),
-                     str(self.demos.root.resolve()), len(self.demos), self.cfg.views, agent.front)
-        self.prefix, self.found = rows(base / f"tokens-{key}", make=encode), lambda index: None
-        if agent.stage == 2 and agent.three is not None:
-            frozen = nn.ModuleList(m for m in agent.three.frozen(2) if m is not None)
-            key = digest(frozen, key, agent.cfg.variant in "BC")
-            self.found = rows(before / f"found-{key}", make=find)
+        self.prefix = self.found = Frames.prefix
+        if agent.stage:
+            key = [digest(nn.ModuleList(agent.frozen()), *key)]
+            self.prefix = rows(base / f"tokens-{key[0]}",
+                               make=lambda i: agent.encode(see(i))._replace(**unread))
+        if agent.stage == 2 and three is not None:
+            key = digest(nn.ModuleList(filter(None, three.frozen(2))), *key, three.predicts)
+            self.found = rows(before / f"found-{key}", make=lambda i: three.find(self.prefix(i), see(i)))
 
 
 def draw_step(cfg: Config, B: int, seed: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
@@ -1045,10 +940,8 @@ def draw_step(cfg: Config, B: int, seed: int, step: int, rank: int = 0, world: i
 
 def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before: Path | None = None,
                 three: Callable = ThreeD, base: Path | None = None) -> None:
-    """Stage 0 (base policy), 1 (fusion, instances) or 2 (predictor, aggregation), from the stage `before`.
-
-    base: stage 0's folder, where the frozen VLM's tokens are kept.
-    """
+    """Stage 0 (base policy), 1 (fusion, instances) or 2 (predictor, aggregation), from the stage `before`;
+    base: stage 0's folder, where the frozen VLM's tokens are kept."""
     steps = args.steps or (cfg.base_steps, cfg.stage1_steps, cfg.stage2_steps)[stage]
     source = {"root": frames.demos.root, "stage": stage, "from": before, "pseudo": args.pseudo}
     run = Session(args, cfg, out, samples=len(frames.demos), steps=steps, source=source, amp=cfg.amp,
@@ -1064,7 +957,7 @@ def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before
         inherit(agent, before, stage - 1)
     optimizer = prepare(agent, stage, run.device, frames)
     model, warmup = run.attach(agent, optimizer, find_unused=True), min(cfg.warmup, steps // 4)
-    frames.freeze(agent, base or before, before) if stage else frames.thaw()
+    frames.freeze(agent, base or before, before)
     for step, index in run.batches(lambda i, _: i, workers=0, collate=list):
         lr = set_lr(optimizer, schedule(step, steps, "cosine", warmup, cfg.lr_floor))
         batch = frames.batch(index, agent)
@@ -1085,11 +978,11 @@ def prepare(agent: Agent, stage: int, device: torch.device, frames: Frames) -> t
     cfg, instances = agent.cfg, getattr(agent.three, "instances", None)
     agent.to(device).train()
     agent.set_stage(stage)
-    if stage == 1 and instances is not None:  # where the objects are, some 5 cm around
-        some = range(0, len(frames.demos), max(1, len(frames.demos) // 64))
-        points = torch.cat([frames.targets(i).points for i in some]).to(device)
-        if len(points):
-            instances.spread(points.amin(0) - 0.05, points.amax(0) + 0.05)
+    if stage == 1 and instances is not None:  # where the objects of some frames are, 5 cm around
+        points = [frames.targets(i).points for i in range(0, len(frames.demos), 1 + len(frames.demos) // 64)]
+        if len(points := torch.cat(points).to(device)):
+            low, high = points.amin(0) - 0.05, points.amax(0) + 0.05
+            instances.point.data = low + (high - low) * torch.rand_like(instances.point)
     peak = cfg.lr if stage else cfg.base_lr
     optimizer = make_optimizer(cfg.optimizer, agent, peak, cfg.lr_3d, cfg.weight_decay, encoder="policy")
     if stage:  # a head on frozen tokens learns by AdamW
@@ -1119,15 +1012,15 @@ def train(cfg: Config, args) -> None:
     check(cfg)
     if args.steps and args.resume:
         raise InputError("--steps with --resume: a run of stages is not extended; take another --out")
-    world, out = setup(args.device).world, args.out or Path("runs/threedvla")
-    if cfg.batch % world or cfg.head_batch % world:
-        raise InputError(f"--batch {cfg.batch}, --head-batch {cfg.head_batch}: of all processes together; "
-                         f"take multiples of {world}")
-    if args.resume and not any((out / f"stage{k}" / "config.json").is_file() for k in range(3)):
-        raise InputError(f"{out}: no run there; drop --resume")
+    out = args.out or Path("runs/threedvla")
+    if any(size % setup(args.device).world for size in (cfg.batch, cfg.head_batch)):
+        raise InputError(f"--batch {cfg.batch}, --head-batch {cfg.head_batch}: multiples of the processes")
+    if args.resume and not any(out.glob("stage*/config.json")):
+        raise InputError(f"{out}: no config.json of a run there; drop --resume")
     args.resume = False  # stages that are not begun begin, others go on anyway
     frames, base = open_frames(cfg, args), args.base or out
-    cfg, base = replace(cfg, actions=frames.demos.actions), base if (base / "config.json").is_file() else base / "stage0"
+    base = base if (base / "config.json").is_file() else base / "stage0"
+    cfg = replace(cfg, actions=frames.demos.actions)
     if not args.base:
         train_stage(0, replace(cfg, variant="base"), args, frames, base)
     if cfg.completion == "pointattn" and cfg.variant in ("B", "C"):
@@ -1173,8 +1066,7 @@ def marks(found: Found, batch: Batch, row: int) -> episodes.Marks:
 
     keep, none = found.valid[row], (found.points[:, :0], found.valid[:, :0])
     comp, there = (x[row] for x in found.comp or none)
-    masks = view_masks(found.probes.embed[row, None], found.mask_map[row, None])[0, :, keep] > 0
-    return episodes.Marks(found.index[row][keep].cpu().numpy(), masks.cpu().numpy(),
+    return episodes.Marks(found.index[row][keep].cpu().numpy(), found.masks[row][:, keep].cpu().numpy(),
                           seen(found.probes.point[row][keep]), seen(comp[there]))
 
 
@@ -1208,12 +1100,11 @@ def describe(cfg: Config, args) -> None:
     for variant in dict.fromkeys(("base", cfg.variant)):
         with torch.device("meta"):
             agent = Agent(replace(cfg, variant=variant, vlm=None)).requires_grad_(False)
-            image = torch.zeros(1, V, sizes.image_size, sizes.image_size)
+            image, comp = torch.zeros(1, V, *[sizes.image_size] * 2), torch.zeros(1, n, 3)
             batch = Batch(image[:, :, None].expand(-1, -1, 3, -1, -1), image, torch.ones(1, V, 3, 3),
                           torch.ones(1, V, 4, 4), torch.zeros(1, 8), ["lift the red cube"])
-            if agent.three is not None:  # on numbers, not on shapes
-                comp = torch.zeros(1, n, 3), torch.zeros(1, n, dtype=torch.bool)
-                agent.three.complete = lambda *_: comp
+            if agent.three is not None:  # completion is on numbers, not on shapes
+                agent.three.complete = partial(lambda comp, *_: (comp, comp[..., 0] > 0), comp)
             agent.forward, noise = agent.act, torch.zeros(1, sizes.chunk, sizes.action_dim)
             print(f"{cfg.policy} {variant}, preset {args.preset}: {V} x {sizes.image_size} px, one plan")
             flops.append(table(agent, batch, noise, train=False)["flops"])
@@ -1230,10 +1121,11 @@ def check(cfg: Config) -> None:
     wrong = [f"--{k.replace('_', '-')} {v}" for k, v in asdict(cfg).items()
              if isinstance(v, (int, float)) and not (v > 0 or k in zero and v == 0)]
     if wrong or max(cfg.mask_ratio, cfg.ema) >= 1:
-        raise InputError(f"{' '.join(wrong) or f'--mask-ratio {cfg.mask_ratio} --ema {cfg.ema}'}: out of range")
+        wrong = wrong or [f"--mask-ratio {cfg.mask_ratio} --ema {cfg.ema}"]
+        raise InputError(f"{' '.join(wrong)}: out of range")
     if cfg.vlm and cfg.policy != "pi0":
-        raise InputError(f"--policy {cfg.policy} --vlm {cfg.vlm}: only pi0's weights load here (transformers has "
-                         "no pi0.5 and no X-VLA); drop --vlm, or take --policy pi0")
+        raise InputError(f"--policy {cfg.policy} --vlm {cfg.vlm}: only pi0's weights load here (transformers "
+                         "has no pi0.5 and no X-VLA); drop --vlm, or take --policy pi0")
     if cfg.width % cfg.heads or cfg.width % cfg.sample_heads or cfg.width < 6 * cfg.heads:
         raise InputError(f"--width {cfg.width}: a multiple of --heads {cfg.heads} and --sample-heads "
                          f"{cfg.sample_heads}, with at least 6 channels a head for 3D RoPE")

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
 
@@ -139,6 +140,36 @@ def lift_mask(mask: np.ndarray, depth: np.ndarray, K: np.ndarray, T_base_cam: np
     low, high = torch.from_numpy(low / [W, H]), torch.from_numpy(high / [W, H])
     small = cv2.resize(mask.astype(np.float32), (cells, cells), interpolation=cv2.INTER_AREA)
     return point, torch.cat([(low + high) / 2, high - low]), torch.from_numpy(small)
+
+
+def pseudo_targets(masks: list[list[np.ndarray]], depth: np.ndarray, K: np.ndarray, T_base_cam: np.ndarray,
+                   cells: int, most: int = 16, radius: float = 0.05) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Masks of V views, (H, W) bool without identities, depth (V, H, W) [m] -> up to `most` objects: points
+    (n, 3) [m], boxes (n, V, 4), masks (n, V, cells, cells), valid (n, V), as `lift_mask` has them. Ours.
+
+    Masks of two views are one object if their points are nearest and closer than `radius` [m]. An object's
+    point is the mean over views. cells: side of the mask map.
+    """
+    V, objects = len(depth), []  # per object {view: (point, box, mask)}
+    for v in range(V):
+        found = [lift_mask(mask, depth[v], K[v], T_base_cam[v], cells) for mask in masks[v]]
+        found, joined = [f for f in found if f is not None], {}
+        if objects and found:
+            centers = torch.stack([torch.stack([x[0] for x in o.values()]).mean(0) for o in objects])
+            apart = (torch.stack([f[0] for f in found])[:, None] - centers).norm(dim=-1)  # [m]
+            joined = {r: c for r, c in zip(*linear_sum_assignment(apart)) if apart[r, c] < radius}
+        objects += [{v: f} for r, f in enumerate(found) if r not in joined]
+        for r, c in joined.items():
+            objects[c][v] = found[r]
+    objects = sorted(objects, key=lambda o: -max(x[2].sum() for x in o.values()))[:most]
+    n = len(objects)
+    points, boxes = torch.zeros(n, 3), torch.full((n, V, 4), 0.5)
+    shares, valid = torch.zeros(n, V, cells, cells), torch.zeros(n, V, dtype=torch.bool)
+    for t, o in enumerate(objects):
+        points[t] = torch.stack([x[0] for x in o.values()]).mean(0)
+        for v, (_, boxes[t, v], shares[t, v]) in o.items():
+            valid[t, v] = True
+    return points, boxes, shares, valid
 
 
 class Demonstrations:

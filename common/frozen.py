@@ -35,13 +35,14 @@ def digest(net: nn.Module, *values: Any) -> str:
     """Names a network's weights and whatever else a cache depends on."""
     found = hashlib.sha256("".join(map(repr, values)).encode())
     for name, value in sorted(net.state_dict().items()):
-        found.update(name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        array = value.detach().cpu().contiguous()
+        found.update(name.encode() + array.view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:12]
 
 
 @torch.no_grad()
-def frozen_rows(folder: Path, count: int, make: Callable[[list[int]], Any], device: torch.device | str = "cpu",
-                size: int = 64) -> Callable[[list[int]], Any]:
+def frozen_rows(folder: Path, count: int, make: Callable[[list[int]], Any], size: int = 64,
+                device: torch.device | str = "cpu") -> Callable[[list[int]], Any]:
     """Compute make(indices) for `count` samples, `size` at once; -> indices -> the same on the device.
 
     The folder is renamed to its name last: it is whole. Wide rows are kept in half precision. make gives

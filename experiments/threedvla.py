@@ -11,8 +11,9 @@ detection lifted by depth and calibration, plus (14).
 
 The ceiling is a perceptron that is told where the task's objects are, and sees nothing (`--claim ceiling`):
 offsets lifted with the camera's calibration, with the nominal one, or places in the pictures alone. Episodes
-are of the tasks that it solves (TASKS): of each ten, three have a moved camera and three a hidden target.
---views 1 hides the wrist camera. `token_shift` and `token_gradient` measure how far an arm reads its tokens.
+are of the tasks that it solves (TASKS): of each twelve, three have a moved camera and five a hidden target.
+--views 1 hides the wrist camera. Of LIBERO-Plus others measured 16 to 18 % for the official pi0 under noise,
+where its leaderboard has 79.0: absolute numbers of different hands are no rivals. `token_shift` and `token_gradient` measure how far an arm reads its tokens.
 """
 
 import math
@@ -41,10 +42,11 @@ from common.robot import TabletopEnvironment, make_environment
 from common.worlds import WORLDS, make, tabletop
 from experiments.runner import Claim, Gate, main, once
 
-TASKS = ("lift_cube", "can_in_basket", "ball_in_bowl", "mug_on_plate", "stack_cubes", "push_block",
-         "open_drawer", "close_drawer", "cube_in_drawer", "bottle_by_basket", "near_cube_in_bowl")
-PERTURBED = ("camera", "occluded", "light", "camera", "occluded", "background", "camera", "occluded", "robot",
-             "noise")  # of ten episodes; the claims' axes are camera and occluded
+TASKS = ("lift_cube", "can_in_basket", "ball_in_bowl", "mug_on_plate", "stack_cubes", "open_drawer",
+         "close_drawer", "cube_in_drawer", "bottle_by_basket", "near_cube_in_bowl")  # not push, sort: 1 of 20
+PERTURBED = ("camera", "occluded", "light", "occluded", "camera", "occluded", "background", "occluded",
+             "robot", "camera", "occluded", "noise")  # of twelve episodes: the claims' axes are camera and occluded
+TOLD = ("told offsets", "told places", "told agent places")
 AXES = ("success", "success_camera", "success_occluded")
 GATES = (Gate("the base policy has learned the tasks", "base:success_clean", ">", 0.6),
          Gate("cameras and occlusion leave room", "base:success", "<", "base:success_told"))
@@ -62,8 +64,8 @@ CLAIMS = {
         metric="success", gates=(*GATES, *READ), seeds=5,
         note="Arms of a seed have one base policy, data order and episodes; the control has C's size."),
     "pair": Claim(
-        "pair", "one detector's answers help more as points lifted by depth and calibration than as places in "
-                "the pictures, where cameras move or targets are hidden",
+        "pair", "one detector's answers help more as points lifted by depth and calibration than as places "
+                "in the pictures, where cameras move or targets are hidden",
         {"base": {"variant": "base"}, "places": A | {"plug": "places"}, "points": A | {"plug": "points"}},
         tuple((*pair, axis) for axis in AXES for pair in (("points", "places"), ("points", "base"))),
         metric="success", seeds=5,
@@ -72,7 +74,7 @@ CLAIMS = {
     "ceiling": Claim(
         "ceiling", "told the objects' offsets a perceptron solves the tasks, wherever the camera is; told "
                    "their places in the pictures it does not",
-        {name: {"plug": name} for name in ("told offsets", "told places", "told agent places")},
+        {name: {"plug": name} for name in TOLD},
         (("told offsets", "told places"), ("told offsets", "told places", "success_camera"),
          ("told offsets", "told agent places")), metric="success",
         note="success_camera_nominal: offsets lifted with the nominal calibration."),
@@ -325,11 +327,11 @@ def perception(agent: V.Agent, frames: list[Observation], size: int = 16) -> dic
         some = frames[first : first + size]
         batch = V.observe(some, agent.cfg, agent.action_mean.device)
         found = agent.three.find(agent.encode(batch), batch)
-        masks = V.view_masks(found.probes.embed, found.mask_map) > 0  # (B, V, T, h4, w4)
+        masks = found.masks
         for b, o in enumerate(some):
             scene = (x[b].cpu().numpy() for x in (batch.depth, batch.K, batch.T_base_cam))
             o = o._replace(instances=o.instances[: agent.cfg.views])
-            t = V.pseudo_targets(V.instance_masks(o), *scene, cells=masks.shape[-1])
+            t = V.Targets(*V.pseudo_targets(V.instance_masks(o), *scene, cells=masks.shape[-1]))
             distance = torch.cdist(t.points, found.probes.point[b].float().cpu())  # (objects, T) [m]
             distance = torch.where(found.valid[b].cpu(), distance, torch.inf)
             apart += distance.amin(-1).tolist()
@@ -383,7 +385,8 @@ def readings(agent: V.Agent) -> dict[str, float]:
     """How far the tokens are read and, of 3DVLA's, how well they lie, on 48 unseen frames."""
     frames = unseen_frames(SIZES[agent.cfg.sizes].image_size, 48)
     found = perception(agent, frames) if isinstance(agent.three, V.ThreeD) else {}
-    return found | {"token_shift": token_shift(agent, frames), "token_gradient": token_gradient(agent, frames)}
+    shares = {"token_shift": token_shift(agent, frames), "token_gradient": token_gradient(agent, frames)}
+    return found | shares
 
 
 def diagnose(cfg: V.Config, args: SimpleNamespace) -> None:
@@ -607,10 +610,9 @@ def play(cfg: V.Config, args: SimpleNamespace, three) -> Path:
 
 FLAGS = {name: V.FLAGS[name] for name in ("demos", "pseudo", "episodes", "clean", "eval-seed", "eval-batch",
                                           "replan", "depth-noise", "extrinsics")}
-FLAGS |= {"clean": FLAGS["clean"]._replace(default=33), "episodes": FLAGS["episodes"]._replace(default=130),
+FLAGS |= {"clean": FLAGS["clean"]._replace(default=30), "episodes": FLAGS["episodes"]._replace(default=132),
           "grounding": verbs.FLAGS["grounding"], "sam": verbs.FLAGS["sam"],
-          "plug": cli.Flag("what is plugged in", Literal[(*PLUGS, "told offsets", "told places", "told agent places")],
-                           "3dvla"),
+          "plug": cli.Flag("what is plugged in", Literal[(*PLUGS, *TOLD)], "3dvla"),
           "run-folder": cli.Flag("for --claim diagnose", Path | None)}
 
 

@@ -54,5 +54,5 @@ def train_batch(observations: list, cfg: V.Config, step: int = 0, targets: bool 
     for o in observations:
         b = V.observe([o], cfg)
         scene = (x[0].numpy() for x in (b.depth, b.K, b.T_base_cam))
-        found.append(V.pseudo_targets(V.instance_masks(o), *scene, cells=4 * size.grid))
+        found.append(V.Targets(*V.pseudo_targets(V.instance_masks(o), *scene, cells=4 * size.grid)))
     return batch._replace(targets=V.Targets(*(V.pad_sequence(x, True) for x in zip(*found))))

@@ -66,6 +66,22 @@ def test_a_frozen_vlm_still_teaches_the_tokens(observations, policy):
     assert all(p.grad is None for p in agent.policy.vlm().parameters())
 
 
+def test_one_step_answers_with_the_actions(observations):
+    """--head l1: the velocity from nothing is the actions, negated; squares for the gripper alone."""
+    out, true = torch.zeros(1, 1, 3), torch.tensor([[[2.0, -3.0, 0.5]]])
+    assert pi0.one_step_error(out, true, 1).tolist() == [[[2.0, 18.0, 0.5]]]
+    agent = agent_of(variant="base", head="l1")
+    batch, policy = V.observe(observations, SMALL), agent.policy
+    zero, one = torch.zeros(3, 4, 7), torch.ones(3)
+    with torch.no_grad():
+        prefix, state = agent.prefix(batch)[0], agent.state(batch)
+        velocity = policy.velocity(policy.read_all(prefix), state, zero, one)
+        assert torch.allclose(policy.act(prefix, state, zero), -velocity)
+        assert policy.loss(prefix, state, -velocity, zero, one).abs().max() < 1e-6
+    step = V.draw_step(V.replace(SMALL, head="l1"), 3, 0, 1)
+    assert not step["noise"].any() and (step["time"] == 1).all()
+
+
 def test_padded_action_channels_learn_to_be_zero(observations):
     policy = pi0.Pi0(SIZES._replace(action_dim=10))
     batch = V.observe(observations, SMALL)

@@ -10,7 +10,7 @@ A policy of this folder has width (of its tokens), map_width, grid, chunk, state
     encode(images, texts, state) -> Prefix           images (B, V, 3, H, W) in [0, 1]; state (B, S) normalised
     read(prefix) -> Prefix                           what the frozen language model makes of it
     loss(prefix, state, actions, noise, time)        -> error (B, A, D), D padded: absolute (l1) or squared
-    act(prefix, state, noise)                        -> actions (B, A, D) from noise (B, A, D); l1: in one step
+    act(prefix, state, noise)                        -> actions (B, A, D) from noise (B, A, D)
     vlm() -> the part that stays frozen behind a trained base policy;  word_size() -> a word embedding's RMS
 
 l1 (after OpenVLA-OFT): with noise 0 and time 1 a flow's velocity is the actions, negated, in one step. `l1`
@@ -129,7 +129,8 @@ def one_step_error(out: Tensor, true: Tensor, gripper: int) -> Tensor:
     is placed nothing (0 of 18), with this 15 of 18.
     """
     error = (out - true).abs()
-    return torch.cat([error[..., :gripper], 2 * error[..., gripper, None] ** 2, error[..., gripper + 1 :]], -1)
+    square = 2 * error[..., gripper, None] ** 2
+    return torch.cat([error[..., :gripper], square, error[..., gripper + 1 :]], -1)
 
 
 # --- words --------------------------------------------------------------------------------------------------
