@@ -25,29 +25,29 @@ GLOSSARY
     Y           logits         (B, 18, X, Y, Z) 17 classes and free                                       (4)
 
 EQUATION MAP   The paper's numbers are not all public; these are this repository's.
-    (1)  back-projection                          -> backproject
-    (2)  temporal densification                   -> aggregate
-    (3)  voxel vote                               -> vote
-    2.1  the label of a keyframe                  -> pseudo_labels
-    (4)  lifting and 3D CNN                       -> lift, OccupancyNet
-    (5)  rendering host + pseudo-loss             -> train (argument loss; the host: experiments/easyocc.py)
-    (8)  GaussianOcc's weights of the same loss   -> pseudo_loss (--l-ce 100 --l-scal 1)
-    (9)  pseudo-loss                              -> pseudo_loss
+    2.1 maps, 2.2 encoder   -> common/labelers.py: Foundation, PROMPTS; common/backbones.py: ImageEncoder
+    (1) to 3D, (2) past     -> backproject, aggregate
+    (3) vote; 2.1  label    -> vote, pseudo_labels
+    (4)  lifting; 3D CNN    -> lift, OccupancyNet; common/networks/occnerf.py: StackedHourglass
+    (5) (6) (7) the host    -> experiments/easyocc.py: host_loss; common/networks/occnerf.py: contract, render
+    (9)  pseudo-loss        -> pseudo_loss (8: --l-ce 100 --l-scal 1; GaussianOcc's CE has no weights)
+    (10) (11) (12) losses   -> common/networks/occnerf.py: photometric_loss, smoothness_loss, semantic_loss
+    (13) of a ray's light   -> common/networks/occnerf.py: entropy_loss, distortion_loss
+    Sec. 6: mIoU, RayIoU    -> common/metrics.py: OccupancyMeter, ray_iou
 
 ASSUMPTIONS    Unpublished; the flag or the line that changes it stands beside.
-    * loss terms and weights: class-weighted cross-entropy + Lovasz, 1:1             --l-ce --l-lov --l-scal
-    * class weights are freq^-0.5 of the training labels, mean 1                      class_weights
-    * a voxel without a point is free, and the whole grid is supervised              --free-mode unhit|carved
-    * the majority wins the voxel; ties go to the current frame                      vote
-    * points beyond the grid land in its border voxels                               --clamp-oob
+    * cross-entropy + Lovasz, 1:1; class weights freq^-0.5 of the training labels, mean 1    --l-ce --l-lov
+    * a voxel without a point is free, and the whole grid is supervised              --free-unseen
+    * most points win a voxel, ties: the current frame; beyond the grid they land in its border   --clamp-oob
     * past frames lose every class that can move: vehicles and pedestrians           --dynamic-ids
     * statistical outlier filter, 20 neighbours, 2 standard deviations, per frame    --outlier-nb
 DEVIATIONS
     * cameras are brought to the LiDAR timestamp's ego pose through global; OccNeRF ignores that motion.
     * a camera sees a voxel if its centre projects inside the image; OccNeRF tests for non-zero features.
-    * tiny's encoder (common/networks/street.py) knows metric depth, as the maker of its labels does.
-    * tiny, for compute: coarser cells (--grid-stride, --lift-stride), a position factor that starts as range
-      gates (--gates), Muon (--optimizer), logits that are not normalised.
+    * tiny's encoder (common/networks/street.py) has learned classes and metric depth, as the makers of its
+      labels have; lift_at_depth and Evidence bring them to the cells. Labels are not clamped or filtered.
+    * tiny's loss parts free from occupied (--l-free: where training IoU peaks); few unseen voxels are free.
+    * tiny, for compute: coarse cells (--grid-stride, --lift-stride), coordinates (--gates), no --logit-norm.
 
 CLAIMS         the paper's, on Occ3D-nuScenes val; ours are in RESULTS.md and never in one table with these
     transfer    OccNeRF 9.73 < OccNeRF + labels 14.09 (camera mask); EasyOcc 13.86; unmasked: EasyOcc 7.71
@@ -71,18 +71,18 @@ from common import verbs
 from common.backbones import ImageEncoder, UNet3D, norm_layer
 from common.engine import Session, stack
 from common.frozen import frozen_views
-from common.geometry import (OCC3D, VoxelGrid, between_rows, coarsen, coordinates, image_rays, inliers,
-                             invert, pixel_centers, project, range_gates, refine, scale_to, transform,
+from common.geometry import (OCC3D, VoxelGrid, between_rows, coarsen, coordinates, divide, image_rays,
+                             inliers, invert, pixel_centers, project, range_gates, scale_to, transform,
                              traversed, unproject, where_true)
 from common.kernels.voxel_vote import voxel_vote
 from common.labels import IGNORE, LabelMaker, class_weights, read_label
-from common.losses import cross_entropy, geo_scal, lovasz_softmax, sem_scal
+from common.losses import cross_entropy, geo_scal, lovasz_softmax, occupancy_cross_entropy, sem_scal
 from common.networks.occnerf import StackedHourglass, colour_jitter
+from common.networks.street import Evidence, lift_at_depth
 from common.nuscenes import FREE, Frame, NuScenesOccupancy
 from common.train import make_optimizer, schedule, set_lr
 
 # --- 1  Configuration ---------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Config:
@@ -90,7 +90,7 @@ class Config:
     past_frames: int = 13  # Sec. 2.1: past keyframes, 6.5 s
     dynamic_ids: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 9, 10)  # assumption: classes dropped from past frames
     clamp_oob: bool = True  # assumption from the paper's figure: points beyond the grid land in its border
-    free_mode: Literal["unhit", "carved"] = "unhit"  # assumption; carved: ignore what no ray crossed
+    free_unseen: float = 1.0  # assumption: share of the voxels no ray met that are free, not ignored; tiny
     outlier_nb: int = 20  # assumption: neighbours in Open3D's statistical filter; 0: no filter
     map_stride: tuple[int, int] = (1, 1)  # every n-th row and column is back-projected; tiny: CPU
     map_fill: float = 0.0  # [m] ours: points between the far-apart rows of small maps; 0: none
@@ -109,6 +109,7 @@ class Config:
     l_ce: float = 1.0  # (9), assumption
     l_lov: float = 1.0  # (9), assumption
     l_scal: float = 0.0  # (8) has 1, assumption
+    l_free: float = 0.0  # ours, tiny: > 0 factors the cross-entropy, free against occupied weighs this
     # optimisation
     batch: int = 1  # keyframes per process; OccNeRF's code (8 GPUs)
     epochs: int = 12  # OccNeRF's code
@@ -125,21 +126,19 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        outlier_nb=8, map_stride=(2, 4), map_fill=0.4, image_size=(112, 200),
-        backbone="street-depth+frozen", channels=32, cnn3d="unet", cnn_channels=(24, 48, 96), gates=True,
-        grid_stride=(2, 2, 1), lift_stride=(2, 2, 2), logit_norm=False, norm="group", steps=450,
-        optimizer="muon", lr=1e-2, weight_decay=0.6, schedule="cosine", warmup=20, grad_clip=5.0, jitter=1.0,
-        amp="off"),
+        clamp_oob=False, free_unseen=0.0005, outlier_nb=0, map_stride=(1, 4), map_fill=0.4,
+        image_size=(112, 200), backbone="street-depth+frozen", channels=32, cnn3d="unet",
+        cnn_channels=(24, 48, 96), gates=True, grid_stride=(2, 2, 1), lift_stride=(2, 2, 2), logit_norm=False,
+        norm="group", l_lov=0.5, l_free=4.0, steps=300, optimizer="muon", lr=2e-2, weight_decay=0.2,
+        schedule="cosine", warmup=20, grad_clip=5.0, jitter=1.0, amp="off"),
     "base": Config(image_size=(256, 704), batch=2, grid_stride=(2, 2, 1), lift_stride=(1, 1, 2)),  # 24 GB GPU
     "paper": Config(),
 }
 
 # --- 2.1  Easy3D-Labels: 2D semantics + metric depth + time -> 3D pseudo-labels -----------------------------
 
-
 class Cloud(NamedTuple):
     """P^sem: semantic points of one keyframe or of several."""
-
     points: Tensor  # (M, 3) [m]
     label: Tensor  # (M,) uint8, 0..16
 
@@ -157,7 +156,7 @@ def backproject(depth: Tensor, semantic: Tensor, K: Tensor, T_ref_cam: Tensor,
     depth, semantic = depth[:, rows, columns], semantic[:, rows, columns]
     surface = [unproject(uv, d.to(K), k, T) for d, k, T in zip(depth, K, T_ref_cam, strict=True)]
     surface, keep = torch.stack(surface), (depth > 0) & (semantic != FREE)  # (N, h', w', 3), (N, h', w')
-    keep[keep.clone()] = inliers(surface[keep], outlier_nb)
+    keep = keep.masked_scatter(keep, inliers(surface[keep], outlier_nb))
     clouds = [(surface[keep], semantic[keep])]
     if fill:
         clouds += [between_rows(*maps, fill) for maps in zip(surface, depth, semantic, keep, strict=True)]
@@ -178,7 +177,7 @@ def keyframe_cloud(dataset: NuScenesOccupancy, i: int, maps, cfg: Config) -> tup
         depth, semantic = torch.as_tensor(maps.depth), torch.as_tensor(maps.semantic)
         K = scale_to(K, dataset.image_size, depth.shape[-2:])
         cloud = backproject(depth, semantic, K, T_ego_cam, cfg.map_stride, cfg.outlier_nb, cfg.map_fill)
-        origin, end = image_rays(depth, K, T_ego_cam, 2 * max(cfg.map_stride))
+        origin, end = image_rays(depth, K, T_ego_cam, max(2, *cfg.map_stride), semantic != FREE)
     return Cloud(transform(T_global_ego, cloud.points), cloud.label), traversed(origin, end, OCC3D)
 
 
@@ -188,9 +187,8 @@ def aggregate(current: Cloud, past: list[Cloud], dynamic_ids: tuple[int, ...]) -
     -> the union, and (M,) bool: from the current frame. No future frame, no tracking, no re-alignment.
     """
     static = [~torch.isin(cloud.label, torch.tensor(dynamic_ids, dtype=torch.uint8)) for cloud in past]
-    points = [current.points, *(cloud.points[s] for cloud, s in zip(past, static, strict=True))]
-    label = [current.label, *(cloud.label[s] for cloud, s in zip(past, static, strict=True))]
-    cloud = Cloud(torch.cat(points), torch.cat(label))
+    clouds = [current, *(Cloud(c.points[s], c.label[s]) for c, s in zip(past, static, strict=True))]
+    cloud = Cloud(*(torch.cat(x) for x in zip(*clouds, strict=True)))
     return cloud, torch.arange(len(cloud.points)) < len(current.points)
 
 
@@ -224,7 +222,7 @@ def pseudo_labels(dataset: NuScenesOccupancy, indices: list[int], labeler, cfg: 
             points = transform(T_ego_global, cloud.points)
             target, share, hit = vote(points, cloud.label, current, OCC3D, cfg.clamp_oob)  # (3)
             arrays = {"semantics": target, "mask_camera": seen | hit, "mask_lidar": hit,
-                      "confidence": (share * 255).round()}
+                      "confidence": (share * 255).round()}  # mask_camera: a ray crossed the voxel, or hit it
             yield i, {name: value.numpy().astype(np.uint8) for name, value in arrays.items()}
         past.append(now)
 
@@ -233,7 +231,6 @@ FIELDS = ("past_frames", "dynamic_ids", "clamp_oob", "outlier_nb", "map_stride",
 LABELS = LabelMaker(pseudo_labels, FIELDS)
 
 # --- 2.2  Network: image features -> voxels -> 3D CNN -> 18 logits ------------------------------------------
-
 
 def lift(features: Tensor, centers: Tensor, K: Tensor, T_ref_cam: Tensor) -> Tensor:
     """(4) V(x) = mean over the cameras that see x of bilinear(F_img, K T_cam_ref x).
@@ -263,15 +260,17 @@ class OccupancyNet(nn.Module):
         self.register_buffer("centers", centers, persistent=False)  # (V, 3) [m]
         norm2d = "group" if cfg.backbone == "conv" else "instance"
         self.encoder = ImageEncoder(cfg.backbone, cfg.channels, norm2d, pretrained)
-        first = range_gates(centers, cfg.channels) if cfg.gates else torch.ones(len(centers), cfg.channels)
+        self.known, C = self.encoder.known, cfg.channels  # known: channels of class and depth; ours, tiny
+        first = range_gates(centers, C) if cfg.gates and not self.known else torch.ones(len(centers), C)
         self.position = nn.Parameter(first)  # (V, C)
         self.register_buffer("place", coordinates(unit) if cfg.gates else unit[:, :0], persistent=False)
-        cnn3d = StackedHourglass if cfg.cnn3d == "hourglass" else UNet3D
-        self.cnn = cnn3d(cfg.channels + self.place.shape[1], cfg.cnn_channels, cfg.norm)
-        cells_in = math.prod(self.split)  # predicted cells in a lifted one
-        self.channels = (C := cfg.cnn_channels[0]) // (2 if cells_in > 1 else 1)
-        self.spread = nn.Conv3d(C, self.channels * cells_in, 1) if cells_in > 1 else nn.Identity()
-        self.classify = nn.Conv3d(self.channels, classes, 1)
+        C += self.place.shape[1] + (C + 2 if self.known else 0)  # + 2: lift_at_depth's curves
+        self.cnn = (StackedHourglass if cfg.cnn3d == "hourglass" else UNet3D)(C, cfg.cnn_channels, cfg.norm)
+        inner, C = math.prod(self.split), cfg.cnn_channels[0]  # predicted cells in a lifted one
+        self.channels = cfg.channels if self.known else C // (2 if inner > 1 else 1)
+        self.spread = nn.Conv3d(C, self.channels * inner, 1) if inner > 1 or self.known else nn.Identity()
+        self.evidence = Evidence(self.grid, self.channels) if self.known else None
+        self.classify, self.apart = nn.Conv3d(self.channels, classes, 1), cfg.l_free > 0
         self.logit_norm = norm_layer(cfg.norm, classes, 3) if cfg.logit_norm else nn.Identity()
 
     def lifted_cells(self, cfg: Config) -> tuple[tuple[int, int, int], Tensor, Tensor]:
@@ -283,15 +282,14 @@ class OccupancyNet(nn.Module):
     def voxels(self, batch: dict) -> Tensor:
         """images (B, N, 3, H, W), K (B, N, 3, 3), T_ego_cam (B, N, 4, 4) -> features (B, C, X, Y, Z)."""
         images, K, T = batch["images"], batch["K"], batch["T_ego_cam"]
-        features = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # (B, N, C, h, w)
+        features, *known = self.encoder(images, known=True).split([self.position.shape[1], *self.known], 2)
         K = scale_to(K, images.shape[-2:], features.shape[-2:])
-        volume = [lift(f, self.centers, k, t) for f, k, t in zip(features, K, T, strict=True)]
-        volume = torch.stack(volume) * self.position  # (B, V, C)
-        volume = torch.cat([volume, self.place.expand(len(volume), -1, -1)], -1)
-        x = self.spread(self.cnn(volume.unflatten(1, self.cells).movedim(-1, 1)))  # (B, C s^3, X', Y', Z')
-        x = x.unflatten(1, (*self.split, -1))  # (B, sx, sy, sz, C, X', Y', Z')
-        x = x.permute(0, 4, 5, 1, 6, 2, 7, 3)  # (B, C, X', sx, Y', sy, Z', sz)
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (B, C, X, Y, Z)
+        volume = torch.stack([lift(f, self.centers, k, t) for f, k, t in zip(features, K, T, strict=True)])
+        more = [lift_at_depth(features, known[-1], self.centers, K, T)] if known else []  # (B, V, C + 2)
+        volume = torch.cat([volume * self.position, self.place.expand(len(volume), -1, -1), *more], -1)
+        x = self.spread(self.cnn(volume.unflatten(1, self.cells).movedim(-1, 1)))  # (B, s^3 C, X', Y', Z')
+        x = divide(x, self.split)  # (B, C, X, Y, Z)
+        return self.evidence(x, *known, K, T) if known else x
 
     def head(self, features: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> logits (B, 18, X, Y, Z); channel 17 = free."""
@@ -306,14 +304,14 @@ build = OccupancyNet  # the network protocol: net.grid, net.channels, net.voxels
 
 # --- 3  Loss ------------------------------------------------------------------------------------------------
 
-
 def pseudo_loss(logits: Tensor, batch: dict, class_weight: Tensor, cfg: Config) -> dict[str, Tensor]:
     """(9) l_ce CE_w + l_lov Lovasz (+ l_scal (sem_scal + geo_scal), (8)); each a mean over samples.
 
     logits (B, 18, X, Y, Z); batch["target"] (B, X, Y, Z), 255 ignored; class_weight (18,) -> weighted terms.
     """
     target = batch["target"]
-    terms = {"ce": cfg.l_ce * cross_entropy(logits, target, class_weight, IGNORE),
+    entropy = partial(occupancy_cross_entropy, free=FREE, l_free=cfg.l_free) if cfg.l_free else cross_entropy
+    terms = {"ce": cfg.l_ce * entropy(logits, target, class_weight, ignore=IGNORE),
              "lov": cfg.l_lov * lovasz_softmax(logits, target, ignore=IGNORE, per_sample=True)}
     if cfg.l_scal:
         semantic = sem_scal(logits, target, per_sample=True)
@@ -322,7 +320,6 @@ def pseudo_loss(logits: Tensor, batch: dict, class_weight: Tensor, cfg: Config) 
 
 
 # --- 4  Data ------------------------------------------------------------------------------------------------
-
 
 class Keyframes:
     """What a training step reads of a keyframe: six images, their cameras, the pseudo-label."""
@@ -333,9 +330,9 @@ class Keyframes:
     def target(self, i: int) -> Tensor:
         """The label of keyframe i on the network's cells, uint8, 255 ignored."""
         target, seen = (torch.from_numpy(a) for a in read_label(self.labels, self.dataset, i, "mask_camera"))
-        if self.cfg.free_mode == "carved":
-            target = target.masked_fill((target == FREE) & (seen == 0), IGNORE)
-        return coarsen(target, self.cfg.grid_stride, FREE)
+        drawn = torch.from_numpy(np.random.default_rng(i).random(target.shape) < self.cfg.free_unseen)
+        unknown = (target == FREE) & (seen == 0) & ~drawn
+        return coarsen(target.masked_fill(unknown, IGNORE), self.cfg.grid_stride, FREE)
 
     def __call__(self, i: int, rng: np.random.Generator) -> dict[str, Tensor]:
         item = self.views(i) if self.views else verbs.inputs(self.dataset[i])
@@ -346,14 +343,13 @@ class Keyframes:
 
 # --- 5  Train -----------------------------------------------------------------------------------------------
 
-
 def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, network=OccupancyNet, items=Keyframes,
           loss=pseudo_loss) -> None:
     """Learn from the labels; checkpoints and log go to args.out. A killed run goes on by the same command.
 
     network, items, loss: an experiment's own, such as a rendering host whose terms join (9): (5).
     """
-    source = verbs.source(dataset, labels, "none" if cfg.free_mode == "unhit" else "seen by label's rays")
+    source = verbs.source(dataset, labels, "none" if cfg.free_unseen == 1 else "seen by label's rays")
     run = Session(args, cfg, args.out, samples=len(dataset), batch=cfg.batch, steps=cfg.steps,
                   epochs=cfg.epochs, source=source, amp=cfg.amp)
     if run.finished:
@@ -379,12 +375,14 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, network=O
 
 # --- 6  Predict ---------------------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def predict(net: OccupancyNet, frame: Frame) -> np.ndarray:
-    """One keyframe -> ids on the Occ3D grid (200, 200, 16) uint8: each voxel takes its cell's best class."""
+    """One keyframe -> the best class of each voxel of the Occ3D grid (200, 200, 16) uint8."""
     logits = net(stack([verbs.inputs(frame)], net.position.device))  # (1, 18, X, Y, Z)
-    return refine(logits[0].argmax(0).to(torch.uint8), OCC3D.shape).cpu().numpy()
+    logits = F.interpolate(logits, OCC3D.shape, mode="trilinear")[0]  # at the voxels
+    best, ids = logits[:FREE].max(0)
+    taken = logits[:FREE].logsumexp(0) if net.apart else best  # apart: its classes together against free
+    return torch.where(taken < logits[FREE], FREE, ids).to(torch.uint8).cpu().numpy()
 
 
 def main() -> None:

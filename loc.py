@@ -2,7 +2,7 @@
 
 Paper   "LOC: A General Language-Guided Framework for Open-Set 3D Occupancy Prediction", Gao, Xiang, Zhong,
         Wang; arXiv 2510.22141 v1. Independent re-implementation; no code of theirs is known. Beyond the
-        abstract no equation, hyper-parameter or number is public: what is ours says so. LOcc (2411.16072),
+        abstract no equation, hyper-parameter or number is public: our choices are marked. LOcc (2411.16072),
         whose host network and prompts are borrowed here, is another paper.
 Idea    Fuse a scene's LiDAR sweeps, moving objects apart; Poisson reconstruction fills the voids and the
         nearest points name the voxels: a dense label. Put two heads on any occupancy network: one predicts
@@ -21,44 +21,46 @@ RUN
 GLOSSARY
     symbol  name      shape               meaning                                                     place
     P_s     Scan      (M, 3), (M,)        points of one sweep in the scene's frame [m], their classes  2.2
-    y_i     target    (B, X, Y, Z)        class of voxel i: place among the known, K = free, 255       2.2
+    y_i     target    (B, X, Y, Z)        class of voxel i, 0..K-1 known, K free, 255 ignored          2.2
     V       features  (B, C, X, Y, Z)     voxel features of the wrapped network                        (1)
     o_i     scores    (B, K+1, X, Y, Z)   logits of the K known classes and of free                    (2)
-    f_i     f         (B, S, D)           unit vector of voxel i in CLIP's space                       (3)
+    f_i     f         (B, S + S', D)      vector of voxel i in CLIP's space; the losses normalise it   (3)
     t_c     text      (K, D)              unit vector of class c's prompts                             2.4
-    g_i     image     (B, S, D)           CLIP's patch feature where voxel i projects                 (6), (7)
+    g_i     image     (B, S', D)          CLIP's patch feature where voxel i projects                 (6), (7)
 
 EQUATION MAP   Numbers are this repository's reconstruction; 2.2 and 2.4 have none.
     2.2  fuse sweeps, fill voids, name voxels  -> dense_labels, densify, name_voxels
-         (sweeps, boxes, rays, Poisson, SurroundOcc's recipe: common/lidar.py)
-    (1)  V = Lift(E_img(I))                    -> wrapped_network (LOcc's: common/networks/lss.py)
+         SurroundOcc's recipe for it           -> common/lidar.py: fuse, in_boxes, at_keyframe, fill_voids
+    (1)  V = Lift(E_img(I)); LOcc's host       -> wrapped_network; common/networks/lss.py: lift, LiftNet
     (2)  occupancy head                        -> OccupancyHead
     (3)  language head                         -> LanguageHead
-    2.4  prompts; image features in voxels     -> prompt_table, lift
-    (4)  voxel-to-text contrast                -> voxel_to_text
-    (5)  voxel-to-voxel contrast, off          -> train (experiments/loc.py: voxel_to_voxel)
-    (6)  image term                            -> image_term
+    2.4  prompts; ViLD's templates             -> prompt_table; common/networks/tinyclip.py: ensemble
+         image features in voxels; held out    -> lift, name_heldout
+    (4)  voxel-to-text contrast, its voxels    -> voxel_to_text, Keyframes.sample_classes
+    (5)  voxel-to-voxel contrast, off          -> experiments/loc.py: voxel_to_voxel
+    (6)  image term, its voxels                -> image_term, Keyframes.sample_pixels
     (7)  inference, unknown score              -> decide, unknown_score
     (8)  total loss                            -> occupancy_loss, dense_contrast, train
+    Sec. 6: unknown classes, diversity         -> common/report/openset.py: report, homogenisation
+            known classes, AUROC, AUPR, FPR95  -> common/metrics.py: OccupancyMeter, openset_scores
 
 ASSUMPTIONS    All unpublished; the flag or the line that changes it stands beside.
-    * contrast: (4) on class-balanced voxels, tau .07; (6) on and sparse; (5) off    --lambda-dcl -img
+    * (4) on class-balanced voxels, tau .07; (6) on and sparse; (5) off; weights 1   TAU, --lambda-dcl -img
     * k = 5, majority, ties to the nearest point; all sweeps are fused               --knn-k --n-sweeps
     * self-supervised labels read no box and no lidarseg: rays decide what moves     lidar.py: suspects
-    * a held-out object takes the known label that the teacher is sure of, once a scene, else it is ignored
-      (honest); or always (an oracle's mask); the held-out list is arbitrary         --holdout-mode --holdout
-    * voxels are named by norm(f + a g), text and image pixels; a by known naming in training, g frozen;
-      f, g and both are scored apart                                                 --image-weight
+    * a held-out object takes the known class that the teacher is sure of, one for the scene; it is ignored
+      where the teacher is not sure (honest), or always (an oracle's mask); their list is arbitrary  --holdout
+    * voxels are named by norm(f + a g); a: the best at known classes in training    --image-weight
     * the language head's gradient does not enter the trunk                          --lang-grad
     * t_c is the mean over LOcc's query words in ViLD's 14 templates                 --vocabulary
     * unknown score: mean of both heads' 1 - max known probability                   unknown_score
     * a voxel is novel if its best prompt is, else the occupancy head names it       --known-by
-    * voxels that no ray met are not supervised, nor a column's lowest free one      surely_free
-    * optimiser and schedule are LOcc's                                              --lr --steps
+    * a voxel that no ray met, or a column's lowest seen one, is not taught as free  surely_free
+    * AdamW and rates are LOcc's; warm-up + cosine stands for its OneCycle           --lr --warmup --steps
 DEVIATIONS
     * Poisson runs on the voxel grid, not on an octree of depth 10, and is trimmed where samples are sparse.
       Measured: `ablate --claim label-quality`; ten times as fast as Open3D's recipe on the same steps.
-    * the language head is computed at the cells asked for, so its norm is a LayerNorm of each, not LOcc's
+    * the language head is computed at single cells, so its norm is a LayerNorm of each cell, not LOcc's
       GroupNorm over the volume. tiny predicts coarse cells and learns by Muon: compute. Effects: unmeasured.
 
 CLAIMS         the paper's, without public numbers: experiments/loc.py; ours are in RESULTS.md
@@ -190,7 +192,8 @@ def dense_labels(dataset, indices: list[int], labeler, cfg: Config, todo: set[in
 
 
 LABELS = LabelMaker(dense_labels, ("fuse", "n_sweeps", "poisson", "knn_k"), check=check_supervision,
-                    options={"world": {"depth_level": "exact"}, "lidar": {"scale": 0.05, "seen_only": False}})
+                    options={"world": {"depth_level": "exact"}, "files": {"depth": False},
+                             "lidar": {"scale": 0.05, "seen_only": False}})
 
 # --- 2.3  Network: any that keeps the network protocol, and two heads ---------------------------------------
 
@@ -214,10 +217,10 @@ build = wrapped_network  # the network protocol of this repository
 class OccupancyHead(nn.Module):
     """(2) features (B, C, X, Y, Z) -> logits (B, K + 1, X, Y, Z), free last. Self-supervised: K = 1."""
 
-    def __init__(self, channels: int, hidden: int, known: int):
+    def __init__(self, channels: int, hidden: int, classes: int):
         super().__init__()
         self.first = conv_norm_relu(channels, hidden, "group", dims=3) if hidden else nn.Identity()
-        self.last = nn.Linear(hidden or channels, known + 1)  # of each cell
+        self.last = nn.Linear(hidden or channels, classes + 1)  # of each cell
 
     def forward(self, features: Tensor) -> Tensor:
         return self.last(self.first(features).movedim(1, -1)).movedim(-1, 1).contiguous().float()
@@ -254,16 +257,16 @@ class Loc(nn.Module):
 
     def __init__(self, cfg: Config, pretrained: bool = True):
         super().__init__()
-        self.net, known = wrapped_network(cfg, 18, pretrained), len(read_vocabulary(cfg).known)
-        self.grid, self.known = self.net.grid, known if cfg.mode == "supervised" else 1
+        self.net, words = wrapped_network(cfg, 18, pretrained), read_vocabulary(cfg)
+        self.grid, self.classes = self.net.grid, len(words.known) if cfg.mode == "supervised" else 1
         if any(n % m for n, m in zip(OCC3D.shape, self.grid.shape, strict=True)):
             raise InputError(f"--network {cfg.network}: its {self.grid.shape} cells do not divide Occ3D's "
                              f"{OCC3D.shape}")
         self.stride = tuple(n // m for n, m in zip(OCC3D.shape, self.grid.shape, strict=True))
-        self.occupancy = OccupancyHead(self.net.channels, cfg.occ_hidden, self.known)
+        self.occupancy = OccupancyHead(self.net.channels, cfg.occ_hidden, self.classes)
         self.language = LanguageHead(self.net.channels, cfg.clip_dim, cfg.lang_kernel)
         self.lang_grad = cfg.lang_grad
-        self.register_buffer("known_naming", torch.zeros(len(IMAGE_WEIGHTS)))
+        self.register_buffer("known_naming", torch.zeros(len(IMAGE_WEIGHTS)))  # accuracy by a, in training
 
     def voxels(self, batch: dict) -> tuple[Tensor, Tensor | None]:
         """-> V (B, C, X, Y, Z), and the lss network's depth logits."""
@@ -279,7 +282,7 @@ class Loc(nn.Module):
 
     @torch.no_grad()
     def weigh_image(self, f: Tensor, batch: dict, text: Tensor, keep: float = 0.98) -> None:
-        """Average over steps how often norm(f + a g) names a training cell of a known class, for each a."""
+        """Running mean, for each a, of norm(f + a g)'s accuracy at the training cells of known classes."""
         label, weight = batch["cell_class"], batch["cell_weight"]
         f = F.normalize(f[:, : label.shape[1]], dim=-1)
         g, text = batch["cell_image"].to(f.dtype), text.to(f.dtype)
@@ -297,7 +300,7 @@ class Loc(nn.Module):
 
 
 class Words(NamedTuple):
-    """Which classes are known, which are held out, and how each is called."""
+    """Known classes, held-out (novel) classes, and the words for each."""
 
     known: list[int]  # Occ3D ids
     novel: list[int]  # Occ3D ids, held out
@@ -311,11 +314,11 @@ class Prompts(NamedTuple):
     words: Words
     clip: tinyclip.Clip
     text: Tensor  # (K, D) known classes
-    known: Tensor  # (K,) Occ3D ids
+    known_ids: Tensor  # (K,) Occ3D
     novel_text: Tensor  # (J, D)
-    novel: Tensor  # (J,) Occ3D ids
+    novel_ids: Tensor  # (J,) Occ3D
     described: Tensor  # (J, D) the held-out classes in other words
-    key: str  # names the known prompts' vectors
+    key: str  # hash of `text`
 
 
 def read_vocabulary(cfg: Config) -> Words:
@@ -381,12 +384,11 @@ def voxel_centers(index: np.ndarray, stride: tuple[int, ...] = (1, 1, 1)) -> np.
 
 
 def name_heldout(keyframes: Keyframes, indices: list[int]) -> None:
-    """One scene, in order of time: write the known class that a teacher takes each held-out object for.
+    """Give each held-out object of a scene the known class that CLIP, the teacher, takes it for; write files.
 
     <keyframes.named>/<scene>/<token>.npz: `index`, the objects' voxels; `label`, their class. An object is a
-    connected heap of held-out voxels, the same one if it overlaps a heap of the keyframe before. The teacher
-    reads the patches that show it, in all keyframes together, by known prompts alone: one name a scene. An
-    object is ignored where no name is as likely as SURE, or no camera shows it.
+    connected heap of held-out voxels, followed over keyframes where heaps overlap. Its class is the best
+    known prompt for the mean of its patch features. It is ignored if that is less likely than SURE.
     """
     dataset, prompts, found, before, sums = keyframes.dataset, keyframes.prompts, {}, {}, []
     for i in indices:
@@ -449,9 +451,9 @@ def dense_contrast(f: Tensor, batch: dict, text: Tensor, cfg: Config) -> dict[st
     f (B, S + S', D): S voxels by class, then S' voxels into which a LiDAR point projects.
     """
     label, weight = batch["cell_class"], batch["cell_weight"]
-    f, g = f.split([label.shape[1], f.shape[1] - label.shape[1]], 1)
-    return {"dcl": cfg.lambda_dcl * voxel_to_text(f, text, label, weight),
-            "img": cfg.lambda_img * image_term(g, batch["image_feature"], batch["image_weight"])}
+    f_class, f_pixel = f.split([label.shape[1], f.shape[1] - label.shape[1]], 1)
+    return {"dcl": cfg.lambda_dcl * voxel_to_text(f_class, text, label, weight),
+            "img": cfg.lambda_img * image_term(f_pixel, batch["pixel_feature"], batch["pixel_weight"])}
 
 
 # --- 2.6  Inference -----------------------------------------------------------------------------------------
@@ -470,7 +472,7 @@ class Heads(NamedTuple):
 
     occupied: Tensor  # (X, Y, Z) bool, of all cells
     cells: Tensor  # (S,) flat index
-    known: Tensor | None  # (S, K) probabilities of the known classes, given matter; None: self-supervised
+    class_share: Tensor | None  # (S, K) probabilities of known classes, given matter; None: self-supervised
     features: dict[str, Tensor]  # (S, D) unit vectors: "" norm(f + a g), "_f" the head's, "_g" CLIP's
 
 
@@ -487,35 +489,35 @@ def run_heads(net: Loc, frame: Frame, prompts: Prompts, how: How,
         asked = torch.nonzero(torch.from_numpy(voxels).to(device)) // torch.tensor(net.stride, device=device)
         wanted = occupied.index_put(tuple(asked.t()), torch.ones((), dtype=torch.bool, device=device))
     cells = wanted.flatten().nonzero()[:, 0]
-    known = scores[:-1].flatten(1)[:, cells].t().softmax(-1) if net.known > 1 else None
+    share = scores[:-1].flatten(1)[:, cells].t().softmax(-1) if net.classes > 1 else None
     f = F.normalize(net.language(features, cells[None])[0], dim=-1)
     centers = voxel_centers(wanted.nonzero().cpu().numpy(), net.stride)
     patches = tinyclip.patch_features(prompts.clip, item["images"].to(device), how.clip_image)
     g = lift(patches, centers, item, item["images"].shape[-2:])
     a = net.image_weight if how.image_weight is None else how.image_weight
-    return Heads(occupied, cells, known, {"": F.normalize(f + a * g, dim=-1), "_f": f, "_g": g})
+    return Heads(occupied, cells, share, {"": F.normalize(f + a * g, dim=-1), "_f": f, "_g": g})
 
 
 def unknown_score(heads: Heads, text: Tensor) -> dict[str, Tensor]:
     """(7) 1 - the largest probability of a known class, (S,) in [0, 1]: each head's and "both", the mean."""
     scores = {"language": 1 - (heads.features[""] @ text.t() / TAU).softmax(-1).amax(-1)}
-    if heads.known is not None:
-        scores["occupancy"] = 1 - heads.known.amax(-1)
+    if heads.class_share is not None:
+        scores["occupancy"] = 1 - heads.class_share.amax(-1)
     return scores | {"both": torch.stack(list(scores.values())).mean(0)}
 
 
 def decide(heads: Heads, prompts: Prompts, novel: bool, how: How, kind: str = "") -> Tensor:
     """(7) class (S,) of each cell: the occupancy head's best, or (self-supervised) the best known prompt.
 
-    novel: a held-out class where the best of all prompts is one. kind: which of the features is asked.
+    novel: a held-out class where its prompt is the best of all. kind: key of the features to compare.
     """
     alike = heads.features[kind] @ prompts.text.t()
-    by_language = heads.known is None or how.known_by == "language"
-    label = prompts.known[(alike if by_language else heads.known).argmax(-1)]
+    by_language = heads.class_share is None or how.known_by == "language"
+    label = prompts.known_ids[(alike if by_language else heads.class_share).argmax(-1)]
     if not novel:
         return label
     other = heads.features[kind] @ prompts.novel_text.t()
-    return torch.where(other.amax(-1) > alike.amax(-1), prompts.novel[other.argmax(-1)], label)
+    return torch.where(other.amax(-1) > alike.amax(-1), prompts.novel_ids[other.argmax(-1)], label)
 
 
 def to_voxels(values: Tensor, heads: Heads, empty: float) -> Tensor:
@@ -535,7 +537,7 @@ def to_ids(heads: Heads, prompts: Prompts, novel: bool, how: How, kind: str = ""
 
 
 def answer(net: Loc, prompts: Prompts, how: How, frame: Frame, voxels: np.ndarray) -> openset.Answer:
-    """What the open-set report asks of one keyframe."""
+    """One keyframe's answer to the open-set report, at M voxels (200, 200, 16) bool."""
     heads = run_heads(net, frame, prompts, how, voxels)
     rows = to_voxels(torch.arange(len(heads.cells), device=heads.cells.device), heads, -1).cpu()
     rows = rows[torch.from_numpy(voxels)]  # (M,)
@@ -580,7 +582,7 @@ def surely_free(seen: np.ndarray) -> np.ndarray:
     """seen (X, Y, Z) bool, by rays -> the same without each column's lowest seen voxel. Ours.
 
     Rays meet the ground at a grazing angle and cross its voxels for metres before they end in one. Measured
-    on the demo world in the camera mask: 7 instead of 14 % of what is occupied was taught as free.
+    on the demo world in the camera mask: 14 % of the occupied voxels were taught as free, with this 7 %.
     """
     return seen & (np.cumsum(seen, 2, dtype=np.uint8) > 1)
 
@@ -592,9 +594,9 @@ class Keyframes:
                  net: Loc, cfg: Config):
         self.dataset, self.labels, self.frames, self.named, self.views = dataset, labels, frames, named, None
         self.prompts, self.cfg, self.free = prompts, cfg, len(prompts.words.known)
-        self.stride, self.shape, self.known = net.stride, net.grid.shape, net.known
-        self.place = np.full(256, IGNORE, np.uint8)  # Occ3D id -> place among the known; held out: ignored
-        self.place[[*prompts.words.known, FREE]] = np.arange(self.free + 1)
+        self.stride, self.shape, self.classes = net.stride, net.grid.shape, net.classes
+        self.rank = np.full(256, IGNORE, np.uint8)  # Occ3D id -> 0..K-1 known, K free; held out: ignored
+        self.rank[[*prompts.words.known, FREE]] = np.arange(self.free + 1)
 
     def truth(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """-> semantics, seen (200, 200, 16) of keyframe i, held-out classes among them."""
@@ -603,21 +605,21 @@ class Keyframes:
     def target(self, i: int) -> np.ndarray:
         """(200, 200, 16) uint8: 0..K-1 known, K free, 255 ignored."""
         semantics, seen = self.truth(i)
-        target = self.place[semantics]
+        target = self.rank[semantics]
         target[(target == self.free) & ~surely_free(seen)] = IGNORE
         if self.named is not None:
             arrays = read_npz(self.named_path(i), {"index": (None, "int32"), "label": (None, "uint8")})
-            target.reshape(-1)[arrays["index"]] = self.place[arrays["label"]]
+            target.reshape(-1)[arrays["index"]] = self.rank[arrays["label"]]
         return target
 
     def named_path(self, i: int) -> Path:
-        """The file with the known labels of keyframe i's held-out objects."""
+        """The file with the known classes of keyframe i's held-out objects."""
         return self.named / self.dataset.scene_names[i] / f"{self.dataset.tokens[i]}.npz"
 
     def occupancy(self, target: np.ndarray) -> Tensor:
         """The occupancy head's target on the network's cells; self-supervised: 0 occupied, 1 free."""
         target, free = torch.from_numpy(target), self.free
-        if self.known == 1:
+        if self.classes == 1:
             target, free = torch.where(target == IGNORE, IGNORE, (target == free).to(torch.uint8)), 1
         return coarsen(target, self.stride, free)
 
@@ -634,11 +636,11 @@ class Keyframes:
         K = item["K"].numpy() * np.array([w / cfg.image_size[1], h / cfg.image_size[0], 1])[:, None]
         depth = rasterize(points, np.zeros(len(points), np.uint8), K, item["T_ego_cam"].numpy(), h, w)[1]
         cells, label, weight = self.sample_classes(target, rng)
-        seen, feature, known = self.sample_pixels(points, target, patches, item, rng)
-        place = np.stack(np.unravel_index(cells, self.shape), 1)
-        shown["cell_image"] = lift(patches, voxel_centers(place, self.stride), item, cfg.image_size)
+        seen, feature, seen_weight = self.sample_pixels(points, target, patches, item, rng)
+        centers = voxel_centers(np.stack(np.unravel_index(cells, self.shape), 1), self.stride)
+        shown["cell_image"] = lift(patches, centers, item, cfg.image_size)
         arrays = {"depth": depth, "cells": np.concatenate([cells, seen]), "cell_class": label,
-                  "cell_weight": weight, "image_feature": feature, "image_weight": known}
+                  "cell_weight": weight, "pixel_feature": feature, "pixel_weight": seen_weight}
         shown["target"] = self.occupancy(target)
         return shown | {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -647,7 +649,7 @@ class Keyframes:
         return np.ravel_multi_index(tuple((index // self.stride).T), self.shape)
 
     def sample_classes(self, target: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """(4): cells (S,), place among the known (S,), weight (S,): `dcl_samples` voxels of each class.
+        """(4): cells (S,), class 0..K-1 (S,), weight (S,): `dcl_samples` voxels of each class.
 
         weight 0: the keyframe has no voxel of that class.
         """
@@ -708,7 +710,7 @@ def collate(items: list[dict], device: torch.device) -> dict:
 
 
 def prepare_scene(job: tuple[Keyframes, list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Name a scene's held-out objects, if that is wanted and not done yet, and count what is learned from.
+    """Name a scene's held-out objects, if that is wanted and not done yet, and count its targets.
 
     -> cells of each occupancy class (256,), held-out voxels by true id and target (18, 256).
     """
@@ -735,7 +737,7 @@ def target_weights(keyframes: Keyframes, workers: int = 1) -> Tensor:
     parallel = workers if keyframes.prompts.text.device.type == "cpu" and len(keyframes.frames) > 200 else 1
     bar = tqdm(each(prepare_scene, jobs, parallel), "training targets", len(jobs), unit="scene", leave=False)
     cells, named = (sum(parts) for parts in zip(*bar, strict=True))
-    weight = weights_of(cells[: keyframes.known + 1])
+    weight = weights_of(cells[: keyframes.classes + 1])
     if not weight[:-1].any():
         raise InputError(f"{keyframes.labels}: no occupied voxel of any known class; make them again")
     words = keyframes.prompts.words
@@ -766,9 +768,8 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, frames=No
                   source=source | {"clip": prompts.clip.name, "prompts": prompts.key})
     if run.finished:
         return
-    net, named = Loc(cfg).to(run.device), None
-    if cfg.holdout_mode == "nearest":
-        named = (shared or args.out) / f"nearest-{prompts.key}{'-gt' * cfg.gt}"
+    net, named = Loc(cfg).to(run.device), (shared or args.out) / f"nearest-{prompts.key}{'-gt' * cfg.gt}"
+    named = named if cfg.holdout_mode == "nearest" else None
     keyframes = Keyframes(dataset, labels, frames, prompts, named, net, cfg)
     if not run.is_main:
         barrier(run.run)  # the first rank names held-out objects for all
@@ -788,7 +789,7 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, frames=No
         net.weigh_image(out["f"], batch, prompts.text)
         optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()  # (8)
-        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        nn.utils.clip_grad_norm_(net.parameters(), 5.0)  # ours
         optimizer.step()
         run.log(step, terms, lr)
 
@@ -816,10 +817,10 @@ def open_frames(cfg: Config, args) -> NuScenesOccupancy:
     return read_points(verbs.open_eval(cfg, args), cfg)
 
 
-def evaluate(cfg: Config, args, known: dict[str, float] | None = None) -> None:
+def evaluate(cfg: Config, args, measured: dict[str, float] | None = None) -> None:
     """The verb eval: known classes by the field's protocols with controls, then the open-set tests.
 
-    known: metrics known already, in a claim; then neither controls nor pictures are made.
+    measured: metrics that a claim has already; then neither controls nor pictures are made.
     """
     net, out, state = verbs.load(Loc, cfg, args)
     prompts, dataset, train_set = prompts_of(cfg, args), open_frames(cfg, args), verbs.open_train(cfg, args)
@@ -832,11 +833,11 @@ def evaluate(cfg: Config, args, known: dict[str, float] | None = None) -> None:
                 "labels": "Occ3D ground truth where observed, else " * cfg.gt + data["note"],
                 "held_out": f"{held_out}; in training {cfg.holdout_mode}; their voxels are in no known score"}
     report(partial(predict, net, prompts=prompts, how=how, novel=False), run=args.run, state=state, out=out,
-           dataset=openset.hide_classes(open_frames(cfg, args), words.novel), protocol=protocol, known=known,
+           dataset=openset.hide_classes(open_frames(cfg, args), words.novel), protocol=protocol,
            train_set=train_set and openset.hide_classes(train_set, words.novel), save=args.save_pred,
            params=sum(p.numel() for p in net.parameters()), truth=partial(ground_truth, labels=args.labels),
            against=f"labels in {args.labels}" if args.labels else "", frames=args.eval_frames,
-           rayiou=args.rayiou, pictures=args.pictures)
+           rayiou=args.rayiou, pictures=args.pictures, known=measured)
     openset.report(partial(answer, net, prompts, how), dataset=dataset, out=out, known=words.known,
                    indices=spread(len(dataset), args.eval_frames), novel=words.novel,
                    setting=f"language: {language}", drawn=chosen(len(dataset), args.pictures)[:2])
@@ -846,7 +847,6 @@ def query(cfg: Config, args) -> None:
     """The verb query: which occupied voxels of all keyframes are most like a free text: PNG and HTML."""
     net, out, _ = verbs.load(Loc, cfg, args)
     prompts, dataset, text = prompts_of(cfg, args), open_frames(cfg, args), " ".join(args.text.split())
-    how = How(cfg.clip_image, args.image_weight, args.known_by)
     if strange := tinyclip.unknown_words(prompts.clip, text):
         if len(strange) == len(text.split()):
             raise InputError(f"--text '{text}': {prompts.clip.name} knows none of these words; describe it "
@@ -855,7 +855,7 @@ def query(cfg: Config, args) -> None:
     asked = tinyclip.ensemble(prompts.clip, [text])
 
     def find(frame: Frame) -> np.ndarray:
-        heads = run_heads(net, frame, prompts, how)
+        heads = run_heads(net, frame, prompts, How(cfg.clip_image, args.image_weight))
         return to_voxels(heads.features[""] @ asked, heads, math.nan).float().cpu().numpy()
 
     for path in openset.query(find, text, dataset=dataset, out=out,
@@ -891,9 +891,8 @@ def main() -> None:
         "describe": lambda cfg, args: verbs.describe(Loc, cfg, args, partial(cells_of, cfg)),
     }, verbs={
         "query": ("find the voxels that a text means: PNG and HTML",
-                  "ckpt! text! data-root version split device cache eval-frames image-weight known-by"),
-        **{verb: (help, f"{flags} image-weight known-by") for verb, (help, flags) in
-           ((verb, verbs.VERBS[verb]) for verb in ("eval", "predict"))},
+                  f"ckpt! text! {verbs.DATA} {verbs.LOOSE} device cache eval-frames image-weight known-by"),
+        **{v: (verbs.VERBS[v][0], f"{verbs.VERBS[v][1]} image-weight known-by") for v in ("eval", "predict")},
     }, flags=FLAGS)
 
 

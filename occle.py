@@ -30,45 +30,47 @@ GLOSSARY
     o          occupancy    (B, X, Y, Z)        occupancy logit of a cell                              (10)
     theta'     Teacher      -                   running mean of the geometric branch                   (11)
     Y          logits       (B, X, Y, Z, S + 1) logits of a cell: S classes, then empty                (14)
-    Shat       shown        (N, S, h, w)        what the prediction shows on each image                (16)
+    Shat       shown        (N, S, h, w)        class shares of the prediction in each image           (16)
     Inside, classes are 0..S-1 and S is empty, whatever the dataset's ids; X' Y' Z' is coarser than X Y Z.
 
 EQUATION MAP   Numbers are the reconstruction's.
-    (1)  aligned pseudo label, Boolean rule       -> merge, RULES
-    (2)  2D UNet and header                       -> SemanticBranch
-    (3)  V, 3D UNet, header                       -> SemanticBranch (V: common/networks/voxelnet.py)
-    (4)  lifting pseudo labels to 3D              -> lift_labels
-    (5)  image features in the semantic grid      -> lift_to_grid, SemanticBranch
-    (6)  multi-frame LiDAR encoder                -> GeometricBranch
-    (7)  image to the yz-plane                    -> image_plane
-    (8)  LiDAR along x                            -> softmax_along_x
-    (9)  cross-plane synergy                      -> GeometricBranch (cross_plane)
-    (10) geometry head                            -> DetailHead
-    (11) teacher, thresholds, LiDAR hits, rays    -> Teacher, semi_targets, sensor_targets, semi_loss
-    (12) (13) Dual Mamba                          -> DualMamba (Mamba: common/networks/mamba.py)
-    (14) fusion and head                          -> OccLE
-    (15) (16) scatter-accumulated projection      -> project_logits
-    (17) (18) 2D and 3D segmentation              -> segmentation_losses
-    (19) labelled geometry                        -> geometry_loss
-    (20) projection loss                          -> projection_loss
-    (21) (22) labelled and unlabelled frames      -> one_step, completion_losses
-    10 % of the labels                            -> choose_labelled, Samples
+    (1)  aligned pseudo label, Boolean rule     -> merge, RULES
+    (2)  2D UNet and header                     -> SemanticBranch; common/backbones.py: ImageEncoder, UNet3D
+    (3)  V, 3D UNet, header                     -> SemanticBranch; common/networks/voxelnet.py: VoxelEncoding
+    (4)  lifting pseudo labels to 3D            -> lift_labels
+    (5)  image features in the semantic grid    -> lift_to_grid, SemanticBranch
+    (6)  multi-frame LiDAR encoder              -> GeometricBranch
+    (7)  image to the yz-plane                  -> image_plane
+    (8)  LiDAR along x                          -> softmax_along_x
+    (9)  cross-plane synergy                    -> GeometricBranch.cross_plane
+    (10) geometry head                          -> DetailHead
+    (11) teacher, thresholds, LiDAR hits, rays  -> Teacher, semi_targets, sensor_targets, semi_loss
+    (12) (13) Dual Mamba                        -> DualMamba; common/networks/mamba.py: MambaBlock
+    (13) fusion, (14) head                      -> OccLE.fuse, OccLE, DetailHead
+    (15) (16) scatter-accumulated projection    -> project_logits
+    (17) (18) 2D and 3D segmentation            -> segmentation_losses
+    (19) labelled geometry                      -> geometry_loss
+    (20) projection loss                        -> projection_loss
+    (21) (22) labelled and unlabelled frames    -> one_step, completion_losses
+    Sec. 4: two stages; 10 % of the labels      -> train, choose_labelled, Samples
+    Sec. 6: IoU and mIoU                        -> common/metrics.py: OccupancyMeter, ssc_scores
 
 ASSUMPTIONS    All unpublished; the flag or the line that changes it stands beside.
     * classes that the 2D segmenter lacks, their parents and prompts                    RULES, merge
-    * the 10 % are every tenth frame, whole frames, counted on from scene to scene      --label-by
+    * every tenth frame is labelled, all of it; the count goes on from scene to scene   --label-by
     * one image a camera, ten sweeps; (5) lifts features and scores                     --n-sweeps
-    * (7)-(9); a 360 degree rig has two yz-planes, before and behind the ego            LabelSet.sides
+    * (7)-(9) as they stand; a surround rig has two yz-planes, ahead and behind         LabelSet.sides
     * teacher with warm-up, ramped consistency, thresholds .9 / .1, weak and strong
       augmentation; LiDAR hits are occupied, rays free until 4 m before their hit       --ray-short, augment
     * (12) then (13), 3D Hilbert order, both directions                                 DualMamba
     * the projection weighs by transmittance, without gradient; a cell covers its box   project_logits
-    * loss weights are 1, of (19), (11) 20; no Lovasz in (21); branches first, then all --geo-weight, one_step
+    * loss weights are 1, but 20 for (19) and (11); no Lovasz in (21)                   --geo-weight
     * Occ3D: the whole grid is supervised                                               voxel_truth
     * AdamW 2e-4, cosine, clip 35, 20 epochs (VoxFormer's)                              --lr, --epochs
 DEVIATIONS
-    * sparse convolutions are dense ones on the lifted cells, masked after each pass of the semantic U-Net.
-    * the heads get the occupied cells' encodings beside the upsampled grid, and start at "empty".
+    * the sparse 3D UNets are dense, on lifted cells; the semantic one's output is masked to occupied cells.
+    * (5) is a 1x1x1 convolution of F_P, the lifted F_I and s, and the occupied cells' features.
+    * the heads (10), (14) read the occupied cells' features beside the upsampled grid; they begin at "empty".
     * (16) projects classes given occupied: the joint probability would also raise the occupancy in front.
     * tiny, for compute: a frozen street encoder (--backbone), coarser cells (--grid-stride), token means
       (--mamba-stride), Muon (--optimizer), class weights freq^-0.5 (--class-weights). Same losses as paper.
@@ -165,7 +167,6 @@ PRESETS = {
     "paper": Config(),
 }
 
-
 # --- The paper in one step ----------------------------------------------------------------------------------
 
 
@@ -209,11 +210,11 @@ def merge(primary: np.ndarray, auxiliary: np.ndarray, rules: tuple[Rule, ...],
 
 
 class Rule(NamedTuple):
-    """A class that the dataset-specific segmenter lacks: where the open-vocabulary mask overwrites it."""
+    """A class that the first segmenter lacks: its open-vocabulary mask replaces the parents there."""
 
     name: str
     parents: tuple[str, ...]  # classes that the segmenter takes such things for
-    prompts: tuple[str, ...]  # what the open-vocabulary model is asked for
+    prompts: tuple[str, ...]  # words for the open-vocabulary model
     taken_for: str | None  # what the *synthetic* first source takes it for; None: no label
 
 
@@ -251,11 +252,10 @@ def two_sources(name: str, dataset, **options) -> TwoSources:
 
 def aligned_labels(dataset, indices: list[int], sources: TwoSources, cfg: Config, todo: set[int]):
     """For one scene: yield (frame, its maps: the aligned label, and the first source alone) for `todo`."""
-    for i in indices:
-        if i in todo:
-            primary, auxiliary = sources(i)
-            aligned = merge(primary, auxiliary, RULES[cfg.format], LABEL_SETS[cfg.format])
-            yield i, {"primary": primary, "semantic": aligned}
+    for i in sorted(todo):
+        primary, auxiliary = sources(i)
+        aligned = merge(primary, auxiliary, RULES[cfg.format], LABEL_SETS[cfg.format])
+        yield i, {"primary": primary, "semantic": aligned}
 
 
 LABELS = LabelMaker(aligned_labels, ("format",), flags=TWO_SOURCES, labeler=two_sources,
@@ -271,18 +271,16 @@ PRIOR = 2.0  # ours: first logit of "empty"
 
 def grids(cfg: Config) -> tuple[VoxelGrid, VoxelGrid]:
     """-> the grids of the predicted cells (X, Y, Z) and of the lifted cells (X', Y', Z')."""
-    labels = LABEL_SETS[cfg.format]
-    grid, stride, both = labels.moved(cfg.label_shift), cfg.grid_stride, ()
-    for n, a, b in zip(grid.shape, stride, cfg.cell_split, strict=True):
-        if n % (a * b) or (not both and n // (a * b) % labels.sides):
-            given = f"--grid-stride {stride} --cell-split {cfg.cell_split}"
-            raise InputError(f"{given}: does not divide {n} voxels")
-        both = (*both, a * b)
-    return grid.coarsen(stride), grid.coarsen(both)
+    labels, stride, split = LABEL_SETS[cfg.format], cfg.grid_stride, cfg.cell_split
+    grid, lifted = labels.moved(cfg.label_shift), tuple(map(math.prod, zip(stride, split, strict=True)))
+    for n, size, sides in zip(grid.shape, lifted, (labels.sides, 1, 1), strict=True):
+        if n % (size * sides):
+            raise InputError(f"--grid-stride {stride} --cell-split {split}: does not divide {n} voxels")
+    return grid.coarsen(stride), grid.coarsen(lifted)
 
 
 def conv3d(layers: nn.Module, x: Tensor) -> Tensor:
-    """(B, X, Y, Z, C) through layers that want channels first."""
+    """(B, X, Y, Z, C) through layers whose inputs have channels first."""
     return layers(x.movedim(-1, 1)).movedim(1, -1)
 
 
@@ -300,8 +298,7 @@ def all_sweeps(batch: dict) -> list[Tensor]:
 
 def lift_to_grid(features: Tensor, grid: VoxelGrid, batch: dict) -> tuple[Tensor, Tensor]:
     """(5) mean_cams bilinear(F_I, K T v) at the cells' centres v: features (B, N, C, h, w) -> (B, X', Y', Z',
-    C); (B, X', Y', Z', 1) bool: whether a camera sees the cell.
-    """
+    C), and (B, X', Y', Z', 1) bool: a camera sees the cell."""
     centers, size = grid.centers(device=features.device).flatten(0, 2), batch["images"].shape[-2:]
     cameras = zip(features, batch["K"], batch["T_ego_cam"], strict=True)
     each = zip(*(lift(f, centers, k, T, size) for f, k, T in cameras))
@@ -356,7 +353,7 @@ class SemanticBranch(nn.Module):
         at_rows = torch.cat([lift(f, p, k, T, size)[0] for f, p, k, T
                              in zip(image, places, batch["K"], batch["T_ego_cam"], strict=True)])
         detail = F.relu(self.detail(torch.cat([rows, seg3d.softmax(-1), at_rows], -1)))  # (V, w)
-        grid = F.relu(self.mix(torch.cat([F_P, volume, self.gather(detail, voxels)], -1)))
+        grid = F.relu(self.mix(torch.cat([F_P, volume, self.gather(detail, voxels)], -1)))  # (5)
         return Semantic(grid, detail, seg2d, seg3d, voxels)
 
 
@@ -384,42 +381,6 @@ def lift_labels(points: Tensor, sbar: Tensor, K: Tensor, T_ref_cam: Tensor, size
 
 
 # --- 2B  Geometric branch: cross-plane synergy (6)-(10) -----------------------------------------------------
-
-
-def softmax_along_x(scores: Tensor, seen: Tensor | None = None) -> Tensor:
-    """(8) F_x(x; y, z) = softmax_x of (B, sides, X, Y, Z, 1), over the cells `seen`, 0 elsewhere."""
-    scores = scores - scores.amax(2, keepdim=True).detach()
-    share = scores.exp() if seen is None else scores.exp() * seen
-    return share / (share.sum(2, keepdim=True) + 1e-6)
-
-
-def image_plane(A: Tensor, score: Tensor, seen: Tensor, sides: int) -> Tensor:
-    """(7) F_yz(y, z) = sum_x a_x(v) A(v), a = softmax over the cells of a side that a camera sees.
-
-    A (B, X, Y, Z, C), score, seen (B, X, Y, Z, 1) -> (B, sides, 1, Y, Z, C).
-    """
-    A, score, seen = (v.unflatten(1, (sides, -1)) for v in (A, score, seen))
-    return (A * softmax_along_x(score, seen)).sum(2, keepdim=True)
-
-
-class DetailHead(nn.Module):
-    """(10), (14) lifted grid -> cells, by a deconvolution; plus the occupied ones' rows; ReLU; `last`."""
-
-    def __init__(self, cfg: Config, c_rows: list[int], outputs: int):
-        super().__init__()
-        hidden, self.split = cfg.head_channels, cfg.cell_split
-        self.spread = nn.Linear(cfg.grid_channels, hidden * math.prod(self.split))
-        self.rows = nn.ModuleList(
-            nn.Sequential(nn.Linear(c, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, hidden)) for c in c_rows)
-        self.last = nn.Linear(hidden, outputs)
-
-    def features(self, grid: Tensor, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """grid (B, X', Y', Z', C), rows [(values (V, c), cell (V,))] -> (B, X, Y, Z, hidden)."""
-        x = self.spread(grid).unflatten(-1, (*self.split, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2)  # (B, X, Y, Z, hidden)
-        values = torch.cat([layer(value) for layer, (value, _) in zip(self.rows, rows, strict=True)])
-        cells = torch.cat([cell for _, cell in rows])
-        return F.relu(x.flatten(0, 3).index_add(0, cells, values.to(x.dtype)).view(x.shape))
 
 
 class Geometric(NamedTuple):
@@ -456,7 +417,7 @@ class GeometricBranch(nn.Module):
         A, seen = lift_to_grid(self.encoder(batch["images"]), self.lifted, batch)  # (.., c), (.., 1)
         grid = conv3d(self.mix, self.cross_plane(L, A, seen))
         features = self.head.features(grid, [(voxels.features, voxels.cell)])
-        return Geometric(grid, self.head.last(features)[..., 0].float(), voxels)  # (10)
+        return Geometric(grid, self.head(features)[..., 0], voxels)  # (10)
 
     def cross_plane(self, L: Tensor, A: Tensor, seen: Tensor) -> Tensor:
         """(9) L(x, y, z) + F_x(x; y, z) F_yz(y, z), before the convolution; shapes as above."""
@@ -467,6 +428,46 @@ class GeometricBranch(nn.Module):
         line = softmax_along_x(self.lidar_score(L).unflatten(1, (self.sides, -1)))  # (B, sides, .., 1)  (8)
         line = line * line.shape[2]  # ours: mean 1, whatever the number of cells
         return L + (line * plane).flatten(1, 2)
+
+
+def image_plane(A: Tensor, score: Tensor, seen: Tensor, sides: int) -> Tensor:
+    """(7) F_yz(y, z) = sum_x a_x(v) A(v), a = softmax over the cells of a side that a camera sees.
+
+    A (B, X, Y, Z, C), score, seen (B, X, Y, Z, 1) -> (B, sides, 1, Y, Z, C).
+    """
+    A, score, seen = (v.unflatten(1, (sides, -1)) for v in (A, score, seen))
+    return (A * softmax_along_x(score, seen)).sum(2, keepdim=True)
+
+
+def softmax_along_x(scores: Tensor, seen: Tensor | None = None) -> Tensor:
+    """(8) F_x(x; y, z) = softmax_x of (B, sides, X, Y, Z, 1), over the cells `seen`, 0 elsewhere."""
+    scores = scores - scores.amax(2, keepdim=True).detach()
+    share = scores.exp() if seen is None else scores.exp() * seen
+    return share / (share.sum(2, keepdim=True) + 1e-6)
+
+
+class DetailHead(nn.Module):
+    """(10), (14) A deconvolution of the lifted grid, plus the occupied cells' rows, ReLU, a linear layer."""
+
+    def __init__(self, cfg: Config, c_rows: list[int], outputs: int):
+        super().__init__()
+        hidden, self.split = cfg.head_channels, cfg.cell_split
+        self.spread = nn.Linear(cfg.grid_channels, hidden * math.prod(self.split))
+        self.rows = nn.ModuleList(
+            nn.Sequential(nn.Linear(c, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, hidden)) for c in c_rows)
+        self.last = nn.Linear(hidden, outputs)
+
+    def features(self, grid: Tensor, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """grid (B, X', Y', Z', C), rows [(values (V, c), cell (V,))] -> (B, X, Y, Z, hidden)."""
+        x = self.spread(grid).unflatten(-1, (*self.split, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2)  # (B, X, Y, Z, hidden)
+        values = torch.cat([layer(value) for layer, (value, _) in zip(self.rows, rows, strict=True)])
+        cells = torch.cat([cell for _, cell in rows])
+        return F.relu(x.flatten(0, 3).index_add(0, cells, values.to(x.dtype)).view(x.shape))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, X, Y, Z, hidden) -> logits (B, X, Y, Z, outputs)."""
+        return self.last(features).float()
 
 
 class Branches(nn.Module):
@@ -508,8 +509,8 @@ class Teacher(nn.Module):
 
 def weak_view(batch: dict) -> dict:
     """The frames without labels, weakly augmented."""
-    weak = {name: batch[f"weak_{name}"] for name in ("images", "points", "history")}
-    return weak | {name: batch[name][batch["labelled"] :] for name in ("K", "T_ego_cam")}
+    still = {name: batch[name][batch["labelled"] :] for name in ("K", "T_ego_cam")}
+    return still | {name: batch[f"weak_{name}"] for name in ("images", "points", "history")}
 
 
 def ema_rate(t: int, m: float) -> float:
@@ -562,7 +563,7 @@ class DualMamba(nn.Module):
     """(12) S' = S + Mamba_s(LN S), G' = G + Mamba_g(LN G);  (13) [s_1, g_1, s_2, g_2, ...] -> Mamba -> split.
 
     Grids (B, X', Y', Z', C) twice -> the same. Tokens are in 3D Hilbert order, with a learned position. With
-    a stride they are means over cells, and what the blocks add to a token is added to its cells, trilinearly.
+    a stride a token is the mean of its cells, and its change is added to them, interpolated trilinearly.
     """
 
     def __init__(self, channels: int, shape: tuple[int, int, int], stride: tuple[int, int, int], d_state: int,
@@ -608,7 +609,7 @@ class OccLE(nn.Module):
         self.branches = branches(cfg, pretrained)
         self.fusion = DualMamba(C, lifted.shape, cfg.mamba_stride, cfg.d_state, cfg.expand)
         self.mix, self.channels = conv_norm_relu(C, C, "group", dims=3), cfg.head_channels
-        self.last = DetailHead(cfg, [cfg.unet_channels[0], VOXEL_CHANNELS], self.labels.solid + 1)
+        self.last = DetailHead(cfg, [cfg.unet_channels[0], VOXEL_CHANNELS], self.labels.solid + 1)  # (14)
         nn.init.constant_(self.last.last.bias[-1], PRIOR)
 
     def fuse(self, s: Tensor, g: Tensor) -> Tensor:
@@ -624,7 +625,7 @@ class OccLE(nn.Module):
     def forward(self, batch: dict) -> dict:
         """The one entry that training uses (so that DDP sees it): both branches' outputs, and logits (14)."""
         out = self.branches(batch)
-        return out | {"logits": self.last.last(self.cells(out)).float()}
+        return out | {"logits": self.last(self.cells(out))}
 
     def voxels(self, batch: dict) -> Tensor:
         """batch: images, K, T_ego_cam, points a list of (M, >= 4), perhaps history -> (B, C, X, Y, Z)."""
@@ -632,7 +633,7 @@ class OccLE(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> logits (B, S + 1, X, Y, Z) in the order of the dataset's ids."""
-        logits = self.last.last(features.movedim(1, -1)).float().movedim(-1, 1)
+        logits = self.last(features.movedim(1, -1)).movedim(-1, 1)
         return logits[:, np.argsort(self.labels.ids).tolist()]
 
 
@@ -649,12 +650,12 @@ def build(cfg: Config, classes: int | None = None, pretrained: bool = True) -> O
 
 def project_logits(logits: Tensor, K: Tensor, T_ref_cam: Tensor, size: tuple[int, int], cells: VoxelGrid,
                    mode: str) -> tuple[Tensor, Tensor]:
-    """(15) u_v = pixels that cell v covers: floor(K T v), and its box around; p_v = softmax(Y_v);
-    (16) A[u, c] = sum_{v: u in u_v} w_v p_v[c], Shat = A / sum w.
+    """(15) u_v = floor(K T v), and the box of cell v around it; p_v = softmax of Y_v over the S classes,
+    without empty; (16) A[u, c] = sum_{v: u in u_v} w_v p_v[c], Shat = A / sum w.
 
     logits (X, Y, Z, S + 1) of one frame, K (N, 3, 3) for images of `size` (h, w), T_ref_cam (N, 4, 4) -> Shat
-    (N, S, h, w), sum w (N, h, w). p is given occupied. w is the occupancy (mode plain: accumulation), or the
-    part of it that nearer cells let through (depth), without gradient. Cells below 5 % are left out.
+    (N, S, h, w), sum w (N, h, w). w_v is the occupancy of v (mode plain: accumulation), or that times what
+    nearer cells let through (depth); it has no gradient. Cells less than 5 % occupied are left out.
     """
     logits, half = logits.flatten(0, 2), logits.new_tensor(cells.voxel_size) / 2
     odds = (logits[:, :-1].logsumexp(1) - logits[:, -1]).detach()  # log P(occupied) / P(empty)
@@ -678,7 +679,7 @@ class Weights(NamedTuple):
 
 
 def segmentation_losses(semantic: Semantic, batch: dict, weight: Tensor) -> dict[str, Tensor]:
-    """(17) CE of s against sbar, (18) CE + Lovasz of S against Sbar; means over samples, 255 ignored."""
+    """(17) CE_w of s against sbar, (18) CE_w + Lovasz of S against Sbar: w by class; means over samples."""
     each, target = [], batch["target3d"].flatten()[semantic.voxels.cell]  # (V,)
     for logits, own in zip(*(v.split(semantic.voxels.count) for v in (semantic.seg3d, target)), strict=True):
         logits, own = logits.t()[None], own[None]  # (1, S, V_b), (1, V_b)
@@ -696,7 +697,7 @@ def geometry_loss(occupancy: Tensor, truth: Tensor, empty: int) -> Tensor:
 
 
 def completion_losses(logits: Tensor, truth: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """(21) CE by class weight + sem_scal + geo_scal; logits (B, X, Y, Z, S + 1), truth (B, X, Y, Z)."""
+    """(21) CE_w + sem_scal + geo_scal, w by class; logits (B, X, Y, Z, S + 1), truth (B, X, Y, Z)."""
     logits = logits.movedim(-1, 1)
     return {"ce": cross_entropy(logits, truth, weight, IGNORE),
             "sem_scal": sem_scal(logits, truth, IGNORE, per_sample=True),
@@ -704,7 +705,7 @@ def completion_losses(logits: Tensor, truth: Tensor, weight: Tensor) -> dict[str
 
 
 def projection_loss(logits: Tensor, batch: dict, weight: Tensor, cfg: Config, mode: str = "depth") -> Tensor:
-    """(20) CE(log Shat[u], sbar[u]) over pixels that are hit and have a class (sky has none).
+    """(20) CE_w(log Shat[u], sbar[u]), w by class, over pixels that a cell covers and that are not sky.
 
     logits (B, X, Y, Z, S + 1) of the frames without labels, the last ones of the batch; mean over samples.
     """
@@ -750,8 +751,7 @@ def choose_labelled(scenes: list[str], ratio: float, by: str, seed: int) -> list
 class Samples:
     """What a training step reads of a frame: images, sweeps, pseudo labels, ground truth or hits and rays.
 
-    folder: of the aligned pseudo labels; kind: "semantic", or "primary" for the first source alone. Ground
-    truth is read of the labelled frames alone: any other frame is an error of this program.
+    folder: of the pseudo labels. kind: "semantic", aligned, or "primary", the first source alone.
     """
 
     def __init__(self, dataset, folder: Path, labelled: list[int], cfg: Config, kind: str = "semantic",
@@ -760,7 +760,7 @@ class Samples:
         self.kind, self.strong, self.labels, self.cells = kind, strong, LABEL_SETS[cfg.format], grids(cfg)[0]
 
     def truth(self, i: int) -> Tensor:
-        """(X, Y, Z) uint8 inner ids of the predicted cells, 255: not supervised."""
+        """(X, Y, Z) uint8 inner ids of the predicted cells, 255: not supervised; of labelled frames alone."""
         if i not in self.labelled:
             raise RuntimeError(f"ground truth of frame {self.dataset.tokens[i]}, which has no label")
         truth = torch.from_numpy(voxel_truth(self.dataset, i, self.labels))
@@ -800,9 +800,10 @@ class Samples:
 
 def inputs(frame: Frame) -> dict[str, Tensor]:
     """What the network reads of a frame: images, K, T_ego_cam, points and the earlier sweeps' history."""
+    if frame.points is None:
+        raise InputError("--images: OccLE reads a LiDAR sweep too; give it with --points FILE")
     history = frame.points[:0] if frame.history is None else frame.history
-    return {"images": torch.as_tensor(frame.images), "K": frame.K, "T_ego_cam": frame.T_ego_cam,
-            "points": frame.points, "history": history}
+    return verbs.inputs(frame) | {"points": frame.points, "history": history}
 
 
 def augment(item: dict[str, Tensor], rng: np.random.Generator, strong: bool, jitter: float = 0.2,
@@ -912,7 +913,7 @@ def split_frames(dataset, cfg: Config, seed: int, path: Path | None) -> tuple[li
 
 
 def data_source(cfg: Config, dataset, labels: Path, labelled: list[int], rule: str) -> dict:
-    """What config.json says of the data."""
+    """The entry `data` of config.json."""
     mask = "none" if cfg.format == "occ3d" else "valid: label not 255, not in .invalid"
     protocol = {"annotations": f"{rule}: {len(labelled)} of {len(dataset)} frames"}
     if cfg.truth == "aggregate":
@@ -960,10 +961,9 @@ def for_format(cfg: Config, args) -> Config:
     """The preset's values for the data's format, which the tree decides; a checkpoint's config has them."""
     if args.run is not None:
         return cfg
-    root = getattr(args, "data_root", None)
-    kind = cfg.format if root is None else format_of(root)
+    kind = format_of(args.data_root) if args.data_root else cfg.format
     if "format" in args.given and cfg.format != kind:
-        raise InputError(f"--format {cfg.format}: {root} is {kind}")
+        raise InputError(f"--format {cfg.format}: {args.data_root} is {kind}")
     changes = KITTI[args.preset] if kind == "semantickitti" else {}
     return replace(cfg, format=kind, **{k: v for k, v in changes.items() if k not in args.given})
 

@@ -2,7 +2,7 @@
 
 Paper   "OccVLA: Vision-Language-Action Model with Implicit 3D Occupancy Supervision", Liu, Kong, Li, Zhao;
         arXiv 2509.05578. Independent re-implementation; no code of the authors is known. Only the structure
-        is public, no equation, weight or setting: papers/occvla.md reconstructs it, and its numbers are used.
+        is public, no equation, weight or setting: equations and their numbers are our reconstruction.
 Idea    A tokenizer turns dense occupancy into a small map of codes. While a vision-language model reads six
         images, a second stream of BEV queries reads the VLM's visual tokens, layer by layer, and predicts
         that map: the gradient teaches the VLM 3D. No token of the VLM reads the queries, so the stream can be
@@ -13,7 +13,7 @@ RUN
     python occvla.py eval --ckpt runs/x             # QA, planning, occupancy, every baseline, pictures
     python occvla.py train --preset paper --vlm /models/paligemma2-3b-pt-224 --data-root D --labels L
     python occvla.py ask --ckpt runs/x --images f1.jpg f2.jpg ... f6.jpg --question "Are there any buses?"
-    python occvla.py ask --ckpt runs/x --drivelm ../shared/real/drivelm/qa/test_eval.json
+    python occvla.py ask --ckpt runs/x --drivelm FILE                   # DriveLM's keyframes and questions
     python occvla.py predict --ckpt runs/x --data-root D --out P        # any frames, no ground truth needed
     python occvla.py baselines --data-root D --split mini_val           # planners that see no image
     python occvla.py ablate --claim supervision --seeds 3               # re-tests a claim of the paper
@@ -31,17 +31,22 @@ GLOSSARY
     (none)   packs     (R, 6, L)        text of a prompt: ids, segment, position, ...               2.6
     (none)   path      (B, 6, 2)        waypoints [m] at 2 Hz, LIDAR_TOP frame: x right, y forward  2.6
 
-EQUATION MAP   (1), (2) and (7), OccWorld's tokenizer, are in common/networks/occworld.py, the host
-               PaliGemma 2 in common/networks/paligemma.py, 2.6's meta-action and chain of thought in
-               common/thoughts.py, 2.5's two-way arm in experiments/occvla.py.
-    (3)-(5) queries read visual tokens, one way     -> OccupancyBlock, OccupancyTransformer
-    (6)  code, latent and voxel targets             -> occupancy_loss
-    2.6  planner: decoder and MLP                   -> Planner
-    (8)  language loss                              -> language_loss
-    (9)  planning loss                              -> planning_loss
-    (10) total                                      -> OccVLA
-    4    stages and their freezing                  -> STAGES, train_stage, trainable
-    8.1  skipping changes nothing                   -> skipping
+EQUATION MAP
+    (1) (2) codebook, class logits  -> common/networks/occworld.py: Quantizer, OccupancyTokenizer.logits
+    2.3  tokenizer; (7) its loss    -> common/networks/occworld.py: OccupancyTokenizer, tokenizer_loss
+    2.4  host, its prefix mask      -> common/networks/paligemma.py: PaliGemma, pack, attends
+    (3)-(5) queries, one way        -> OccupancyBlock, OccupancyTransformer
+    2.5  a rival: both ways         -> experiments/occvla.py: TwoWay, TwoWayVLA
+    (6)  code, latent, voxel target -> occupancy_loss, OccVLA.latent
+    2.6  meta-action, thought       -> common/thoughts.py: meta_action, thought_text
+    2.6  planner: decoder and MLP   -> Planner, OccVLA.plan
+    (8)  language loss              -> language_loss
+    (9)  planning loss              -> planning_loss
+    (10) total                      -> OccVLA.forward
+    Sec. 4: stages, freezing        -> STAGES, train_stage, trainable
+    Sec. 6: QA, occupancy; L2       -> common/metrics.py: qa_scores, OccupancyMeter, planning_errors
+            collisions' raster      -> common/metrics.py: rasterize
+    Claim 1: skipping loses nothing -> skipping; common/report/planning.py: skipping_cost
 
 ASSUMPTIONS    All unpublished; the flag or the place that changes it stands beside.
     * target: code logits decoded softly, and the decoded voxels; lambda 1       --occ-target --lambda-occ
@@ -53,7 +58,7 @@ ASSUMPTIONS    All unpublished; the flag or the place that changes it stands bes
     * stages: 1 occupancy and QA, 2 the same with chain of thought, 3 planner, VLM frozen: there (10) is
       L_plan alone, as what its other terms teach is frozen                      --vlm-train --lora
     * the planner reads the VLM's last hidden states and the generated meta-action; it alone reads speed,
-      history and command, one head for each protocol row, the first the main one       --plan-inputs
+      history and command, in a head for each protocol row; the first is the main one   --plan-inputs
     * a planner corrects a simple guess: the mean training path, or, given history or speed, driving on
     * nuScenes' command and a scene's first history come from the future: the command is named in the row,
       history and speed count only where there is a past keyframe
@@ -63,7 +68,8 @@ DEVIATIONS
       (data/tinyvlm.py). The tower is frozen, and what it sees is kept in a file.
     * tiny uses --prefix image: only the images attend both ways, questions are causal, and one pass over the
       images serves many questions. Its effect on the scores: unmeasured.
-    * tiny's queries start from where the cameras see each cell (--rig-bias); half its samples are mirrored
+    * tiny's cross-attention starts biased to the patches that see each cell (--rig-bias); half its samples
+      are mirrored (--mirror)
     * each planner head keeps its best weights for held-out training scenes
     * images are resized bilinearly; PaliGemma's own processor (used by `ask`) is bicubic
 
@@ -87,7 +93,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import cli, verbs, worlds
+from common import cli, verbs
 from common.backbones import describe_memory, describe_parts
 from common.engine import Session
 from common.files import InputError
@@ -105,8 +111,8 @@ from common.report import planning
 from common.report.occupancy import Truth, ground_truth, spread
 from common.report.planning import COMMANDS, Ego, Prediction, constant_velocity, ego_of, read_drivelm
 from common.thoughts import DISTANCES, LATERAL, LONGITUDINAL, meta_action, parse_action, thought, thought_text
-from common.train import (Muon, autocast, barrier, load_checkpoint, param_groups, reshard, schedule,
-                          set_apart, set_lr, setup, stages_cost)
+from common.train import (Muon, autocast, load_checkpoint, param_groups, reshard, schedule, set_apart, set_lr,
+                          setup, stages_cost)
 
 STAGES = ("0_tokenizer", "1_occupancy", "2_language", "3_planning")
 Row = Literal["none", "speed", "command", "speed+command", "history", "command+history"]  # given to a planner
@@ -131,7 +137,7 @@ class Config:
     occ_dim: int = 512  # assumption
     occ_heads: int = 8  # assumption
     queries: int = 50  # per side of the BEV; assumption: the latent's cells
-    rig_bias: bool = False  # attention starts from where the rig sees a cell; ours: tiny
+    rig_bias: bool = False  # (4) starts biased to the patches that see a cell; ours: tiny
     l_lov: float = 1.0  # Lovasz beside the cross-entropy in (6c); assumption
     # language
     cot: bool = True  # chain of thought before the meta-action; third party: used
@@ -250,7 +256,7 @@ class OccupancyTransformer(nn.Module):
 def occupancy_loss(net: OccVLA, predicted: Tensor, ids: Tensor, seen: Tensor) -> dict[str, Tensor]:
     """(6a) CE of the code, (6b) squared error of the latent, (6c) CE + l_lov Lovasz of the decoded voxels.
 
-    Which of them: occ_target. predicted (B, out, side, side), ids (B, X, Y, Z), seen (B, X, Y, Z) bool. Cells
+    occ_target chooses terms. predicted (B, out, side, side), ids (B, X, Y, Z), seen likewise, bool. Cells
     and voxels that no camera sees are left out. Each term is a mean of each sample, then over samples.
     """
     tokenizer, target, terms = net.tokenizer, net.cfg.occ_target, {}
@@ -282,10 +288,8 @@ def occupancy_loss(net: OccVLA, predicted: Tensor, ids: Tensor, seen: Tensor) ->
 class Planner(nn.Module):
     """Waypoint queries attend to the VLM's states; an MLP corrects a simple guess of the path.
 
-    width: of the states. row: what this head is given beside the images. The guess is the mean training path;
-    given history or speed, and where they are known, driving on as before. A second MLP reads what is given
-    alone.
-    """
+    row: what this head is given beside the images. The guess is the mean training path or, where history or
+    speed is given and known, driving on as before. A second MLP reads only what is given."""
 
     def __init__(self, width: int, row: str, cfg: Config):
         super().__init__()
@@ -308,17 +312,17 @@ class Planner(nn.Module):
         self.register_buffer("error", torch.tensor(math.inf))  # of the held-out training scenes [m]
 
     def guess(self, ego: Ego) -> Tensor:
-        """(B, 6, 2)"""
+        """The path (B, 6, 2) [m] that the head corrects."""
         known = ego.known[:, -1, None, None]
         if "history" in self.given:
             return torch.where(known, constant_velocity(ego), self.mean)
         if "speed" in self.given:
-            on = ego.speed[:, :1] * 5 * torch.arange(1, 7, device=known.device)  # (B, 6) [m] straight ahead
+            on = 5 * ego.speed[:, :1] * torch.arange(1, 7, device=known.device)  # [m]: 0.5 s of [10 m/s]
             return torch.where(known, torch.stack([0 * on, on], -1), self.mean)
         return self.mean.expand(len(ego.command), -1, -1)
 
     def features(self, ego: Ego) -> Tensor:
-        """(B, k): what the head is given."""
+        """(B, k): what the head is given; lengths in 10 m."""
         history = torch.cat([ego.history.flatten(1) / 10, ego.known.to(ego.history)], 1)  # (B, 12)
         parts = {"command": F.one_hot(ego.command, len(COMMANDS)), "history": history, "speed": ego.speed}
         return torch.cat([parts[name].float() for name in sorted(self.given)], 1)
@@ -335,6 +339,28 @@ class Planner(nn.Module):
         if own is not None:
             change = change + self.correct(own).float().unflatten(1, (6, 2))
         return self.guess(ego) + self.scale * change
+
+
+# --- (8), (9)  The other losses -----------------------------------------------------------------------------
+
+
+def language_loss(net: OccVLA, states: States, packs: Tensor, rows: Tensor, B: int) -> dict[str, Tensor]:
+    """(8) L_lm: next-token cross-entropy on target tokens only, answers and chain of thought apart.
+
+    It is a mean over each keyframe's target tokens, then over the B keyframes, so that processes add up.
+    packs (R, 6, L), rows (R,): the keyframe of each pack.
+    """
+    terms, graph = {}, 0 * states.last.sum()  # without a target there is a graph still
+    for name, kind in (("qa", QA), ("cot", THOUGHT))[: net.stage]:  # stage 1 has no chain of thought
+        values, pack = net.vlm.token_losses(states, packs, kind)
+        terms[name] = mean_over_keyframes(values, rows[pack], B) + graph
+    return terms
+
+
+def planning_loss(path: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """(9) mean over the known waypoints of their distance [m]; a sample without any counts 0."""
+    value = ((path - truth).square().sum(-1) + 1e-6).sqrt()
+    return ((value * known).sum(1) / known.sum(1).clamp_min(1)).mean()
 
 
 # --- (10)  The network --------------------------------------------------------------------------------------
@@ -379,8 +405,8 @@ class OccVLA(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, batch: dict | None) -> None:
-        """Each head's weights become its best ones if they plan better for held-out scenes; None: always."""
-        inputs = batch and (batch["inputs"] or self.plan_inputs(self.encode(batch["images"])))
+        """Keep each head's weights as its best if they plan better for the held-out batch; None: always."""
+        inputs = batch and (batch["inputs"] or self.plan_context(self.encode(batch["images"])))
         paths = self.eval().plan(*inputs, batch["ego"], self.planner) if batch else {}
         for row, head in self.train().planner.items():
             error = planning_loss(paths[row], batch["path"], batch["known"]) if batch else head.error
@@ -422,7 +448,7 @@ class OccVLA(nn.Module):
         return self.tokenizer.logits(self.tokenizer.decode(self.latent(predicted))).argmax(-1).to(torch.uint8)
 
     @torch.no_grad()
-    def plan_inputs(self, encoded: Encoded, limit: int = 40) -> tuple[Tensor, Tensor, list[str]]:
+    def plan_context(self, encoded: Encoded, limit: int = 40) -> tuple[Tensor, Tensor, list[str]]:
         """Generate the chain of thought, at most `limit` tokens; -> the VLM's states over images, prompt and
         that text (B, M, C), valid (B, M), the text.
         """
@@ -436,9 +462,8 @@ class OccVLA(nn.Module):
         return context, valid, [vlm.text.decode(ids) for ids in written]
 
     def plan(self, context: Tensor, valid: Tensor, texts: Sequence[str], ego: Ego,
-             heads: nn.ModuleDict | None = None) -> dict[str, Tensor]:
-        """-> {row: (B, 6, 2) [m]} of every head, which reads the meta-action of the generated text. heads:
-        default the best."""
+             heads: nn.ModuleDict | None = None) -> dict[str, Tensor]:  # heads: default the best
+        """-> {row: (B, 6, 2) [m]} of every head, which reads the meta-action of the generated text."""
         unknown = len(LONGITUDINAL), len(LATERAL)
         actions = [(LONGITUDINAL.index(a[0]), LATERAL.index(a[1])) if (a := parse_action(text)) else unknown
                    for text in texts]
@@ -448,7 +473,7 @@ class OccVLA(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """The terms of (10) for this stage, by name."""
         if self.stage == 3:
-            inputs = batch["inputs"] or self.plan_inputs(self.encode(batch["images"]))
+            inputs = batch["inputs"] or self.plan_context(self.encode(batch["images"]))
             paths = self.plan(*inputs, batch["ego"], self.planner)
             return {row: planning_loss(path, batch["path"], batch["known"]) for row, path in paths.items()}
         occupied, vlm = self.cfg.lambda_occ > 0, self.vlm
@@ -463,25 +488,6 @@ class OccVLA(nn.Module):
             losses = occupancy_loss(self, predicted, batch["ids"], batch["seen"])
             terms |= {name: self.cfg.lambda_occ * value for name, value in losses.items()}
         return terms
-
-
-def language_loss(net: OccVLA, states: States, packs: Tensor, rows: Tensor, B: int) -> dict[str, Tensor]:
-    """(8) L_lm: next-token cross-entropy on target tokens only, answers and chain of thought apart.
-
-    It is a mean over each keyframe's target tokens, then over the B keyframes, so that processes add up.
-    packs (R, 6, L), rows (R,): the keyframe of each pack.
-    """
-    terms, graph = {}, 0 * states.last.sum()  # without a target there is a graph still
-    for name, kind in (("qa", QA), ("cot", THOUGHT))[: net.stage]:  # stage 1 has no chain of thought
-        values, pack = net.vlm.token_losses(states, packs, kind)
-        terms[name] = mean_over_keyframes(values, rows[pack], B) + graph
-    return terms
-
-
-def planning_loss(path: Tensor, truth: Tensor, known: Tensor) -> Tensor:
-    """(9) mean over the known waypoints of their distance [m]; a sample without any counts 0."""
-    value = ((path - truth).square().sum(-1) + 1e-6).sqrt()
-    return ((value * known).sum(1) / known.sum(1).clamp_min(1)).mean()
 
 
 def build(cfg: Config, classes: int = 18, pretrained: bool = True, folder: Path | None = None,
@@ -501,13 +507,13 @@ def build(cfg: Config, classes: int = 18, pretrained: bool = True, folder: Path 
     return network(cfg, host, classes)
 
 
-# --- 4  Data ------------------------------------------------------------------------------------------------
+# --- 3  Data ------------------------------------------------------------------------------------------------
 
 
 class Keyframes:
-    """What a training step reads of a keyframe. kept: indices of the samples. seen: what the frozen vision
-    tower makes of each keyframe and of its mirror image, else images are read. inputs: the planner's,
-    likewise."""
+    """What a training step reads of a keyframe. kept: keyframe of each sample. seen: features of the frozen
+    vision tower for each keyframe and its mirror image; None: images are read. inputs: the same of
+    `plan_context`."""
 
     def __init__(self, dataset: NuScenesOccupancy, truth: Truth | None, cfg: Config, vlm: PaliGemma | None,
                  stage: int, kept: Sequence[int], seen: Sequence | None = None,
@@ -594,9 +600,8 @@ def trainable(net: OccVLA, stage: int) -> None:
 
 
 def make_optimizer(net: nn.Module, stage: int, cfg: Config) -> torch.optim.Optimizer:
-    """AdamW or Muon, each part with its own rate; the word embedding, tied with the output layer, is always
-    AdamW's. Weight decay 0.01: OccWorld's code.
-    """
+    """AdamW or Muon, each part with its own rate. The word embedding, tied with the output layer, is always
+    AdamW's. Weight decay 0.01: OccWorld's code."""
     muon, new = cfg.optimizer == "muon", cfg.stage_lr[stage]
     groups = param_groups(net, cfg.lr_vlm, new, 0.01, encoder="vlm", muon=muon)
     if stage:
@@ -609,9 +614,7 @@ def make_optimizer(net: nn.Module, stage: int, cfg: Config) -> torch.optim.Optim
 
 
 def cached_sight(net: OccVLA, dataset: NuScenesOccupancy, run: Session) -> np.ndarray | None:
-    """What the frozen vision tower makes of every keyframe, and of its mirror image; None: the tower
-    learns.
-    """
+    """Features of the frozen vision tower for each keyframe and its mirror image; None: the tower learns."""
     cfg = net.cfg
     flips = (False, True) if cfg.mirror else (False,)
     return None if "vision" in cfg.vlm_train else net.vlm.cached_sight(
@@ -620,9 +623,7 @@ def cached_sight(net: OccVLA, dataset: NuScenesOccupancy, run: Session) -> np.nd
 
 
 def cached_inputs(net: OccVLA, keyframes: Keyframes, run: Session, limit: float = 4e9) -> list | None:
-    """The planner's inputs of every keyframe, and of its mirror image, as the VLM is frozen; None above
-    `limit` bytes.
-    """
+    """The frozen VLM's `plan_context` of each keyframe and its mirror image; None above `limit` bytes."""
     n, flips = len(keyframes.dataset), (False, True) if net.cfg.mirror else (False,)
     if 4 * len(flips) * n * net.vlm.tokens * net.vlm.width > limit:
         return None
@@ -632,7 +633,7 @@ def cached_inputs(net: OccVLA, keyframes: Keyframes, run: Session, limit: float 
         for flip in flips:
             images = torch.stack([keyframes.read(i, flip)["images"] for i in several]).to(run.device)
             with run.autocast(), torch.no_grad():
-                context, valid, texts = net.plan_inputs(net.encode(images))
+                context, valid, texts = net.plan_context(net.encode(images))
             for i, *found in zip(several, context.float().cpu(), valid.cpu(), texts, strict=True):
                 inputs[i].append(found)
     return inputs
@@ -715,10 +716,7 @@ def train(cfg: Config, args) -> None:
     if args.fsdp and cfg.optimizer == "muon":
         raise InputError("--fsdp: Muon's matrices cannot be sharded; use --optimizer adamw")
     run, out = setup(args.device), args.out or Path("runs/occvla")
-    if run.is_main and not args.data_root:
-        worlds.make("driving", size=args.world_size)
-    barrier(run)
-    root = args.data_root or worlds.WORLDS / f"driving-{args.world_size}"
+    root = verbs.data_root(args, run, "driving", size=args.world_size)
     dataset = open_split(root, args.version, args.split, cfg.image_size, args.cache)
     previous, resume = args.tokenizer or out / STAGES[0], args.resume
     counted = planning.check_questions(dataset)
@@ -730,14 +728,14 @@ def train(cfg: Config, args) -> None:
         previous = out / STAGES[stage]
 
 
-# --- 6  Predict and evaluate --------------------------------------------------------------------------------
+# --- 5  Predict and evaluate --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def predict(net: OccVLA, images: Tensor, questions: Sequence[str] = (), future: Future | None = None,
             stream: bool = True) -> Prediction:
     """images (N, 3, H, W) of a keyframe -> all that the network predicts. stream False skips the occupancy
-    stream: nothing else changes. Of `future`, command and history are read, by the rows that are given them.
+    stream: nothing else changes. A head reads command and history of `future` if its row has them.
     """
     vlm, device = net.vlm, net.code_weight.device
     with autocast(device, net.cfg.amp):
@@ -750,7 +748,7 @@ def predict(net: OccVLA, images: Tensor, questions: Sequence[str] = (), future: 
             best = vlm.score(encoded, questions, rows, ANSWERS).argmax(1)
             answers = [ANSWERS[k] for k in best.tolist()]
             free = [vlm.text.decode(ids) for ids in vlm.generate(encoded, questions, rows, limit=6)]
-        context, valid, (text,) = net.plan_inputs(encoded)
+        context, valid, (text,) = net.plan_context(encoded)
         paths = net.plan(context, valid, [text], ego_of([future or planning.unknown_future()], device))
     paths = {row: path[0].double().cpu().numpy() for row, path in paths.items()}
     return Prediction(occupancy, answers, free, text, parse_action(text), paths)
@@ -770,10 +768,9 @@ def skipping(net: OccVLA, images: Tensor) -> dict[str, float]:
 
     def own(stream: bool) -> tuple[Tensor, Callable]:
         encoded = net.encode(batch, hidden=stream)
-        found = vlm.own_pass(encoded, PLAN_PROMPT)
-        if stream:
+        if stream:  # before the text, which must not change
             net.ids(net.occupy(net.occupancy_pass(encoded)))
-        return found
+        return vlm.own_pass(encoded, PLAN_PROMPT)
 
     with autocast(batch.device, net.cfg.amp):
         metrics = planning.skipping_cost(own, partial(vlm.plain_pass, batch, PLAN_PROMPT), batch.device)

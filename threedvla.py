@@ -35,40 +35,45 @@ GLOSSARY
     Further letters: A action steps, D action channels, T objects or tokens, N = V h w, M heads.
 
 EQUATION MAP
-    (1)  position embedding, spatial fusion       -> PositionEmbedding, SpatialFusion
-    3.1  coordinates of image tokens              -> token_points
-    3.2  pyramid and mask map                     -> Pyramid
-    (2)  depth-clamped projection                 -> project_probes
-    (3)  deformable cross-attention, view gate    -> ProbeLayer, ViewGate
-    (4)  bounded refinement                       -> refine
-    3.2  boxes and masks of a view                -> ProbeHeads
-    (5)  one 3D matching for all views            -> match_costs, match
-    (6)  instance loss                            -> instance_loss
-    3.2  pseudo ground truth                      -> common/demonstrations.py: pseudo_targets
-    3.3  asymmetric masking                       -> asymmetric_mask
-    3.3  completion coordinates                   -> common/networks/pointattn.py: completion_points
-    (7)  context tokens                           -> ContextEncoder
-    (8)  target queries                           -> Predictor
-    (9)  rotated queries and keys (3D RoPE)       -> rotary
-    (10) hybrid attention                         -> HybridBlock
-    (11) self-supervised loss                     -> ssl_loss
-    (12) direction, (13) variance                 -> direction_term, variance_term
-    (14) encoding relative to the end effector    -> RelativeEncoding
-    (15) spatially biased local context           -> LocalContext
-    (16) uncertainty-guided routing gate          -> RoutingGate
-    hook: 3D tokens join the prefix               -> plug
+    (1)  position embedding, spatial fusion -> PositionEmbedding, SpatialFusion
+    3.1  coordinates of image tokens        -> token_points
+    3.2  pyramid and mask map               -> Pyramid
+    (2)  depth-clamped projection           -> project_probes
+    (3)  deformable cross-attention         -> ProbeLayer; common/networks/transformer.py: DeformableAttention
+         view gate                          -> ViewGate
+    (4)  bounded refinement                 -> move_points
+    3.2  boxes and masks of a view          -> ProbeHeads
+    (5)  one 3D matching for all views      -> match_costs, match
+    (6)  instance loss                      -> instance_loss
+    3.2  pseudo ground truth                -> common/demonstrations.py: pseudo_targets
+    3.3  asymmetric masking                 -> asymmetric_mask
+    3.3  completion coordinates             -> common/networks/pointattn.py: completion_points, PointAttN
+    (7)  context tokens; their teacher, EMA -> ContextEncoder, ThreeD.teach, ThreeD.move_teacher
+    (8)  target queries                     -> Predictor
+    (9)  rotated queries and keys, 3D RoPE  -> rotary; common/geometry.py: rope_3d
+    (10) hybrid attention                   -> HybridBlock
+    (11) self-supervised loss               -> ssl_loss
+    (12) direction, (13) variance           -> direction_term, variance_term
+    (14) place relative to the end effector -> RelativeEncoding
+    (15) spatially biased local context     -> LocalContext
+    (16) uncertainty-guided routing gate    -> RoutingGate
+    hook: 3D tokens join the prefix         -> plug; common/networks/transformer.py: TokenOut
+    Sec. 4: L_action, the base policies     -> common/networks/pi0.py: pi0_flow; common/networks/xvla.py: XVLA
+            stages; LIBERO-Plus' average    -> train_stage; common/metrics.py: libero_plus_average
+            perturbations                   -> data/tabletop.py: PERTURBATIONS
 
 ASSUMPTIONS    What the summary leaves open; the flag or the place that changes it stands beside.
     * weights of (6): 2, 5, 2, 5, 5, 10; L_action : L_inst = 1 : 1            WEIGHTS
     * learning rates 5e-5 -> 5e-6, weight decay 0.01                           --lr --lr-3d --weight-decay
     * 300 probes (the notes disagree: 300, or 100)                             --probes
-    * alpha 0.1 m; eps 1e-3 m; 8 heads, 4 points, 3 levels                     refine, --sample-heads
-    * RoPE scale: 1 is literal, but 5 cm turn nothing; tiny: 20; fusion: none  --rope-scale
+    * alpha 0.1 m; eps 1e-3 m; 8 heads, 4 points, 3 levels                     move_points, --sample-heads
+    * RoPE scale: 1 is literal: 5 cm turn by 3 degrees or less; tiny: 20; fusion: no RoPE      --rope-scale
     * asymmetric: blocks; twice the ratio (at most 0.8) in one view            asymmetric_mask, --mask-ratio
-    * teacher: the EMA of a trainable context encoder over the frozen memory   ThreeD.teach
-    * (13): a hinge at the teacher's own deviation per channel                 variance_term
-    * object tokens: top 16 above 0.3; the six least certain are completed     choose_objects
-    * completion tokens stay; their view is "no view", as every fourth hidden token's ThreeD.tokens
+    * teacher: the EMA of a trainable context encoder over the frozen memory; (13): a hinge at the teacher's
+      own deviation per channel                                                ThreeD.teach, variance_term
+    * object tokens: the 16 likeliest probes, above 0.3                        choose_objects
+    * the six least certain objects are completed; variant C keeps their tokens        ThreeD.complete
+    * completion queries, and in stage 2 every fourth hidden token, are of "no view"   ThreeD.forward
     * (14) learns in both stages; stage 2 freezes stage 1's other modules      ThreeD.frozen
     * self-attention among probes; vector gate; 5 neighbours, 10 frequencies   ProbeLayer, LocalContext
 DEVIATIONS
@@ -76,10 +81,9 @@ DEVIATIONS
       then frozen, and every frame's tokens kept on disk: stage 2 learns from batches of --head-batch frames.
       What a pre-trained VLM can do, see what the words name, the image tokens learn in stage 0 from the
       simulator's masks (--w-ground). They carry names, but no ready-made points.
-    * tiny: actions in one step (--head l1), 3D tokens that read the prefix, unread (--tokens-at front), and
-      probes that (4) moves from their masks' depth (--start mask).
+    * tiny: actions in one step (--head l1); 3D tokens that read the prefix, unread (--tokens-at front); (4)
+      moves probes from their masks' depth (--start mask); mirror images complete objects (--completion).
     * VL-SAM-V2 is not public: --pseudo has the simulator's masks without identities, or GroundingDINO + SAM.
-    * the base policies' and PointAttN's own: common/networks. tiny mirrors instead (--completion).
 
 CLAIMS         the paper's; ours are in RESULTS.md and never in one table with these
     main        LIBERO-Plus average, zero-shot: pi0.5 84.2 < A 85.0 < B 85.7 < C 86.0; RoboTwin easy/hard:
@@ -122,8 +126,8 @@ from common.networks.transformer import (Attention, Block, DeformableAttention, 
 from common.networks.xvla import XVLA
 from common.observation import Observation, stack_observations
 from common.report import episodes
-from common.train import (autocast, barrier, joined, load_checkpoint, load_weights, make_optimizer,
-                          over_ranks, schedule, set_apart, set_lr, setup, stages_cost)
+from common.train import (autocast, joined, load_checkpoint, load_weights, make_optimizer, over_ranks,
+                          schedule, set_apart, set_lr, setup, stages_cost)
 
 # --- 1  Configuration ---------------------------------------------------------------------------------------
 
@@ -234,7 +238,7 @@ def token_points(depth: Tensor, K: Tensor, T_base_cam: Tensor, h: int, w: int) -
 
 
 class Pyramid(nn.Module):
-    """Memory -> levels at strides 8, 16, 32 and the mask map at 4; its own, 14 or 16 px, counts as 16."""
+    """Memory -> levels at strides 8, 16, 32, mask map at stride 4; the memory itself counts as stride 16."""
 
     def __init__(self, width: int, mask_width: int):
         super().__init__()
@@ -252,7 +256,7 @@ class Pyramid(nn.Module):
 def project_probes(points: Tensor, K: Tensor, T_base_cam: Tensor, size: tuple[int, int],
                    eps: float = 1e-3) -> tuple[Tensor, Tensor]:  # [m] assumption
     """(2) z u = K (R p + t), z clamped to eps: points (B, Q, 3) [m], pictures of size (H, W) -> uv (B, V, Q,
-    2) in [0, 1] of the picture, valid (B, V, Q): in it and in front of the camera."""
+    2) in [0, 1] of the picture, at most one picture outside it; valid (B, V, Q): in it, before the camera."""
     T = invert(T_base_cam)  # camera <- base
     camera = torch.einsum("bvij,bqj->bvqi", T[..., :3, :3], points) + T[..., None, :3, 3]  # (B, V, Q, 3)
     image, z = torch.einsum("bvij,bvqj->bvqi", K, camera), camera[..., 2]
@@ -273,7 +277,7 @@ class ViewGate(nn.Module):
         return gate / (gate.sum(1, keepdim=True) + 1e-6)
 
 
-def refine(points: Tensor, step: Tensor, alpha: float = 0.1) -> Tensor:  # [m] assumption
+def move_points(points: Tensor, step: Tensor, alpha: float = 0.1) -> Tensor:  # [m] assumption
     """(4) p + alpha tanh(step): points, step (B, Q, 3) [m] -> (B, Q, 3); no coordinate moves beyond alpha."""
     return points + alpha * torch.tanh(step)
 
@@ -297,7 +301,7 @@ class ProbeLayer(nn.Module):
         sampled = self.sample(content, uv, pyramid)  # (3), (B, V, Q, d)
         update = (self.gate(sampled, valid)[..., None] * sampled).sum(1)
         content = self.block(self.norm(content + update))
-        return content, refine(start(content) if start else point, self.coordinate(content))  # (4)
+        return content, move_points(start(content) if start else point, self.coordinate(content))  # (4)
 
 
 class Probes(NamedTuple):
@@ -311,7 +315,7 @@ class Probes(NamedTuple):
 
 
 class ProbeHeads(nn.Module):
-    """Objectness belongs to a probe, boxes and masks to a probe in a view: they depend on c + PE(u)."""
+    """Objectness of a probe, by c; its box and mask in each view, by c + PE(u)."""
 
     def __init__(self, width: int, mask_width: int, octaves: int = 6):
         super().__init__()
@@ -561,8 +565,8 @@ def variance_term(predicted: Tensor, true: Tensor) -> Tensor:
     """(13) mean over channels of max(0, gamma - std over all processes' tokens), against collapse; (n, d).
     gamma: the teacher channel's own deviation (assumption)."""
     both = true.float(), predicted.float()
-    apart = (x - over_ranks(x.detach().mean(0)) for x in both)  # a variance has no gradient by its mean
-    gamma, deviation = (torch.sqrt(over_ranks(x.square().mean(0)) + 1e-4) for x in apart)
+    centred = (x - over_ranks(x.detach().mean(0)) for x in both)  # no gradient flows through the mean
+    gamma, deviation = (torch.sqrt(over_ranks(x.square().mean(0)) + 1e-4) for x in centred)
     return F.relu(gamma - deviation).mean()
 
 
@@ -591,9 +595,7 @@ class LocalContext(nn.Module):
 
     def forward(self, content: Tensor, point: Tensor, completion: Tensor, comp: Tensor,
                 valid: Tensor) -> Tensor:
-        """c (B, T, d) at point (B, T, 3); f (B, n, d) at comp, valid (B, n) -> h (B, T, d), 0 if none is
-        near.
-        """
+        """c (B, T, d) at point (B, T, 3); f (B, n, d) at comp, valid (B, n) -> h (B, T, d), 0: none near."""
         apart = torch.cdist(point, comp)  # (B, T, n) [m]
         apart = torch.where(valid[:, None] & (apart < self.radius), apart, torch.inf)
         near = apart.topk(min(self.count, apart.shape[-1]), largest=False)  # (B, T, K)
@@ -626,8 +628,8 @@ class RoutingGate(nn.Module):
 def plug(prefix: Prefix, tokens: Tensor, mask: Tensor, front: bool = False) -> Prefix:
     """The hook, the same for every policy: tokens (B, T, C) and their mask (B, T) join the prefix.
 
-    They attend and are attended to like image tokens. front: they read the prefix, which does not read them,
-    and all rotary distances stay. With T = 0 the policy computes bit for bit what it does alone.
+    They attend, and are attended to, like image tokens. front: they read the prefix, unread, and all rotary
+    distances stay. With T = 0 the policy's actions are the same bit for bit.
     """
     if front:
         return prefix._replace(front=(tokens, mask))
@@ -747,8 +749,8 @@ class ThreeD(nn.Module):
         return F.layer_norm(true, true.shape[-1:])
 
     def predict_hidden(self, found: Found, hidden: Tensor, unseen: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (B, V, h, w), n in each sample -> predicted, true (B, n, d), index (B, n); each `unseen`-th
-        is asked for as completion points are, without its view."""
+        """hidden (B, V, h, w), n in each sample -> predicted, true (B, n, d), index (B, n). Every `unseen`-th
+        query is of "no view", as completion queries are."""
         hidden = hidden.flatten(1)
         index = hidden.nonzero()[:, 1].view(len(hidden), -1)  # (B, n)
         rows, view = torch.arange(len(hidden), device=hidden.device)[:, None], found.view.gather(1, index)
@@ -783,10 +785,9 @@ class Agent(nn.Module):
 
     def __init__(self, cfg: Config, three: Callable = ThreeD):
         super().__init__()
-        self.cfg, self.stage, sizes, grip = cfg, 2, SIZES[cfg.sizes], cfg.actions - 1
-        l1 = grip if cfg.head == "l1" else None
+        self.cfg, self.stage, sizes, l1 = cfg, 2, SIZES[cfg.sizes], {"l1": cfg.actions - 1}.get(cfg.head)
         if cfg.policy == "xvla":
-            self.policy = XVLA(sizes, cfg.views, grip, OBJECTS + OCCLUDED * QUERIES, l1)
+            self.policy = XVLA(sizes, cfg.views, cfg.actions - 1, OBJECTS + OCCLUDED * QUERIES, l1)
         else:
             self.policy = Pi0(sizes, cfg.policy == "pi05", cfg.vlm, l1)
         cells = 2 * (sizes.patch // 4) ** 2  # of 4 px, for the object to move and for its destination
@@ -1032,10 +1033,7 @@ def train(cfg: Config, args) -> None:
 
 def open_frames(cfg: Config, args) -> Frames:
     """The demonstrations of --data-root, or of the tabletop world, which is written if it is not there."""
-    run, root = setup(args.device), args.data_root or worlds.WORLDS / f"tabletop-{args.demos}"
-    if run.is_main and not args.data_root:
-        worlds.make("tabletop", demos=args.demos)
-    barrier(run)
+    root = verbs.data_root(args, setup(args.device), "tabletop", demos=args.demos)
     masks = mask_maker(args.pseudo, args.grounding, args.sam, args.device)
     return Frames(cfg, root, masks, cfg.actions if "actions" in args.given else None)
 

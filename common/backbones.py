@@ -35,10 +35,11 @@ DINOV2 = {"dinov2-small": (384, 12, 6), "dinov2-base": (768, 12, 12), "dinov2-la
 
 
 def norm_layer(kind: str, channels: int, dims: int = 2) -> nn.Module:
-    """kind: group (two channels a group, an odd count is one; independent of the batch), batch, or instance (no affine, OccNeRF's).
+    """kind: group (two channels a group, an odd count is one; independent of the batch), batch, or instance
+    (no affine, OccNeRF's).
 
-    Groups are small because a voxel grid is mostly empty: in large ones the few loud channels silence the others, and
-    the tiny networks here then learn several times slower."""
+    Groups are small because a voxel grid is mostly empty: in a large one the few strong channels suppress the
+    others, and the tiny networks here then learn several times slower."""
     if kind == "group":
         return nn.GroupNorm(channels // 2 if channels % 2 == 0 else 1, channels)
     if kind == "batch":
@@ -100,7 +101,7 @@ class ConvBackbone(nn.Module):
 
 
 def encoder_rate(name: str, lr: float) -> float:
-    """Ours: a street encoder, which knows its street, learns at a tenth of what is new."""
+    """Ours: an encoder with learned weights (street) learns at a tenth of the rate of new modules."""
     return 0.1 * lr if name in STREET else lr
 
 
@@ -125,6 +126,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         name, self.frozen, self.channels, self.patch = name.removesuffix("+frozen"), name.endswith("+frozen"), channels, 1
+        self.known: list[int] = []  # channels of the probabilities that street-depth knows
         if name == "conv":
             self.backbone, self.neck = ConvBackbone(channels, norm), None
         elif name in STREET:
@@ -132,6 +134,7 @@ class ImageEncoder(nn.Module):
 
             self.backbone = StreetFeatures(name, pretrained)
             self.neck = nn.Conv2d(KNOWN[name], channels, 1)
+            self.known = [18, bins] if (bins := KNOWN[name] - KNOWN["street"]) else []
         else:
             self.backbone, (fine, coarse) = load_backbone(name, pretrained)
             config = getattr(self.backbone, "config", None)
@@ -163,16 +166,19 @@ class ImageEncoder(nn.Module):
                 x = F.interpolate(x, whole, mode="bilinear", align_corners=False)
             return self.backbone(x).feature_maps
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, known: bool = False) -> Tensor:
         """(..., 3, H, W) -> (..., C, ceil(H/4), ceil(W/4)). ViTs see the image resized to whole patches.
 
-        A street's frozen features (..., K, H/4, W/4), out of a cache, go through the neck alone.
+        A street's frozen features (..., K, H/4, W/4), out of a cache, go through the neck alone. known: behind the C
+        channels come the 18 class probabilities and those of the depth bins that street-depth knows.
         """
         lead, (h, w) = images.shape[:-3], images.shape[-2:]
         x = images.flatten(0, -4)  # (B N, 3, H, W)
         seen = self.see(x) if x.shape[1] == 3 else x
         if self.neck is None:
             features = seen
+        elif known and self.known:
+            features = torch.cat([self.neck(seen), seen[:, -sum(self.known) :]], 1)
         else:
             features = self.neck(*seen, (-(-h // 4), -(-w // 4))) if isinstance(self.neck, UpNeck) else self.neck(seen)
         return features.unflatten(0, lead)  # (..., C, H/4, W/4)
@@ -200,7 +206,7 @@ def load_backbone(name: str, pretrained: bool = True) -> tuple[nn.Module, tuple[
 
 
 def _cut(name: str, config: Any, pretrained: bool) -> tuple[nn.Module, tuple[int, int]]:
-    """The backbone of a transformers config, as `load_backbone` says."""
+    """The backbone of a transformers config, see `load_backbone`."""
     from transformers import AutoBackbone
 
     if config.model_type == "dinov2":

@@ -65,7 +65,7 @@ LABEL_SETS = {
 
 
 def format_of(root: Path) -> str:
-    """What a tree is; the readers say what is wrong with one that is both or neither."""
+    """The format of a tree, by its folders; the readers refuse one that has both or neither."""
     kitti = any((folder / "sequences").is_dir() for folder in (Path(root), Path(root) / "dataset"))
     return "semantickitti" if kitti else "occ3d"
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import worlds
-from common.files import InputError, read_json, read_npz, reading, write_bytes, write_npz
+from common.files import InputError, is_component, misfit, read_json, read_npz, reading, write_bytes, write_npz
 from common.geometry import unproject
 from common.observation import Observation
 
@@ -42,7 +42,7 @@ def write_episode(folder: Path, cameras: tuple[str, ...], images: np.ndarray, de
     """Writes one demonstration of T frames and V cameras; episode.npz last: a folder with it is whole.
 
     images (T, V, H, W, 3) uint8, depth (T, V, H, W) [m], instances (T, V, H, W) in 0..255 (0 = background, k
-    + 1 = things[k]). arrays, as `read_episode` wants them: actions (T, D), states (T, S), poses (T, n, 4, 4)
+    + 1 = things[k]). arrays, as `read_episode` returns them: actions (T, D), states (T, S), poses (T, n, 4, 4)
     of the n things in base, K, T_base_cam (T, V, ...), things (n,) bytes, instruction and task () bytes.
     """
     for v, camera in enumerate(cameras):
@@ -58,15 +58,14 @@ def read_world(root: Path) -> dict:
     """world.json of a folder of demonstrations. Raises InputError if it is missing or of another form."""
     path = Path(root) / "world.json"
     world = read_json(path)
-
-    def texts(value) -> bool:
-        return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
-
-    kept = isinstance(world, dict) and re.search("tabletop|LIBERO", str(world.get("name")))
-    kept = kept and texts(world.get("tasks")) and texts(world.get("cameras"))
-    if not kept or not isinstance(world.get("demos"), int) or world["demos"] < 1:
-        raise InputError(f"{path}: no demonstrations (a driving world has its own check: common.nuscenes); "
+    fault = misfit(world, {"name": str, "tasks": [str], "cameras": [str], "demos": int, "roles?": {str: [[str]]}})
+    if fault or not (re.search("tabletop|LIBERO", world["name"]) and world["tasks"] and world["cameras"]):
+        raise InputError(f"{path}: no demonstrations ({fault or 'a driving world: see common.nuscenes check'}); "
                          "python -m data.tabletop makes some, common.robot convert those of LIBERO")
+    if not 1 <= world["demos"] < 10_000:  # folders have four digits
+        raise InputError(f"{path}: 'demos' is {world['demos']}, expected 1..9999")
+    if bad := [name for name in world["tasks"] + world["cameras"] if not is_component(name)]:
+        raise InputError(f"{path}: '{bad[0][:80]}' is no name of a single folder; rename it")
     return world
 
 
@@ -83,10 +82,10 @@ def read_episode(folder: Path, cameras: list[str]) -> dict:
     wanted |= {"instruction": (1,), "task": (1,), "things": (n,)}
     if not T or any(np.atleast_1d(e[k]).shape != shape for k, shape in wanted.items()):
         raise InputError(f"{path}: arrays of different lengths; cut short? remove the folder, make it again")
-    if (any(e[k].dtype.kind != "S" for k in ("instruction", "task", "things"))
-        or not np.isfinite(e["actions"]).all()):
-        raise InputError(f"{path}: names that are no bytes, or actions that are not finite; remove the "
-                         "folder and make it again")
+    bad = [k for k in shapes if not np.isfinite(e[k]).all()]
+    if bad or any(e[k].dtype.kind != "S" for k in ("instruction", "task", "things")):
+        why = f"{bad[0]} that are not finite" if bad else "names that are no bytes"
+        raise InputError(f"{path}: {why}; remove the folder and make it again")
     with reading(path, "names that are no text", "remove the folder and make it again"):
         out = {k: e[k] for k in shapes} | {k: e[k].item().decode() for k in ("instruction", "task")}
         out["things"] = [t.decode() for t in np.atleast_1d(e["things"]).tolist()]
@@ -196,8 +195,9 @@ class Demonstrations:
             if V < views or D != actions or S > state_dim or S != self.demos[0]["states"].shape[1]:
                 raise InputError(f"{folder}: {V} cameras, {D} numbers an action, {S} a state; --views "
                                  f"{views} --actions {actions}, states of one length up to {state_dim} here")
-            if demo["task"] not in self.roles:
-                raise InputError(f"{folder}: a task without roles in world.json ({demo['task']})")
+            roles = self.roles.get(demo["task"])
+            if roles is None or len(roles) != 2 or not {*roles[0], *roles[1]} <= {*demo["things"]}:
+                raise InputError(f"{folder}: a task whose roles in world.json are not its things ({demo['task']})")
             demo |= {key: demo[key][:, :views] for key in ("images", "depth", "instances", "K", "T_base_cam")}
         self.actions = actions
         self.place = [(e, k) for e, demo in enumerate(self.demos) for k in range(len(demo["actions"]))]

@@ -317,6 +317,12 @@ def reading(path: Path, problem: str, remedy: str = "copy it again", what: str =
         raise InputError(f"{path}: {problem} ({why}); {remedy}") from error
 
 
+def is_component(name: str) -> bool:
+    """Whether a name from outside is one visible component of a path, on any system."""
+    single = name[:1] != "." and Path(name).name == name != "" and "\\" not in name
+    return single and name.isprintable() and len(name.encode()) <= 200
+
+
 def read_text(path: Path | str) -> str:
     """Read a UTF-8 text. Raises InputError if the file is missing or is not one."""
     path = Path(path)

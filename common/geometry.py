@@ -20,6 +20,7 @@ Conventions (the only place that states them; tests/test_geometry.py holds them)
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -148,15 +149,22 @@ def unproject_cells(z: Tensor, K: Tensor, T_ref_cam: Tensor, size: tuple[int, in
     return torch.einsum("bvij,bvhwj->bvhwi", T_ref_cam[..., :3, :3], camera) + T_ref_cam[..., None, None, :3, 3]
 
 
-def image_rays(depth: Tensor, K: Tensor, T_ref_cam: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+def image_rays(depth: Tensor, K: Tensor, T_ref_cam: Tensor, stride: int, known: Tensor,
+               short: float = 0.7) -> tuple[Tensor, Tensor]:
     """Rays of every `stride`-th pixel that has a depth: origins (R, 3), ends (R, 3) [m] in ref.
 
-    depth (N, h, w) [m], 0 = none; K (N, 3, 3) at the maps' resolution, T_ref_cam (N, 4, 4).
+    depth (N, h, w) [m], 0 = none; K (N, 3, 3) at the maps' resolution, T_ref_cam (N, 4, 4). known (N, h, w) bool: a
+    pixel without a class met something, nobody knows what, so its ray ends `short` [m] before it.
     """
-    uv = pixel_centers(*depth.shape[-2:]).to(K)[stride // 2 :: stride, stride // 2 :: stride]
-    depth = depth[:, stride // 2 :: stride, stride // 2 :: stride]
-    ends = [unproject(uv[d > 0], d[d > 0].to(K), k, T) for d, k, T in zip(depth, K, T_ref_cam, strict=True)]
-    origins = [T[:3, 3].expand_as(end) for T, end in zip(T_ref_cam, ends, strict=True)]
+    every = slice(stride // 2, None, stride)
+    uv = pixel_centers(*depth.shape[-2:]).to(K)[every, every]
+    origins, ends = [], []
+    for d, sure, k, T in zip(depth[:, every, every], known[:, every, every], K, T_ref_cam, strict=True):
+        end = unproject(uv[d > 0], d[d > 0].to(K), k, T)
+        along = end - (origin := T[:3, 3].expand_as(end))
+        share = (1 - short / along.norm(dim=-1, keepdim=True)).clamp_min(0)
+        origins.append(origin)
+        ends.append(torch.where(sure[d > 0][:, None], end, origin + share * along))
     return torch.cat(origins), torch.cat(ends)
 
 
@@ -424,15 +432,23 @@ def traversed(origin: Tensor, end: Tensor, grid: VoxelGrid) -> Tensor:
 
 # --- point sets -------------------------------------------------------------------------------------------------------
 
-def inliers(points: Tensor, neighbours: int, std_ratio: float = 2.0) -> Tensor:
+def inliers(points: Tensor, neighbours: int, std_ratio: float = 2.0, chunk: int = 1 << 18) -> Tensor:
     """Open3D's statistical outlier filter: (M, 3) -> (M,) bool.
 
     False where the mean distance to the `neighbours` nearest points exceeds mean + std_ratio * std over all points.
-    The point itself counts as a neighbour, as there. neighbours 0: no filter.
+    The point itself counts as a neighbour, as there. neighbours 0: no filter. Points are asked `chunk` at a time, on
+    torch's number of threads; more than a chunk of them prints what the rest costs, measured on the first.
     """
     if neighbours < 1 or len(points) <= neighbours:
         return torch.ones(len(points), dtype=torch.bool)
-    distance = cKDTree(points.numpy()).query(points.numpy(), k=neighbours)[0].mean(axis=1)
+    points = points.numpy()
+    tree, distance = cKDTree(points, balanced_tree=False), np.empty(len(points))
+    for first in range(0, len(points), chunk):
+        part, began = slice(first, first + chunk), time.perf_counter()
+        distance[part] = tree.query(points[part], k=neighbours, workers=torch.get_num_threads())[0].mean(axis=1)
+        if first == 0 and len(points) > chunk:
+            seconds = (time.perf_counter() - began) * len(points) / chunk
+            print(f"outlier filter: {len(points) / 1e6:.1f} M points, about {seconds:.0f} s")
     return torch.from_numpy(distance < distance.mean() + std_ratio * distance.std(ddof=1))
 
 
@@ -664,6 +680,12 @@ def fold(fine: Tensor, stride: tuple[int, int, int]) -> Tensor:
     for axis, f in zip((1, 3, 5), stride, strict=True):
         fine = fine.unflatten(axis, (-1, f))                                                 # (B, X, fx, Y, fy, Z, fz)
     return fine.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3)
+
+
+def divide(x: Tensor, split: tuple[int, int, int]) -> Tensor:
+    """(B, sx sy sz C, X, Y, Z) -> (B, C, X sx, Y sy, Z sz): a cell's channels become the cells in it, channels last."""
+    x = x.unflatten(1, (*split, -1)).permute(0, 5, 1, 6, 2, 7, 3, 4)  # (B, X, sx, Y, sy, Z, sz, C)
+    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 
 
 def refine(coarse: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -2,7 +2,7 @@
 
     labeler = make_labeler("lidar", dataset)     # world | foundation | lidar | files
     maps = labeler(i)                            # Maps of dataset frame i, cameras in CAMERAS order
-    labeler.note                                 # what a protocol line must say about these labels
+    labeler.note                                 # text on these labels for the protocol line
 
     world        a synthetic world's exact maps with stated errors (data/driving/label_errors.py)
     foundation   GroundingDINO + SAM with OccNeRF's prompts, and a metric depth model; can keep its maps
@@ -18,9 +18,23 @@ THE MAPS FORMAT, for `files`, the synthetic world's exact/ and the cache of `fou
     <folder>/semantic/<CAMERA>/<stem>.png   8 bits: Occ3D id 0..16, 17 = sky, uncertain or unlabelled
     <folder>/depth/<CAMERA>/<stem>.png      16 bits: round(256 z) of the z-depth in [m], 0 = none (KITTI's)
     Maps have one channel. <stem> is the image file's name without suffix. A map shows the image's whole field
-    of view, at any resolution. The twelve maps of one keyframe have one size. SemanticKITTI's maps keep the
-    image's whole path below the root (<folder>/semantic/sequences/00/image_2/000005.png) and hold train ids
-    1..19, 255 = no label.
+    of view, at any resolution. The maps of one kind and keyframe have one size; semantic and depth may differ
+    (the class of a depth pixel is that at its centre). LOC and OccLE read no depth. SemanticKITTI's maps keep
+    the image's whole path below the root (<folder>/semantic/sequences/00/image_2/000005.png) and hold train
+    ids 1..19, 255 = no label.
+
+ANY SEGMENTER'S MAPS in ten lines: `names` are its classes, `to_occ3d` your table of them.
+    from PIL import Image; import numpy as np
+    from common.labelers import write_semantic
+    from common.nuscenes import OCC3D_CLASSES, NuScenesOccupancy
+    to_occ3d = {"road": "driveable_surface", "person": "pedestrian", "building": "manmade"}  # others: 17
+    table = np.array([OCC3D_CLASSES.index(to_occ3d.get(name, "free")) for name in names], np.uint8)
+    dataset = NuScenesOccupancy("data/nuscenes", split="train", parts=())
+    for i in range(len(dataset)):
+        files = dataset.camera_files(i)
+        maps = np.stack([table[segment(Image.open(dataset.root / file))] for file in files])  # (6, h, w)
+        write_semantic("maps", files, maps)
+    A metric depth model's maps likewise: write_semantic("maps", files, quantize(depth), "depth").
 """
 
 import functools
@@ -119,17 +133,26 @@ def read_stack(paths: list[Path], bits: int, shape: tuple[int, int] | None = Non
     return np.stack(maps)
 
 
-def read_maps(folder: Path | str, camera_files: list[str], image_shape: tuple[int, int]) -> Maps:
-    """One keyframe in the maps format. `image_shape` (H, W): its aspect ratio must be the maps' within 2
-    %."""
-    semantic = read_semantic(folder, camera_files, range(FREE), FREE)
-    h, w = semantic.shape[1:]
-    if abs(w * image_shape[0] / (h * image_shape[1]) - 1) > 0.02:
-        path, size = map_paths(folder, "semantic", camera_files)[0], f"{image_shape[1]}x{image_shape[0]}"
-        raise InputError(f"{path}: {w}x{h} px has another shape than the {size} image; maps show the whole "
-                         "image")
-    depth = read_stack(map_paths(folder, "depth", camera_files), 16, (h, w))
-    return Maps(semantic, depth * np.float32(1 / DEPTH_SCALE))
+def read_maps(folder: Path | str, camera_files: list[str], image_shape: tuple[int, int],
+              depth: bool = True) -> Maps:
+    """One keyframe in the maps format, at the depth's size. depth False: none is read, all is 0 (none).
+
+    `image_shape` (H, W): its aspect ratio must be the maps' within 2 %.
+    """
+    found = {"semantic": read_semantic(folder, camera_files, range(FREE), FREE)}
+    if depth:
+        found["depth"] = read_stack(map_paths(folder, "depth", camera_files), 16)
+    for kind, maps in found.items():
+        h, w = maps.shape[1:]
+        if abs(w * image_shape[0] / (h * image_shape[1]) - 1) > 0.02:
+            path, size = map_paths(folder, kind, camera_files)[0], f"{image_shape[1]}x{image_shape[0]}"
+            raise InputError(f"{path}: {w}x{h} px has another shape than the {size} image; maps show the "
+                             "whole image")
+    H, W = found["semantic"].shape[1:]  # h, w: the size of the depth, if there is one
+    at = np.ix_(((np.arange(h) + 0.5) * H / h).astype(int), ((np.arange(w) + 0.5) * W / w).astype(int))
+    semantic = found["semantic"][:, *at]
+    metres = found.get("depth", np.zeros(semantic.shape, np.uint16)) * np.float32(1 / DEPTH_SCALE)
+    return Maps(semantic, metres)
 
 
 def read_semantic(folder: Path | str, camera_files: list[str], classes: range, none: int,
@@ -171,22 +194,23 @@ def write_maps(folder: Path | str, camera_files: list[str], maps: Maps) -> None:
 
 
 class Files:
-    """Maps that any tool wrote, in the maps format, from folder `maps`."""
+    """Maps that any tool wrote, in the maps format, from folder `maps`. depth: whether they are needed."""
 
-    def __init__(self, dataset: NuScenesOccupancy, maps: Path | str | None = None):
+    def __init__(self, dataset: NuScenesOccupancy, maps: Path | str | None = None, depth: bool = True):
         if maps is None:
             raise InputError("labeler files: which folder? give --maps FOLDER (format: common/labelers.py)")
-        self.dataset, self.folder = dataset, Path(maps)
-        for kind in ("semantic", "depth"):
+        self.dataset, self.folder, self.depth = dataset, Path(maps), depth
+        kinds = ("semantic", "depth") if depth else ("semantic",)
+        for kind in kinds:
             if not (self.folder / kind).is_dir():
-                raise InputError(f"{self.folder / kind}: no such folder; --maps needs semantic/ and depth/ "
-                                 "inside")
+                needed = " and ".join(f"{one}/" for one in kinds)
+                raise InputError(f"{self.folder / kind}: no such folder; --maps needs {needed} inside")
         self.note = f"2D maps read from {self.folder}"
 
     def __call__(self, i: int) -> Maps:
         """Maps of frame i."""
         files = self.dataset.camera_files(i)
-        return read_maps(self.folder, files, self.dataset.image_shape)
+        return read_maps(self.folder, files, self.dataset.image_shape, self.depth)
 
 
 # --- lidar --------------------------------------------------------------------------------------------------
@@ -208,7 +232,7 @@ class Lidar:
     Classes come from lidarseg if the tree has it (noise and ego points are dropped). Else they come from the
     boxes: the smallest that holds the point counts, and a box of none of the ten detection classes is 0
     'others'. Outside boxes a point is driveable surface within 0.3 m of a fitted ground plane, 0 otherwise.
-    `note` tells which. Points on the ego's own body are dropped.
+    `note` names the source. Points on the ego's own body are dropped.
     """
 
     def __init__(self, dataset: NuScenesOccupancy, scale: float = 1.0, seen_only: bool = True):

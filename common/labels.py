@@ -47,10 +47,10 @@ class LabelMaker(NamedTuple):
 
     of_scene(dataset, indices, labeler, cfg, todo) yields (keyframe, {array name: array}) in order of time. It
     may skip keyframes that are not in `todo`. fields: the Config fields that the labels depend on. options:
-    what the method itself sets of a labeler's options. check(dataset, labeler): what a protocol line must say
-    before the labeler's own words; raises InputError if the tree lacks what the labels need. flags: of the
-    labeler's options. labeler(name, dataset, **options): the 2D labeler; None: labelers.make_labeler. maps:
-    names of the arrays, where labels are 2D maps: PNGs in the maps format, not one labels.npz.
+    labeler options that the method sets. check(dataset, labeler): text for the protocol line, before the
+    labeler's own; raises InputError if the tree lacks what the labels need. flags: of the labeler's options.
+    labeler(name, dataset, **options): the 2D labeler; None: labelers.make_labeler. maps: names of the arrays,
+    where labels are 2D maps: PNGs in the maps format, not one labels.npz.
     """
 
     of_scene: Callable[..., Iterator[tuple[int, dict[str, np.ndarray]]]]
@@ -192,7 +192,7 @@ def read_label(folder: Path, dataset: Any, i: int, *names: str, shape: tuple[int
 
 
 def labels_note(folder: Path) -> str:
-    """What labels.json says a protocol line must say about the labels; empty without that file."""
+    """The text of labels.json for the protocol line; empty without that file."""
     path = Path(folder) / "labels.json"
     record = read_json(path, {"data?": {"note?": str}}) if path.is_file() else {}
     return record.get("data", {}).get("note", "")

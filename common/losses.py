@@ -43,6 +43,26 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, 
     return torch.where(mass > 0, total / mass.where(mass > 0, 1.0), 0.0).mean().to(logits.dtype)
 
 
+def occupied_or_free(logits: Tensor, free: int) -> Tensor:
+    """(B, K, ...) with class `free` last -> (B, 2, ...): the logits of occupied, by any class, and of free."""
+    return torch.stack([logits[:, :free].logsumexp(1), logits[:, free]], 1)
+
+
+def occupancy_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, free: int, l_free: float = 1.0,
+                            ignore: int = 255) -> Tensor:
+    """Cross-entropy in its two factors, p(t) = p(occupied) p(t | occupied): the mean of the first over all voxels and
+    the weighted mean of the second over occupied ones. Class `free` is the last; weight (K,), free's is not used; in
+    the first factor a free voxel counts l_free times.
+
+    Weights by frequency balance the classes here, and leave occupied against free as it is. In one weighted sum free,
+    which is nine voxels in ten, weighs so little that networks fill space: every surface becomes several voxels thick.
+    """
+    logits, empty = _wide(logits), target == free
+    known = torch.where(target == ignore, ignore, empty.to(torch.uint8))
+    taken = cross_entropy(occupied_or_free(logits, free), known, logits.new_tensor([1.0, l_free]), ignore)
+    return taken + cross_entropy(logits[:, :free], target.masked_fill(empty, ignore), weight[:free], ignore)
+
+
 def lovasz_softmax(logits: Tensor, target: Tensor, ignore: int = 255, classes: str = "present",
                    per_sample: bool = False) -> Tensor:
     """Lovasz-softmax: for each class the convex extension of its Jaccard loss, and the mean over classes.

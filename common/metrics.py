@@ -47,17 +47,30 @@ def _one_thread():
 
 
 def _pairs(first: Tensor, second: Tensor, classes: int, code: Tensor | None = None, codes: int = 1) -> Tensor:
-    """Counts of (code, first, second) as int64 (codes, classes, classes). Both ids must be below `classes`."""
-    narrow = torch.int16 if codes * classes * classes < 2**15 else torch.int64  # half the time is memory traffic
-    pair = first.to(narrow) * classes + second.to(narrow)
+    """Counts of (code, first, second) as int64 (codes, classes, classes). Both ids must be below `classes`.
+
+    Neighbours, which mostly hold the same, count in different banks: increments of one number wait for each other.
+    """
+    cells, banks = codes * classes * classes, 8
+    narrow = torch.int16 if banks * cells < 2**15 else torch.int64  # half the time is memory traffic
+    pair = first.flatten().to(narrow).mul_(classes).add_(second.flatten())
     if code is not None:
-        pair += code.to(narrow) * (classes * classes)
-    return torch.bincount(pair.flatten(), minlength=codes * classes * classes).view(codes, classes, classes)
+        pair += code.flatten().to(narrow).mul_(classes * classes)
+    row = 1600  # of voxels at once: a short inner loop is slow
+    whole = len(pair) // row * row
+    pair[:whole].view(-1, row).add_(torch.arange(row, dtype=narrow, device=pair.device) % banks * cells)
+    return torch.bincount(pair, minlength=banks * cells).view(banks, codes, classes, classes).sum(0)
 
 
 def _valid(name: str, ids: Tensor, classes: int) -> None:
-    if ids.numel() and (int(ids.max()) >= classes or int(ids.min()) < 0):
-        raise ValueError(f"{name} holds ids {int(ids.min())}..{int(ids.max())}, expected 0..{classes - 1}")
+    low, high = _range(ids)
+    if low < 0 or high >= classes:
+        raise ValueError(f"{name} holds ids {low}..{high}, expected 0..{classes - 1}")
+
+
+def _range(ids: Tensor) -> tuple[int, int]:
+    """The smallest and the largest id; 0, 0 of none."""
+    return tuple(int(x) for x in ids.aminmax()) if ids.numel() else (0, 0)
 
 
 # --- Occ3D: one confusion matrix over the whole set, then a protocol -------------------------------------------------
@@ -103,7 +116,8 @@ def _masked_confusions(pred: Tensor, gt: Tensor, code: Tensor | None, classes: i
         shapes = [tuple(x.shape) for x in (pred, gt, code) if x is not None]
         raise ValueError(f"prediction, ground truth and mask differ in shape: {shapes}")
     _valid("the prediction", pred, classes)
-    if gt.numel() and (int(gt.max()) >= classes or int(gt.min()) < 0):
+    low, high = _range(gt)
+    if low < 0 or high >= classes:
         labelled = (gt >= 0) & (gt < classes)
         pred, gt, code = pred[labelled], gt[labelled], None if code is None else code[labelled]
     return _pairs(gt, pred, classes, code, 1 if code is None else codes)

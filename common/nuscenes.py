@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import (InputError, atomic, exit_on_input_error, misfit, note, open_image, read_json,
+from common.files import (InputError, atomic, exit_on_input_error, is_component, misfit, note, open_image, read_json,
                           read_npz, reading, short_hash, sweep, to_rgb, write_json)
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
@@ -415,8 +415,7 @@ class _Table:
     def names(self, column: str, values: list[str]) -> None:
         """Raises InputError unless each value is a name that is one component of a path, and no two are equal."""
         for value in values:
-            single = value[:1] != "." and Path(value).name == value != "" and "\\" not in value
-            if not (single and value.isprintable() and len(value.encode()) <= 200):
+            if not is_component(value):
                 raise InputError(f"{self.path}: {column} '{value[:80]}' is no name of a single folder; rename it")
         if len(set(values)) < len(values):
             raise InputError(f"{self.path}: two records have the same {column}; mend the table")

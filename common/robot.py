@@ -160,8 +160,7 @@ class RoboTwin:
         return self._look()
 
     def _settings(self, name: str, config: str) -> dict:
-        """What setup_demo wants: the task's configuration with its embodiment; depth and hands are switched
-        on."""
+        """setup_demo's arguments: the task's configuration with its embodiment; depth and hands are on."""
         import yaml
 
         def load(path: str) -> dict:

@@ -361,7 +361,7 @@ class SemanticKITTI:
         return SemanticKITTI, self._arguments
 
     def _select(self) -> list[str]:
-        """Names of the sequences of the split that the tree has; says when it has only some of them."""
+        """Names of the sequences of the split that the tree has; prints a note if it has only some of them."""
         here = _sequences(self.root, "velodyne")
         official = {name for names in SPLITS.values() for name in names}
         if self.split == "all":
@@ -407,6 +407,8 @@ class SemanticKITTI:
             times = np.array([_numbers(path, line, 1)[0] for line in read_text(path).splitlines() if line.strip()])
             if len(times) <= scans[-1]:
                 raise InputError(f"{path}: {len(times)} times, but scans go up to {scans[-1]:06d}.bin")
+            if (np.diff(times) < 0).any():
+                raise InputError(f"{path}: a time is before the one above it; copy it again")
         drive = np.cumsum(np.diff(times, prepend=times[:1]) > DRIVE_GAP)
         return _Sequence(name, folder, np.stack(K), np.stack(T), rigid_inverse(Tr) @ poses @ Tr, times, drive, scans)
 
@@ -645,7 +647,8 @@ def check(root: Path | str) -> None:
 
     Required: per sequence calib.txt and poses.txt; per frame with voxels its scan and its image_2; in a sequence with
     voxel labels each such frame's .label and .invalid. Optional: the other frames' scans and images, point labels,
-    .bin, .occluded, image_3, times.txt. An empty file counts as missing. Sequences are those the reader takes.
+    .bin, .occluded, image_3, times.txt. An empty file counts as missing. Sequences are those the reader takes, which
+    reads the first frame of each.
     """
     root = find_root(root)
     folders = [root / "sequences" / name for name in _sequences(root, "velodyne", "voxels")]
@@ -688,7 +691,8 @@ def check(root: Path | str) -> None:
         late = [f"{name} 1 voxel late" for name, shift in (("packed files", dataset.packed_shift),
                                                            (".label", dataset.label_shift)) if shift]  # fmt: skip
         print(f"order of voxels: {', '.join(late) if late else 'as documented'}")
-        dataset.images(0), dataset.points(0), dataset.labels(0)  # files of another form are refused, as by the commands
+        for i in np.unique([token.split("/")[0] for token in dataset.tokens], return_index=True)[1].tolist():
+            dataset.images(i), dataset.points(i), dataset.labels(i)  # files of another form are refused here
     if not count:
         raise InputError(f"{root}: no voxels/*.bin or .label in any sequence; unpack SemanticKITTI's voxel data")
     if missing:

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from common import cli
 from common.files import InputError, exit_on_input_error, misfit, reading, write_npz
 from common.labels import OPTIONS, WORLD, LabelMaker, labels_note, make_labels
+from common.loose import LooseImages
 from common.nuscenes import Frame, NuScenesOccupancy, open_split
-from common.train import barrier, check_architecture, joined, load_checkpoint, setup, teardown
+from common.train import Run, barrier, check_architecture, joined, load_checkpoint, setup, teardown
 from common.worlds import WORLDS, is_world, make
 
 DATA = "data-root version split"
+LOOSE = "images calibration points"
 VERBS = {
     "world": ("write the synthetic world that the other verbs use (nothing to do if it is there)",
               "out seed world-size"),
@@ -40,8 +42,8 @@ VERBS = {
               f"out {DATA} labels seed steps device resume cache workers world-size"),
     "eval": ("score a run: tables, result.json, pictures",
              f"ckpt! {DATA} labels save-pred device cache eval-frames rayiou pictures"),
-    "predict": ("predictions and pictures of any frames; no ground truth needed",
-                f"ckpt! out! {DATA} device cache eval-frames pictures"),
+    "predict": ("predictions and pictures of any frames or loose images; no ground truth needed",
+                f"ckpt! out! {DATA} {LOOSE} device cache eval-frames pictures"),
     "ablate": ("re-test a claim of the paper (experiments/<method>.py)", "claim! seeds out device cache"),
     "describe": ("shapes, parameters, FLOPs and memory on the meta device", ""),
 }
@@ -50,6 +52,9 @@ TWO_SOURCES = (f"out! labeler {DATA} shard cache workers world-size primary-leve
 LEVEL = Literal["exact", "mild", "heavy"]
 FLAGS = {  # what changes neither the network nor what it learns
     "workers": cli.Flag("loader threads, label processes", int, 2),
+    "images": cli.Flag("image files instead of a dataset, one per camera of --calibration", tuple[str, ...]),
+    "calibration": cli.Flag("JSON of the cameras of --images (common/loose.py)", Path | None),
+    "points": cli.Flag("a LiDAR sweep (.bin) per keyframe of --images", tuple[str, ...], ()),
     "eval-frames": cli.Flag("keyframes, evenly spaced; 0: all", int, 0),
     "rayiou": cli.Flag("RayIoU at evaluation", bool, True),
     "pictures": cli.Flag("keyframes drawn", int, 6),
@@ -105,14 +110,19 @@ def world(cfg: Any, args: Any, kind: str = "driving") -> None:
     make(kind, args.out, size=args.world_size, seed=args.seed)
 
 
+def data_root(args: Any, run: Run, kind: str, **options) -> Path:
+    """--data-root; without it the world that `worlds.make(kind, **options)` writes, by the main process."""
+    if run.is_main and not args.data_root:
+        make(kind, **options)
+    barrier(run)
+    return args.data_root or WORLDS / "-".join(map(str, (kind, *options.values())))
+
+
 def labels(maker: LabelMaker, cfg: Any, args: Any, open_data: Callable = open_split,
            kind: str = "driving") -> None:
     """The verb labels: 2D maps of a labeler -> a label folder."""
     run = setup("cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else joined()
-    if run.is_main and not args.data_root:
-        make(kind, size=args.world_size)
-    barrier(run)
-    root = args.data_root or WORLDS / f"{kind}-{args.world_size}"
+    root = data_root(args, run, kind, size=args.world_size)
     dataset = open_data(root, args.version, args.split, cfg.image_size, args.cache)
     make_labels(maker, dataset, args.labeler, labeler_options(args, None, maker.flags), cfg, args.out,
                 shard=args.shard, workers=args.workers)
@@ -134,10 +144,7 @@ def train(maker: LabelMaker, learn: Callable, cfg: Any, args: Any, labeler: str 
           open_data: Callable = open_split, kind: str = "driving") -> None:
     """The verb train: learn(cfg, dataset, labels, args). Without --labels, `labeler` makes some first."""
     run, args.out = setup(args.device), args.out or Path("runs") / args.method
-    if run.is_main and not args.data_root:
-        make(kind, size=args.world_size)
-    barrier(run)
-    root = args.data_root or WORLDS / f"{kind}-{args.world_size}"
+    root = data_root(args, run, kind, size=args.world_size)
     dataset = open_data(root, args.version, args.split, cfg.image_size, args.cache)
     folder = args.labels or args.out / "labels"
     if not args.labels:
@@ -240,7 +247,12 @@ def run_data(args: Any) -> tuple[Path, str | None]:
 
 
 def open_eval(cfg: Any, args: Any, open_data: Callable = open_split) -> Any:
-    """The split to score; default: the validation split."""
+    """The split to score (default: the validation split), or --images with their --calibration."""
+    if getattr(args, "images", None):
+        if args.calibration is None or args.data_root or args.run["config"].get("format") == "semantickitti":
+            raise InputError("--images: they need --calibration FILE (common/loose.py), no --data-root, and "
+                             "a run that learned on nuScenes' grid")
+        return LooseImages(args.images, args.calibration, cfg.image_size, args.points)
     return open_data(*run_data(args), args.split, cfg.image_size, args.cache, train=False)
 
 
@@ -255,7 +267,7 @@ def open_train(cfg: Any, args: Any, open_data: Callable = open_split) -> Any:
 
 
 def training_protocol(run: dict[str, Any]) -> dict[str, str]:
-    """What result.json's protocol says of a run's training, from its config.json."""
+    """The protocol entries of result.json on a run's training, from its config.json."""
     data = {"mask_train": "none", "protocol": {}} | run["data"]
     return {"mask_train": data["mask_train"], "labels": data["note"] or "none"} | data["protocol"]
 

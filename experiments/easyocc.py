@@ -25,8 +25,8 @@ import easyocc as E
 from common import cli, verbs
 from common.files import read_json, read_npz, short_hash
 from common.geometry import OCC3D, VoxelGrid, invert
-from common.labelers import make_labeler
-from common.labels import IGNORE, label_record, labels_note, make_labels, read_label
+from common.labelers import Maps, make_labeler
+from common.labels import IGNORE, class_weights, label_record, labels_note, make_labels, read_label
 from common.metrics import OccupancyMeter
 from common.networks import occnerf as N
 from common.nuscenes import FREE, NuScenesOccupancy, open_split
@@ -45,7 +45,8 @@ EASY, HOST, BOTH, RENDERED = ({"network": n} for n in ("easyocc", "occnerf", "oc
 CLAIMS = {
     "transfer": Claim(
         "transfer", "(a) pseudo-labels improve the rendering host: OccNeRF < OccNeRF + labels",
-        {"occnerf": HOST, "occnerf+labels": BOTH}, (("occnerf+labels", "occnerf"),), gates=(LEARNS,),
+        {"occnerf": HOST, "occnerf+labels": BOTH},
+        (("occnerf+labels", "occnerf"), ("occnerf+labels", "occnerf", "rayiou")), gates=(LEARNS,),
         note="OccNeRF never sees metric depth, so this mixes new information with a new loss space; claim "
              "loss-space separates them. In two minutes OccNeRF learns the 2D classes it renders and next to "
              "no geometry."),
@@ -63,7 +64,8 @@ CLAIMS = {
     "unmasked": Claim(
         "unmasked", "(d) without a mask EasyOcc beats OccNeRF, whether un-hit voxels count as free or only "
                     "carved ones do",
-        {"easyocc unhit": EASY, "easyocc carved": EASY | {"free_mode": "carved"}, "occnerf": HOST},
+        {"easyocc unhit": EASY | {"free_unseen": 1.0}, "easyocc carved": EASY | {"free_unseen": 0.0},
+         "occnerf": HOST},
         (("easyocc unhit", "occnerf"), ("easyocc carved", "occnerf")), metric="miou_none",
         gates=(LEARNS._replace(metric="occnerf:miou_none", than="constant_miou_none"),)),
     "loss-space": Claim(
@@ -72,6 +74,14 @@ CLAIMS = {
         {"3D labels": EASY, "rendered 2D": RENDERED}, (("3D labels", "rendered 2D"),),
         gates=(LEARNS._replace(metric="rendered 2D:miou_camera"),),
         note="Both arms see the same maps of the same 14 keyframes; the rendered arm draws one a step."),
+    "movers": Claim(
+        "movers", "(g) past points of classes that can move are better dropped than kept",
+        {"dropped": EASY, "kept": EASY | {"dynamic_ids": ()}},
+        (("dropped", "kept"), ("dropped", "kept", "rayiou"))),
+    "lovasz": Claim(
+        "lovasz", "(h) cross-entropy and Lovasz beat cross-entropy alone",
+        {"both": EASY, "cross-entropy": EASY | {"l_lov": 0.0}},
+        (("both", "cross-entropy"), ("both", "cross-entropy", "iou_camera"))),
     "labeler": Claim(
         "labeler", "(f) better 2D maps make better occupancy, depth and semantics apart",
         {f"depth {d}, semantics {s}": {"depth_level": d, "semantic_level": s}
@@ -91,11 +101,14 @@ class Host(E.OccupancyNet):
     contracted.
 
     In training it returns the logits of its own cells, which are rendered; in evaluation those of `grid`.
+    Class logits are normalised, so a voxel counts as occupied where a ray would more probably stop than not:
+    free's logit alone is the density (7).
     """
 
     def __init__(self, cfg: E.Config, classes: int = 18, pretrained: bool = True, *, ratio: float):
         self.ratio = ratio
         super().__init__(cfg, classes, pretrained)
+        self.apart = True
         with torch.no_grad():  # rays that end at their first samples teach nothing
             self.classify.bias[FREE] = 4.0  # about half of the light passes at first
 
@@ -111,6 +124,7 @@ class Host(E.OccupancyNet):
 
     def forward(self, batch: dict) -> Tensor:
         logits = super().forward(batch)
+        logits = torch.cat([logits[:, :FREE].log_softmax(1), logits[:, FREE:]], 1)
         return logits if self.training else on_grid(logits, self.grid, self.ratio)
 
 
@@ -127,12 +141,23 @@ class RayFrames(E.Keyframes):
     jitter.
 
     past: the maps are drawn from this many past keyframes too, without classes that can move, as the 3D label
-    is.
+    is. pseudo: 3D labels are read too; without, no label file is opened.
     """
 
-    def __init__(self, dataset: NuScenesOccupancy, labels: Path, cfg: E.Config, past: int = 0):
+    def __init__(self, dataset: NuScenesOccupancy, labels: Path, cfg: E.Config, past: int = 0,
+                 pseudo: bool = False):
         super().__init__(dataset, labels, cfg)
-        self.maps, self.past = make_labeler("files", dataset, maps=labels / "maps"), past
+        self.maps, self.past, self.pseudo = make_labeler("files", dataset, maps=labels / "maps"), past, pseudo
+        self.ray_weight = class_weights(self.on_rays(self.maps(i))[0] for i in range(len(dataset)))
+
+    def target(self, i: int) -> Tensor:
+        return super().target(i) if self.pseudo else torch.empty(0, dtype=torch.uint8)
+
+    def on_rays(self, maps: Maps) -> tuple[Tensor, Tensor]:
+        """Semantic and depth maps (N, h, w) at the pixels of `RAYS`."""
+        pixels = [((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(RAYS, maps.depth.shape[-2:], strict=True)]
+        at = np.ix_(range(len(maps.depth)), *pixels)
+        return torch.from_numpy(maps.semantic[at].copy()), torch.from_numpy(maps.depth[at].copy())
 
     views = property(lambda self: None, lambda self, value: None)  # rendering warps images: no cached features
 
@@ -145,16 +170,12 @@ class RayFrames(E.Keyframes):
         j = window[rng.integers(len(window))]
         K, T_ego_cam, T_global_ego = (torch.as_tensor(x) for x in self.dataset.calibration(j))
         T = invert(torch.as_tensor(self.dataset.calibration(i)[2])) @ T_global_ego @ T_ego_cam.double()
-        maps = self.maps(j)
-        h, w = maps.depth.shape[-2:]
-        rows, columns = ((np.arange(n) + 0.5) * m / n for n, m in zip(RAYS, (h, w), strict=True))
-        at = np.ix_(range(len(maps.depth)), rows.astype(int), columns.astype(int))
-        semantic, depth = torch.from_numpy(maps.semantic[at].copy()), torch.from_numpy(maps.depth[at].copy())
+        semantic, depth = self.on_rays(self.maps(j))
         if j != i:
             moving = torch.isin(semantic, torch.tensor(self.cfg.dynamic_ids, dtype=semantic.dtype))
             semantic, depth = semantic.masked_fill(moving, IGNORE), depth.masked_fill(moving, 0)
         return item | {"ray_K": K.float(), "ray_T": T.float(), "ray_semantic": semantic, "ray_depth": depth,
-                       "ray_seed": torch.tensor(rng.integers(2**31))}
+                       "ray_seed": torch.tensor(rng.integers(2**31)), "ray_weight": self.ray_weight}
 
 
 def host_loss(logits: Tensor, batch: dict, class_weight: Tensor, cfg: E.Config, *, terms: tuple[str, ...],
@@ -163,14 +184,18 @@ def host_loss(logits: Tensor, batch: dict, class_weight: Tensor, cfg: E.Config, 
     grid = OCC3D.coarsen(cfg.grid_stride)
     losses = E.pseudo_loss(on_grid(logits, grid, ratio), batch, class_weight, cfg) if pseudo else {}
     frames = [{name: value[b] for name, value in batch.items()} for b in range(len(logits))]
-    each = [rendered_losses(x, frame, class_weight, cfg, grid, ratio, terms)
+    each = [rendered_losses(x, frame, cfg, grid, ratio, terms)
             for x, frame in zip(logits, frames, strict=True)]
     return losses | {name: WEIGHTS[name] * torch.stack([e[name] for e in each]).mean() for name in terms}
 
 
-def rendered_losses(logits: Tensor, frame: dict, class_weight: Tensor, cfg: E.Config, grid: VoxelGrid,
-                    ratio: float, terms: tuple[str, ...]) -> dict[str, Tensor]:
-    """(10)-(13) of one keyframe; `depth`, ours: |log depth - log map| where the map has a depth."""
+def rendered_losses(logits: Tensor, frame: dict, cfg: E.Config, grid: VoxelGrid, ratio: float,
+                    terms: tuple[str, ...]) -> dict[str, Tensor]:
+    """(10)-(13) of one keyframe; `depth`, ours: |log depth - log map| where the map has a depth.
+
+    Classes weigh by how many pixels show them, as in OccNeRF: sky is rare among pixels, free space is not
+    among voxels.
+    """
     rays = N.camera_rays(frame["ray_K"], frame["ray_T"], RAYS, cfg.image_size)
     noise = torch.Generator().manual_seed(int(frame["ray_seed"]))
     z = N.ray_depths(rays, grid, ratio, tuple(logits.shape[1:]), SAMPLES, jitter=0.1, generator=noise)
@@ -181,7 +206,7 @@ def rendered_losses(logits: Tensor, frame: dict, class_weight: Tensor, cfg: E.Co
         semantic, depth = semantic.masked_fill(depth > out.far, FREE), torch.minimum(depth, out.far)
         error = (out.depth.log() - depth.clamp_min(0.1).log()).abs() * (depth > 0)
         losses["depth"] = error.sum() / (depth > 0).sum().clamp_min(1)
-    losses["sem"] = N.semantic_loss(out.semantic, semantic, class_weight)
+    losses["sem"] = N.semantic_loss(out.semantic, semantic, frame["ray_weight"])
     if "photo" in terms:
         coarse = out.depth.view(len(frame["raw"]), 1, *RAYS)
         fine = F.interpolate(coarse, cfg.image_size, mode="bilinear", align_corners=False)[:, 0]  # (N, H, W)
@@ -198,8 +223,9 @@ def parts(network: str, cfg: E.Config) -> tuple[Any, Any, Any]:
     ratio, past, terms = N.RATIO["tiny"], 0, ("photo", "smooth", "sem", "ent", "dist")
     if network == "rendered":
         ratio, past, terms = 1.0, cfg.past_frames, ("sem", "depth", "ent", "dist")
-    loss = partial(host_loss, terms=terms, ratio=ratio, pseudo=network == "occnerf+labels")
-    return partial(Host, ratio=ratio), partial(RayFrames, past=past), loss
+    pseudo = network == "occnerf+labels"
+    loss = partial(host_loss, terms=terms, ratio=ratio, pseudo=pseudo)
+    return partial(Host, ratio=ratio), partial(RayFrames, past=past, pseudo=pseudo), loss
 
 
 # --- arms ---------------------------------------------------------------------------------------------------
@@ -218,7 +244,7 @@ def labels_of(dataset: NuScenesOccupancy, cfg: E.Config, args: SimpleNamespace,
 
 def run_arm(cfg: E.Config, args: SimpleNamespace) -> Path:
     """Train and evaluate one arm in args.out."""
-    dataset = open_split(args.data_root, args.version, None, cfg.image_size, args.cache)
+    dataset = open_split(args.data_root, args.version, args.train_split, cfg.image_size, args.cache)
     labels = labels_of(dataset, cfg, args)
     network, items, loss = parts(args.network, cfg)
     E.train(cfg, dataset, labels, args, network, items, loss)
@@ -229,7 +255,7 @@ def run_arm(cfg: E.Config, args: SimpleNamespace) -> Path:
     constants = once(args.pool / f"constants-{short_hash([str(test.root), test.version, indices])}.json",
                      lambda: constant_scores(dataset, test, indices, ground_truth(test)))
     report(partial(E.predict, net), dataset=test, train_set=None, out=out, run=args.run, state=state,
-           params=sum(p.numel() for p in net.parameters()), frames=args.eval_frames, rayiou=False,
+           params=sum(p.numel() for p in net.parameters()), frames=args.eval_frames,
            protocol={"mask_train": args.run["data"]["mask_train"], "labels": labels_note(labels)},
            known=constants)
     return out
@@ -282,8 +308,9 @@ def score_labels(dataset: NuScenesOccupancy, labels: Path, indices: list[int]) -
 NETWORKS = Literal["easyocc", "occnerf", "occnerf+labels", "rendered"]
 FLAGS = {name: verbs.FLAGS[name]
          for name in ("workers", "depth-level", "semantic-level", "correlation", "label-seed")}
-FLAGS |= {"eval-frames": verbs.FLAGS["eval-frames"]._replace(default=60),
+FLAGS |= {"eval-frames": verbs.FLAGS["eval-frames"]._replace(default=40),
           "world-size": verbs.FLAGS["world-size"]._replace(default="claims"),
+          "train-split": cli.Flag("what arms learn from; none: the version's own", str | None),
           "network": cli.Flag("what learns", NETWORKS, "easyocc")}
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python loc.py ablate --claim contrast --seeds 3     # or: python -m experiments.loc --claim a
     python loc.py ablate --claim label-quality          # the labels' steps against gts and the exact world
 
-What an arm changes beside Config fields: `form`, the language head's terms (a rival of the contrast, by its
-paper); `naming`, how voxels get their class; `score`, whose unknown score counts; `feature`, whose naming.
-Arms share labels and trainings in <out>/../arms. A bare network is one whose language head learns nothing and
-is not asked.
+Beside Config fields an arm has a `form`, the language head's loss (the contrast, or a rival by its paper); a
+`naming`, by which labelled voxels get their class; a `score`, the head whose unknown score is compared; and a
+`feature`, by which predicted voxels are named. Arms share labels and trainings in <out>/../arms. A bare
+network's language head learns nothing and is not used.
 """
 
 import math
@@ -41,10 +41,10 @@ from experiments.runner import Claim, main, once, start_claim, write_quality
 
 SHARED = {"steps": 180, "n_sweeps": 90}  # config fields of every arm
 FLAGS = {
-    "form": cli.Flag("terms of the language head", Literal["contrast", "cosine", "mse", "v2v"], "contrast"),
-    "naming": cli.Flag("k nearest points, or a voxel's own", Literal["knn", "own"], "knn"),
-    "score": cli.Flag("whose unknown score counts", Literal["both", "language", "occupancy"], "both"),
-    "feature": cli.Flag("whose naming counts", Literal["both", "f", "g"], "both"),
+    "form": cli.Flag("loss of the language head", Literal["contrast", "cosine", "mse", "v2v"], "contrast"),
+    "naming": cli.Flag("labels: k nearest points, or a voxel's own", Literal["knn", "own"], "knn"),
+    "score": cli.Flag("head of the unknown score", Literal["both", "language", "occupancy"], "both"),
+    "feature": cli.Flag("feature that names voxels", Literal["both", "f", "g"], "both"),
     "frame-stride": cli.Flag("every n-th keyframe is learned from", int, 4, least=1),
     "eval-frames": cli.Flag("keyframes evaluated, evenly spaced; 0: all", int, 40),
     "workers": verbs.FLAGS["workers"],
@@ -58,8 +58,8 @@ NETWORKS = {"own": "lss", "easyocc": "easyocc", "occle": "occle"}
 DIVERSE = ("scene_centroid_distance", "scene_inter_intra", "scene_effective_rank")
 OWN = ("naming_unknown_f", "choice_unknown_f", "unknown_miou_f")  # of the language head alone
 BOTH = ("naming_unknown", "choice_unknown", "unknown_miou", "known_miou")  # of norm(f + a g)
-STOPPED = ("The language head's gradient stops before the trunk unless an arm says so. Naming and choice are "
-           "on the ground truth's occupied voxels, choice among the held-out classes alone.")
+STOPPED = ("The language head's gradient stops before the trunk unless an arm lets it in. Naming and choice "
+           "are on the ground truth's occupied voxels, choice among the held-out classes alone.")
 CLAIMS = {
     "contrast": Claim(
         "contrast", "(a) dense contrast beats distillation: unknown kinds by prompt, and features of "
@@ -97,7 +97,7 @@ CLAIMS = {
         "training data",
         {"both heads": {}, "occupancy head": {"score": "occupancy"}, "language head": {"score": "language"}},
         (("both heads", "occupancy head"), ("both heads", "language head")), metric="scene_auroc",
-        note="One training a seed; the arms differ in whose probabilities are asked."),
+        note="One training a seed; the arms differ in the head whose probabilities are scored."),
     "image": Claim(
         "image", "(f) the sparse image term helps: unknown kinds by prompt",
         {"with image term": SELF, "text only": SELF | {"lambda_img": 0.0}},
@@ -125,14 +125,14 @@ def text_cosine(f: Tensor, text: Tensor, label: Tensor, weight: Tensor) -> Tenso
 
 
 def pixel_mse(f: Tensor, image: Tensor, weight: Tensor) -> Tensor:
-    """POP-3D's distillation: mean |f_i - g_i|^2 over voxels with a pixel; no text, no normalisation."""
-    return loc.weighted_mean((f - image).square().sum(-1), weight)
+    """POP-3D's distillation: MSE of f and g over voxels with a pixel and channels; no text, no norm."""
+    return loc.weighted_mean((f - image).square().mean(-1), weight)
 
 
 def cosine_terms(f: Tensor, batch: dict, text: Tensor, cfg: loc.Config) -> dict[str, Tensor]:
     """`text_cosine` in the place of (4); arguments as of loc.dense_contrast."""
     S = batch["cell_class"].shape[1]
-    image = loc.image_term(f[:, S:], batch["image_feature"], batch["image_weight"])
+    image = loc.image_term(f[:, S:], batch["pixel_feature"], batch["pixel_weight"])
     return {"dcl": cfg.lambda_dcl * text_cosine(f[:, :S], text, batch["cell_class"], batch["cell_weight"]),
             "img": cfg.lambda_img * image}
 
@@ -140,7 +140,7 @@ def cosine_terms(f: Tensor, batch: dict, text: Tensor, cfg: loc.Config) -> dict[
 def mse_terms(f: Tensor, batch: dict, text: Tensor, cfg: loc.Config) -> dict[str, Tensor]:
     """`pixel_mse` in the place of (4) and (6)."""
     S = batch["cell_class"].shape[1]
-    return {"dcl": cfg.lambda_dcl * pixel_mse(f[:, S:], batch["image_feature"], batch["image_weight"])}
+    return {"dcl": cfg.lambda_dcl * pixel_mse(f[:, S:], batch["pixel_feature"], batch["pixel_weight"])}
 
 
 def voxel_to_voxel(f: Tensor, label: Tensor, weight: Tensor, tau: float = loc.TAU) -> Tensor:
@@ -210,7 +210,7 @@ def run_arm(cfg: loc.Config, args: SimpleNamespace) -> Path:
     args.run = read_json(run / "config.json")
     key = short_hash([trained["data"], cfg.holdout, args.eval_frames])
     constants = once(args.pool / f"constants-{key}.json", lambda: constants_of(cfg, dataset, args))
-    loc.evaluate(cfg, args, known=constants)
+    loc.evaluate(cfg, args, measured=constants)
     return with_score(run, args.score, args.feature)
 
 

@@ -1,5 +1,4 @@
-"""OccLE's claims re-tested: its semi-supervision, branches, fusion, projection and pseudo labels, part by
-part.
+"""OccLE's claims re-tested, part by part: semi-supervision, branches, fusion, projection, pseudo labels.
 
     python occle.py ablate --claim fusion --seeds 3     # or: python -m experiments.occle --claim c
     python occle.py ablate --claim fusion --format semantickitti
@@ -8,8 +7,8 @@ part.
     python occle.py ablate --claim targets              # what unlabelled frames teach; gradients by loss
     python occle.py ablate --claim projection-probe     # perfect occupancy through (15) and (16)
 
-What an arm changes beside Config fields is its `variant`: a rival or a missing part, handed to `occle.train`,
-and its `inputs`. Arms share labels, and those whose first stage is the same share it too, in <out>/../arms.
+Beside Config fields an arm has a `variant`, a rival or a missing part that `occle.train` takes, and `inputs`.
+Arms share labels in <out>/../arms. Arms whose first stage is the same share that, too.
 """
 
 import math
@@ -179,7 +178,7 @@ class JointBranch(nn.Module):
     def forward(self, batch: dict) -> Joint:
         out = self.branch(batch)
         features = self.head.features(out.grid, [(out.voxels.features, out.voxels.cell)])
-        return Joint(out.grid, self.head.last(features)[..., 0].float(), out.voxels, out)
+        return Joint(out.grid, self.head(features)[..., 0], out.voxels, out)
 
 
 class JointBranches(nn.Module):
@@ -253,7 +252,7 @@ def seeing(inputs: str, network: Callable, cfg: O.Config, pretrained: bool = Tru
 
 
 class Kept(O.Samples):
-    """Samples that keep in memory what no augmentation changes, for all arms of this process."""
+    """Samples that keep their unaugmented fields in memory, for all arms of this process."""
 
     store: ClassVar[dict] = {}
 
@@ -269,7 +268,7 @@ class Kept(O.Samples):
 
 
 def darken(dataset, cfg: O.Config) -> None:
-    """Inputs (k): give every frame black images, read of no file."""
+    """Inputs (k): give every frame black images, without reading a file."""
     size = (LABEL_SETS[cfg.format].cameras, 3, *cfg.image_size)
     dataset.images = lambda i: np.zeros(size, np.float32)
 
@@ -286,8 +285,8 @@ class Part(O.Teacher):
     @torch.no_grad()
     def forward(self, batch: dict, t: int, steps: int) -> tuple[Tensor, Tensor]:
         sensor = batch["sensor"]
-        for told, kept in self.hidden:
-            sensor = sensor if kept else sensor.masked_fill(sensor == told, O.IGNORE)
+        for value, kept in self.hidden:
+            sensor = sensor if kept else sensor.masked_fill(sensor == value, O.IGNORE)
         weight = float(self.teacher) * (O.ramp(t, steps) if self.ramp else 1.0)
         return O.semi_targets(sensor, self.branch(O.weak_view(batch)).occupancy.sigmoid(), weight, *self.tau)
 
@@ -345,7 +344,7 @@ def constants_of(dataset, test, indices: list[int]) -> dict[str, float]:
 
 
 def references(test, indices: list[int], cfg: O.Config, args: SimpleNamespace) -> dict[str, float]:
-    """mIoU of pseudo labels themselves, lifted to the voxels that the sweep hits, over these voxels alone."""
+    """mIoU of the pseudo labels, lifted to the voxels that the sweep hits, over these voxels alone."""
     ssc, labels, rows = isinstance(test, SemanticKITTI), LABEL_SETS[cfg.format], {}
     grid, truth = labels.moved(cfg.label_shift), ground_truth(test)
     for level in ("mild", "exact"):
@@ -365,7 +364,7 @@ def references(test, indices: list[int], cfg: O.Config, args: SimpleNamespace) -
 
 
 def fit(saved: nn.Module, dataset, labelled: list[int], count: int = 12) -> dict[str, float]:
-    """mIoU on frames whose labels were learnt (are they fitted?), and on other training frames."""
+    """mIoU on labelled and on unlabelled training frames: does the network fit its labels?"""
     rest, scores = sorted(set(range(len(dataset))) - set(labelled)), {}
     for name, some in (("labelled", labelled), ("unlabelled", rest)):
         some = [some[k] for k in spread(len(some), count)]
@@ -432,9 +431,11 @@ def run_arm(cfg: O.Config, args: SimpleNamespace) -> Path:
 
 
 def targets(cfg: O.Config, args: SimpleNamespace) -> None:
-    """targets.json: shares [%] of occupied cells that the sensor teaches right (a hit) and wrong (free), by
-    --ray-short, and of its free cells that are free; with --of, the same of that run's teacher where no
-    sensor is; gradient norms of each loss at the geometric branch, all weights 1.
+    """targets.json: what frames without labels teach, in percent of the cells, and gradient norms.
+
+    For each --ray-short: occupied cells taught as occupied (hits) and as free, empty cells taught as free.
+    --of: also the occupied cells without hit or ray that this run's teacher takes for occupied and for free.
+    Gradient norms are of each loss at the geometric branch, with all weights 1.
     """
     cfg = replace(O.for_format(cfg, args), geo_weight=1.0)
     dataset = O.open_frames(cfg, args.data_root, args.version, None, cfg.image_size, args.cache)
@@ -479,9 +480,10 @@ def targets(cfg: O.Config, args: SimpleNamespace) -> None:
 
 
 def probe(cfg: O.Config, args: SimpleNamespace) -> None:
-    """probe.json: perfect occupancy through (15), (16) at each preset. Of the pixels whose ray meets an
-    occupied cell, the share [%] hit; of the frontmost cells of these, the share that no ray of 4 x 4 a pixel
-    meets first (hidden), and the share of the class that the pixel's ray meets.
+    """probe.json: perfect occupancy through (15), (16) at each preset, in percent.
+
+    hit: pixels with a projected cell, of those whose ray meets an occupied cell. hidden: frontmost projected
+    cells that are not the first on any of 4 x 4 rays a pixel. class: those of the class that the ray meets.
     """
     rows, frames = [], args.eval_frames if "eval_frames" in args.given else 2
     for name, preset in O.PRESETS.items():

@@ -4,15 +4,14 @@
     python -m experiments.runner publish runs/ablate/occvla/thought occvla-thought && make table
 
 All arms get the same optimiser steps. Stages that arms share are trained once, in <out>/../arms: the
-tokenizer, and VLMs that only the planner's inputs tell apart.
+tokenizer, and the VLM of arms that differ in their planners alone.
 
     --stream two-way      text and planner read the occupancy queries too; then nothing can be skipped
     --stream no-gradient  the stream learns, but its gradient does not reach the VLM
     --supervision easyocc occupancy labels are EasyOcc's pseudo-labels instead of the ground truth
 
-The text-balanced questions (data/driving/balanced.py) have a depth half, which occupancy supervision should
-help, and a bearing half, which it need not. An arm counts only past the gates below: its own images must
-matter.
+Occupancy supervision should help the depth half of the text-balanced questions (data/driving/balanced.py),
+and need not help the bearing half. An arm counts only if it passes the gates below: its images must matter.
 """
 
 from dataclasses import asdict, replace
@@ -41,7 +40,7 @@ PLANNED = ("minus_l2", "minus_col")
 
 
 def gates(arm: str) -> tuple[Gate, ...]:
-    """What must hold of the arm that the others are held against, before a comparison means anything."""
+    """Conditions on the arm that the others are compared with."""
     return (Gate("own minus another scene's images", f"{arm}:qa_balanced_over_shuffled", ">", 0.2),
             Gate("history head against ego-history MLP", f"{arm}:minus_history_l2", ">",
                  f"{arm}:minus_l2_ego_mlp"),
@@ -204,8 +203,8 @@ class TwoWayVLA(O.OccVLA):
     def occupy(self, states: States, rows: Tensor | slice = slice(None)) -> Tensor:
         return self.occupancy.finish(states.cache.queries[-1][rows])
 
-    def plan_inputs(self, encoded: Encoded, limit: int = 40) -> tuple[Tensor, Tensor, list[str]]:
-        context, valid, texts = super().plan_inputs(encoded, limit)
+    def plan_context(self, encoded: Encoded, limit: int = 40) -> tuple[Tensor, Tensor, list[str]]:
+        context, valid, texts = super().plan_context(encoded, limit)
         with torch.no_grad():
             queries = self.occupancy.two_way.show(self.occupancy.two_way.queries[-1])
         return torch.cat([context, queries], 1), F.pad(valid, (0, queries.shape[1]), value=True), texts

@@ -25,8 +25,8 @@ else `not resolved`. In simulations with ten scenes and three seeds, arms that d
 4 to 8 % of cases (nominal: 5 %), but in 23 % if the seed is the only source of noise. One seed shows nothing
 about seeds: two seeds of one and the same policy differed by +6.49 [0.65, 12.34], so one seed has no verdict.
 
-A gate says when a comparison means anything. Always checked: not both arms below the constant predictor
-(`constant_<metric>` of the arms), not both at 0 or at 1. A claim's own gates come on top.
+A gate is a condition without which a comparison means nothing. Always checked: not both arms below the
+constant predictor (`constant_<metric>` of the arms), not both at 0 or at 1. A claim may add its own gates.
 """
 
 import json
@@ -86,7 +86,7 @@ class Claim:
     metric: str = "miou_camera"
     note: str = ""  # what the arms share, what the comparison cannot show
     gates: tuple[Gate, ...] = ()
-    seeds: int = 3  # unless --seeds says otherwise; a side question has one
+    seeds: int = 3  # default of --seeds; 1 for a side question
 
     def __post_init__(self):
         for better, worse, *_ in self.pairs:
@@ -205,7 +205,7 @@ def main(doc: str, config: type, presets: dict[str, Any], claims: dict[str, Clai
     args.pool a folder for what arms share. It is called again after a kill. shared: config fields of every
     arm, where the command line does not give them. flags: the experiment's own; an arm may override them.
     other: further words for --claim, name -> f(cfg, args). world(args): the data without --data-root.
-    steps(cfg): said beside the preset.
+    steps(cfg): printed beside the preset.
     """
     arms = cli.Flag("run these arms; the others read `not run`", tuple[str, ...] | None)
     flags = {"arms": arms} | (flags or {})
@@ -367,7 +367,7 @@ def paired_difference(better: np.ndarray, worse: np.ndarray, metric: str, draws:
 
 
 def judge(claim: Claim, seeds: int, out: Path, preset: str) -> dict[str, Any]:
-    """Read the arms' results -> all there is to say of the claim: what experiments/results/ keeps of it.
+    """Read the arms' results -> the claim's record, which experiments/results/ keeps.
 
     A run is an arm and a seed. `runs`, `metrics` and `per_class` hold a list with a value for each run, or
     one value if all have the same. `constants` are the scores of the constant predictor.
@@ -503,7 +503,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def show(value: float | None, metric: str = "", sign: str = "") -> str:
-    """A value as the tables have it: percent, or what UNITS says."""
+    """A value as the tables print it: percent, or its unit in UNITS."""
     if value is None:
         return NOT_RUN
     unit = UNITS.get(metric)
@@ -599,7 +599,7 @@ def brief(record: dict[str, Any]) -> dict[str, Any]:
 def dumps(value: Any) -> str:
     """JSON with a line for each list or small dict. Numbers have five digits, those of per_class four.
 
-    Absolute paths keep their last part: where a machine has its files is nobody's.
+    Absolute paths keep their last part alone: a machine's folders are private.
     """
 
     def tidy(x: Any, digits: int = 5) -> Any:

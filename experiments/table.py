@@ -1,5 +1,4 @@
-"""RESULTS.md, a page for each method and the forest plot, from experiments/results/*.json and nothing else.
-"""
+"""RESULTS.md, a page for each method and the forest plot, from experiments/results/*.json and nothing else."""
 
 import re
 from pathlib import Path
@@ -29,15 +28,13 @@ protocol (P1, P2 ..., at the end). Every method has a page with arms, seeds and 
 A comparison pairs two arms: same data order, same scenes. The effect is better - worse, as expected before
 the run, in percentage points, with a 95 % interval over scenes and seeds. With three seeds or more it
 **holds**, **does not hold** (the interval lies on the other side of 0) or is **not resolved**. One seed gives
-no verdict: its interval knows scenes, not seeds. Where a gate is not met, the comparison means nothing,
+no verdict: its interval covers scenes, not seeds. Where a gate is not met, the comparison means nothing,
 whatever its interval. The constant is what a predictor without any input reaches on the same frames.
 """
 
 
 def is_synthetic(record: dict[str, Any], where: Path | str) -> bool:
-    """By the dataset's name, which must be 'synthetic ...' or one of REAL: no number may be of unknown
-    origin.
-    """
+    """By the dataset's name: 'synthetic ...' or one of REAL, so that no number is of unknown origin."""
     name = str((record.get("dataset") or {}).get("name", ""))
     if name.lower().startswith("synthetic"):
         return True
@@ -88,9 +85,7 @@ def grid(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 class Protocols:
-    """Names for what a score was taken of and how, so that a page has each text once: P1 ..., with rules R1
-    ...
-    """
+    """Names of data and protocol texts, P1 ... with rules R1 ..., so that a page has each text once."""
 
     RULES = ("truth", "grid", "mask_eval", "classes", "absent", "unit", "success", "replan", "perturbations")
 

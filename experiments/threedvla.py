@@ -12,8 +12,9 @@ detection lifted by depth and calibration, plus (14).
 The ceiling is a perceptron that is told where the task's objects are, and sees nothing (`--claim ceiling`):
 offsets lifted with the camera's calibration, with the nominal one, or places in the pictures alone. Episodes
 are of the tasks that it solves (TASKS): of each twelve, three have a moved camera and five a hidden target.
---views 1 hides the wrist camera. Of LIBERO-Plus others measured 16 to 18 % for the official pi0 under noise,
-where its leaderboard has 79.0: absolute numbers of different hands are no rivals. `token_shift` and `token_gradient` measure how far an arm reads its tokens.
+--views 1 hides the wrist camera. `token_shift` and `token_gradient` measure how much an arm's plans depend on
+its tokens. Of LIBERO-Plus others measured 16 to 18 % for the official pi0 under noise, where its leaderboard
+has 79.0: absolute numbers of different hands are no rivals.
 """
 
 import math
@@ -45,7 +46,7 @@ from experiments.runner import Claim, Gate, main, once
 TASKS = ("lift_cube", "can_in_basket", "ball_in_bowl", "mug_on_plate", "stack_cubes", "open_drawer",
          "close_drawer", "cube_in_drawer", "bottle_by_basket", "near_cube_in_bowl")  # not push, sort: 1 of 20
 PERTURBED = ("camera", "occluded", "light", "occluded", "camera", "occluded", "background", "occluded",
-             "robot", "camera", "occluded", "noise")  # of twelve episodes: the claims' axes are camera and occluded
+             "robot", "camera", "occluded", "noise")  # of twelve episodes; axes: camera and occluded
 TOLD = ("told offsets", "told places", "told agent places")
 AXES = ("success", "success_camera", "success_occluded")
 GATES = (Gate("the base policy has learned the tasks", "base:success_clean", ">", 0.6),
@@ -347,7 +348,7 @@ def perception(agent: V.Agent, frames: list[Observation], size: int = 16) -> dic
 @torch.no_grad()
 def masked_token_errors(agent: V.Agent, batches: int = 4, size: int = 16,
                         frequencies: int = 10) -> dict[str, float]:
-    """Error (smooth L1) of the predictor at hidden tokens of unseen frames, beside two that know no scene.
+    """Error (smooth L1) of the predictor at hidden tokens of unseen frames, beside two guesses.
 
     ssl_position: a ridge regression of the teacher's features on position and view alone (fitted to other
     frames). ssl_nearest: the teacher's feature of the nearest shown token.
@@ -372,9 +373,8 @@ def masked_token_errors(agent: V.Agent, batches: int = 4, size: int = 16,
             eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
             ridge = torch.linalg.solve(x.mT @ x + 1e-5 * len(x) * eye, x.mT @ y)
         rows = torch.arange(size, device=device)[:, None]
-        apart = torch.cdist(found.points, found.points)
-        # a shown token
-        nearest = apart.masked_fill(hidden.flatten(1)[:, None], torch.inf).argmin(-1)[rows, where]
+        shown = torch.cdist(found.points, found.points).masked_fill(hidden.flatten(1)[:, None], torch.inf)
+        nearest = shown.argmin(-1)[rows, where]
         guesses = predicted, (features[rows, where].double() @ ridge).float(), true[rows, nearest]
         for name, guess in zip(sums, guesses):
             sums[name] += float(F.smooth_l1_loss(guess, target)) / batches

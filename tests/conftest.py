@@ -50,3 +50,35 @@ def tiny_world(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("world") / "tiny"
     make_world(out, seed=0, size="mini", scenes=2, keyframes=3, sweeps=1, camera_sweeps=2, image=(112, 200))
     return out
+
+
+@pytest.fixture
+def one_thread():
+    """Small tensors: a second thread costs more than it gives, above all beside other jobs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def observations():
+    """Three observations of the tabletop world."""
+    from small_policy import look
+
+    return look()
+
+
+@pytest.fixture(scope="module")
+def tabletop(tmp_path_factory) -> Path:
+    """One demonstration of each of two tasks."""
+    from data.tabletop import make_world
+
+    out = tmp_path_factory.mktemp("tabletop") / "w"
+    make_world(out, seed=0, demos=1, tasks=("lift_cube", "open_drawer"), size=64, workers=1)
+    return out

@@ -8,26 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from small_policy import look
 
 from common.demonstrations import DEPTH_UNIT, Demonstrations, read_episode, write_episode
-from common.files import InputError
+from common.files import InputError, write_npz
 from common.observation import Observation, check_observation, mirror_intrinsics, stack_observations
 from common.robot import make_environment
-
-
-@pytest.fixture(scope="module")
-def observations():
-    return look()
-
-
-@pytest.fixture(scope="module")
-def tabletop(tmp_path_factory):
-    from data.tabletop import make_world
-
-    out = tmp_path_factory.mktemp("tabletop") / "w"
-    make_world(out, seed=0, demos=1, tasks=("lift_cube", "open_drawer"), size=64, workers=1)
-    return out
 
 
 def open_demos(root) -> Demonstrations:
@@ -91,6 +76,10 @@ def test_an_episode_comes_back_as_it_was_written(tmp_path):
     path.write_bytes(whole[:200])
     with pytest.raises(InputError, match="episode.npz"):
         read_episode(tmp_path / "e", ["a", "b"])
+    for name in ("actions", "states", "poses", "K", "T_base_cam"):
+        write_npz(path, **arrays | {name: np.full_like(arrays[name], np.inf)})
+        with pytest.raises(InputError, match=f"episode.npz: {name} that are not finite"):
+            read_episode(tmp_path / "e", ["a", "b"])
     path.write_bytes(whole)
     (tmp_path / "e" / "b_depth.png").unlink()
     with pytest.raises(InputError, match="b_depth.png: missing"):
@@ -124,6 +113,13 @@ def test_demonstrations_from_elsewhere_bring_their_roles(tabletop, tmp_path):
               "roles": {"lift_cube": [["blue cube"], ["red cube"]], "open_drawer": [["white drawer"], []]}}
     (tmp_path / "w" / "world.json").write_text(json.dumps(world))
     own, other = open_demos(tabletop), open_demos(tmp_path / "w")
+    for change, says in (({"tasks": ["../../x"]}, "'../../x' is no name of a single folder"),
+                         ({"cameras": ["/etc/front"]}, "'/etc/front' is no name of a single folder"),
+                         ({"demos": 2**31}, "'demos' is 2147483648, expected 1..9999"), ({"demos": "2"}, "no demonstrations"),
+                         ({"roles": [1]}, "'roles' is a list"), ({"roles": {"lift_cube": [["x"], []]}}, "are not its things")):
+        (tmp_path / "w" / "world.json").write_text(json.dumps(world | change))
+        with pytest.raises(InputError, match=says):
+            open_demos(tmp_path / "w")
     a, b = own.ground(0, 16), other.ground(0, 16)
     assert torch.equal(a[:, 0], b[:, 1]) and b[:, 0].sum() > 0
     assert own.known_shapes and not other.known_shapes

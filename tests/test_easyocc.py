@@ -3,12 +3,15 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import easyocc as E
 from common.geometry import OCC3D, invert, project
+from common.networks import street
+from common.nuscenes import FREE
 
 torch.manual_seed(0)
 
@@ -127,10 +130,62 @@ def test_pseudo_loss_by_hand():
     """(9) is the weighted mean of -log p plus Lovasz; (8)'s affinity terms come in by their weight alone."""
     logits, target = torch.randn(2, 18, 3, 4, 2), torch.randint(0, 18, (2, 3, 4, 2), dtype=torch.uint8)
     target[0, 0, 0] = 255
-    weight, tiny = torch.rand(18) + 0.1, E.PRESETS["tiny"]
+    weight, tiny = torch.rand(18) + 0.1, replace(E.PRESETS["tiny"], l_lov=1.0, l_free=0.0)
     terms = E.pseudo_loss(logits, {"target": target}, weight, tiny)
     assert terms.keys() == {"ce", "lov"}
     one = [F.cross_entropy(x[None], y[None].long(), weight, ignore_index=255) for x, y in zip(logits, target)]
     assert torch.allclose(terms["ce"], torch.stack(one).mean(), atol=1e-6)
     eighth = E.pseudo_loss(logits, {"target": target}, weight, replace(tiny, l_ce=100, l_lov=0.0, l_scal=1))
     assert torch.allclose(eighth["ce"], 100 * terms["ce"]) and eighth["lov"] == 0 and eighth["scal"] > 0
+    p, free = logits.softmax(1), target == FREE
+    apart = []  # free against occupied, free counted three times; the classes of what is occupied
+    for x, y, f in zip(p, target, free):
+        x, taken = x.flatten(1), ~f.flatten() & (y.flatten() != 255)
+        first = -3 * x[17, f.flatten()].log().sum() - (1 - x[17, taken]).log().sum()
+        second = -(x[y.flatten()[taken].long(), taken] / (1 - x[17, taken])).log()
+        heavy = weight[y.flatten()[taken].long()]
+        apart.append(first / (3 * f.sum() + taken.sum()) + (heavy * second).sum() / heavy.sum())
+    factored = E.pseudo_loss(logits, {"target": target}, weight, replace(tiny, l_free=3.0))
+    assert torch.allclose(factored["ce"], torch.stack(apart).mean(), atol=1e-5) and factored["lov"] == terms["lov"]
+
+
+# --- what tiny adds -----------------------------------------------------------------------------------------
+
+
+def test_known_depth_marks_the_cell_that_it_hits():
+    """A wall of cars at 8.5 m in every pixel: ahead, cells there show it, nearer ones none, farther ones hide."""
+    K, T = torch.tensor([[50.0, 0, 50], [0, 50, 30], [0, 0, 1]]), torch.eye(4)
+    T[:3, :3] = torch.tensor([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+    p, classes = torch.zeros(1, 1, 32, 60, 100), torch.zeros(1, 1, 18, 60, 100)
+    p[:, :, street.depth_bin(torch.tensor(8.5))], classes[:, :, 4] = 1.0, 1.0
+    centers = torch.tensor([[4.5, 0, 0], [8.5, 0, 0], [14.5, 0, 0], [-5.0, 0, 0]])
+    out = street.lift_at_depth(classes, p, centers, K[None, None], T[None, None])[0]  # (4, 18 + 2)
+    assert out[:, 4].tolist() == pytest.approx([0, 1, 0, 0], abs=0.15)
+    assert out[:, 18].tolist() == out[:, 4].tolist() and out[:, 5].abs().sum() == 0
+    assert out[:, 19].tolist() == pytest.approx([0, 0.5, 1, 0], abs=0.1)
+
+
+def test_unseen_voxels_are_free_ignored_or_drawn(monkeypatch):
+    label, seen = np.full((200, 200, 16), FREE, np.uint8), np.zeros((200, 200, 16), np.uint8)
+    label[:100], seen[100:150] = 4, 1
+    monkeypatch.setattr(E, "read_label", lambda *args: (label, seen))
+    unhit, carved, drawn = (E.Keyframes(None, None, replace(E.Config(), free_unseen=u)).target(7)
+                            for u in (1.0, 0.0, 0.1))
+    for target in (unhit, carved, drawn):
+        assert (target[:100] == 4).all() and (target[100:150] == FREE).all()
+    assert (unhit[150:] == FREE).all() and (carved[150:] == 255).all()
+    assert (drawn[150:] == FREE).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(drawn, E.Keyframes(None, None, replace(E.Config(), free_unseen=0.1)).target(7))
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_voxels_interpolate_logits_and_classes_may_stand_together(monkeypatch, apart):
+    logits = torch.zeros(1, 18, 2, 1, 1)
+    logits[0, FREE, 0], logits[0, FREE, 1] = 2.0, 4.0  # 17 classes at 0: together log 17 = 2.8
+    monkeypatch.setattr(E, "stack", lambda items, device: None)
+    monkeypatch.setattr(E.verbs, "inputs", lambda frame: None)
+    net = type("Net", (), {"position": torch.zeros(1), "apart": apart, "__call__": lambda self, batch: logits})()
+    ids = E.predict(net, None)
+    taken = torch.from_numpy(ids)[:, 0, 0] != FREE
+    assert ids.shape == (200, 200, 16) and taken.sum() == (92 if apart else 0)
+    assert not apart or taken[:92].all()  # 2 at x = 49.5, 4 at 149.5: log 17 at 91.2

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 import easyocc as E
+from common.files import InputError
 from common.geometry import OCC3D
+from common.labelers import make_labeler, write_maps
+from common.labels import WORLD
 from common.networks import occnerf as N
-from common.nuscenes import FREE
+from common.nuscenes import FREE, open_split
 from experiments import easyocc as X
 
 run, fails = commands.of(E)
@@ -56,8 +59,22 @@ def test_claims_run_in_one_process(capsys, monkeypatch):
 
 
 def test_an_unknown_claim_costs_one_line(capsys):
-    assert "one of transfer, streamlined, time, unmasked, loss-space, labeler, start, label-quality" in fails(
-        capsys, "ablate", "--claim", "magic")  # fmt: skip
+    assert f"one of {', '.join(X.CLAIMS)}, label-quality" in fails(capsys, "ablate", "--claim", "magic")
+
+
+def test_the_pure_host_opens_no_label_and_weighs_classes_by_their_pixels(tiny_world, tmp_path):
+    dataset = open_split(tiny_world, None, None, (56, 100), tmp_path / "cache")
+    labeler = make_labeler("world", dataset, **WORLD)
+    for i in range(len(dataset)):
+        write_maps(tmp_path / "maps", dataset.camera_files(i), labeler(i))
+    frames = X.RayFrames(dataset, tmp_path, CFG)
+    item = frames(0, np.random.default_rng(0))
+    assert item["target"].numel() == 0
+    pixels = torch.cat([frames.on_rays(frames.maps(i))[0].flatten() for i in range(len(dataset))])
+    road, sky = ((pixels == c).sum() for c in (11, FREE))
+    assert sky > 0 and item["ray_weight"][FREE] / item["ray_weight"][11] == pytest.approx((road / sky) ** 0.5)
+    with pytest.raises(InputError, match="no label of this keyframe"):
+        X.RayFrames(dataset, tmp_path, CFG, pseudo=True).target(0)
 
 
 @pytest.mark.parametrize("ratio", [0.8, 1.0])
@@ -82,6 +99,6 @@ def test_rendered_depth_is_compared_in_log_where_the_map_has_one(monkeypatch):
         monkeypatch.setattr(N, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(N, "render", lambda *args: out)
     frame = {"ray_K": None, "ray_T": None, "ray_seed": 0, "ray_semantic": torch.tensor([4, 255]),
-             "ray_depth": torch.tensor([4.0, 0.0])}  # fmt: skip
-    losses = X.rendered_losses(torch.zeros(18, 2, 2, 2), frame, torch.ones(18), CFG, OCC3D, 1.0, ("sem", "depth"))
+             "ray_depth": torch.tensor([4.0, 0.0]), "ray_weight": torch.ones(18)}  # fmt: skip
+    losses = X.rendered_losses(torch.zeros(18, 2, 2, 2), frame, CFG, OCC3D, 1.0, ("sem", "depth"))
     assert losses["depth"].item() == pytest.approx(np.log(2))

@@ -85,7 +85,7 @@ def test_two_way_generation_equals_whole_passes(prefix):
             last = net.vlm.run(encoded, packs, torch.zeros(1, dtype=torch.int64)).last
             assert net.vlm.logits(last[0, -3]).argmax().item() == ids[0]
             assert net.vlm.logits(last[0, -2]).argmax().item() == ids[1]
-        context, valid, _ = net.plan_inputs(net.encode(images))
+        context, valid, _ = net.plan_context(net.encode(images))
         assert valid[:, -25:].all() and context.shape[:2] == valid.shape  # the planner reads the queries too
         ego = planning.ego_of([planning.unknown_future()] * 2)
         assert net.plan(context, valid, ["", ""], ego)["none"].shape == (2, 6, 2)

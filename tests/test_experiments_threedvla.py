@@ -9,7 +9,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from small_policy import SMALL, agent_of, look, train_batch
+from small_policy import SMALL, agent_of, train_batch
 
 import experiments.threedvla as E
 import threedvla as V
@@ -17,14 +17,7 @@ from common.robot import make_environment
 from experiments.runner import Claim, main
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def observations():
-    return look()
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_claims_name_real_settings_and_pay_the_same():

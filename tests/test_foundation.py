@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from common.backbones import ImageEncoder
 from common.files import InputError, read_json
@@ -64,6 +66,23 @@ def test_pictures_hold_what_they_show(pictures):
 
 
 # --- words --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda w, m: (w | {"backbone.lateral.0.bias": w["backbone.lateral.0.bias"] * np.nan}, m), "lateral.0.bias is missing, of"),
+    (lambda w, m: ({f"module.{k}": v for k, v in w.items()}, m), "is missing, of another shape or not finite"),
+    (lambda w, m: (w | {"read.words.weight": w["read.words.weight"].flatten()}, m), "read.words.weight is missing, of"),
+    (lambda w, m: (w, None), "not an encoder of data.foundation"), (None, "not an encoder of data.foundation"),
+])
+def test_a_damaged_encoder_is_one_line(change, says, tmp_path):
+    path = tmp_path / "x.safetensors"
+    with safe_open(street.WEIGHTS / "street.safetensors", "pt") as file:
+        weights, meta = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    weights, meta = change(weights, meta) if change else (weights, meta)
+    save_file(weights, path, meta)
+    path.write_bytes(path.read_bytes()[: None if change else -9])
+    with pytest.raises(InputError, match=f"{path}: .*{says}"):
+        street.load_street(path)
 
 
 @pytest.mark.parametrize("name", NAMES)

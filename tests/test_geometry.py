@@ -21,12 +21,7 @@ CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BA
 T = torch.from_numpy
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -650,6 +645,23 @@ def test_inliers_drop_the_far_point_only():
     keep = geometry.inliers(points, 20, 2.0)
     assert keep[:125].all() and not keep[125]
     assert geometry.inliers(points, 0, 2.0).all()
+
+
+def test_inliers_in_chunks_are_the_same_and_say_their_cost_first(capsys):
+    points = torch.randn(1000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = geometry.inliers(points, 20)
+    assert not capsys.readouterr().out and 0.9 < whole.float().mean() < 1
+    assert torch.equal(geometry.inliers(points, 20, chunk=300), whole)
+    assert capsys.readouterr().out.startswith("outlier filter: 0.0 M points, about ")
+
+
+def test_the_ray_of_a_pixel_without_a_class_ends_before_what_it_met():
+    K, T = torch.tensor([[[1.0, 0, 1], [0, 1, 0.5], [0, 0, 1]]]).double(), torch.eye(4)[None].double()
+    depth, known = torch.tensor([[[4.0, 4.0, 0.0]]]), torch.tensor([[[True, False, True]]])
+    origin, end = geometry.image_rays(depth, K, T, 1, known, 1.0)
+    assert origin.tolist() == [[0, 0, 0]] * 2 and end[0].tolist() == [-2, 0, 4]
+    assert end[1].norm().item() == pytest.approx(math.hypot(2, 4) - 1) and (end[1] / end[1][2]).tolist() == [0.5, 0, 1]
+    assert geometry.image_rays(depth, K, T, 1, known, 9.0)[1][1].tolist() == [0, 0, 0]  # not behind the camera
 
 
 def test_coarsen_needs_half_of_the_known_voxels():

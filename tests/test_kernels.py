@@ -23,16 +23,8 @@ from common.kernels.voxel_vote import Votes, voxel_vote, voxel_vote_ref
 
 F64 = torch.float64
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: threads cost more than they give, above all beside other jobs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def numbers(seed: int, dtype: torch.dtype = F64):

@@ -15,7 +15,7 @@ from PIL import Image
 from common import labelers
 from common.files import InputError
 from common.labelers import (PHRASES, PROMPTS, Maps, PromptedMasks, box_labels, fit_ground, make_labeler, map_paths,
-                             paint, phrase_ids, rasterize, sam_masks, write_maps)
+                             paint, phrase_ids, rasterize, sam_masks, write_maps, write_semantic)
 from common.nuscenes import DETECTION_CLASSES, FREE, NuScenesOccupancy
 from fake_world import FakeLidar, FakeWorld, save_grounding_dino
 
@@ -88,6 +88,21 @@ def test_maps_may_have_another_resolution_but_not_another_shape_than_the_image(t
             assert make_labeler("files", data, maps=tmp_path)(0).depth.shape == shape
     with pytest.raises(InputError, match="45x45 px has another shape than the 160x90 image"):
         make_labeler("files", data, maps=tmp_path)(0)
+
+
+def test_semantic_and_depth_may_differ_in_size_and_depth_may_be_absent(tmp_path):
+    data, files = FakeWorld(tmp_path, shape=(90, 160)), FakeWorld(tmp_path, shape=(90, 160)).camera_files(0)
+    semantic = np.random.default_rng(0).integers(0, 18, (6, 90, 160)).astype(np.uint8)
+    write_semantic(tmp_path, files, semantic)
+    with pytest.raises(InputError, match="needs semantic/ and depth/"):
+        make_labeler("files", data, maps=tmp_path)
+    maps = make_labeler("files", data, maps=tmp_path, depth=False)(0)
+    assert np.array_equal(maps.semantic, semantic) and not maps.depth.any()
+    for (h, w), own in (((30, 53), None), ((45, 80), semantic[:, 1::2, 1::2]), ((180, 320), semantic.repeat(2, 1).repeat(2, 2))):
+        write_semantic(tmp_path, files, np.full((6, h, w), 512, np.uint16), "depth")
+        maps = make_labeler("files", data, maps=tmp_path)(0)
+        assert maps.semantic.shape == maps.depth.shape == (6, h, w) and (maps.depth == 2).all()
+        assert own is None or np.array_equal(maps.semantic, own)
 
 
 def test_make_labeler_refuses_what_it_does_not_know(tmp_path):

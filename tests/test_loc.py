@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from test_lidar import camera, drive
 
@@ -22,6 +23,7 @@ from common.engine import Session
 from common.files import write_npz
 from common.geometry import OCC3D, fold
 from common.labelers import make_labeler
+from common.loose import write_example
 from common.labels import label_path, read_label
 from common.networks import lss, tinyclip
 from common.nuscenes import OCC3D_CLASSES, NuScenesOccupancy
@@ -182,6 +184,20 @@ def test_trees_that_lack_what_the_labels_need_are_one_line(broken, base, tmp_pat
     assert "no boxes" in line and "--labeler world" in line
 
 
+def test_maps_of_any_tool_need_no_depth(base, tmp_path, capsys):
+    """Semantic maps alone, in another size than the images."""
+    for path in (base.root / "exact" / "semantic").rglob("*.png"):
+        place = tmp_path / "m" / path.relative_to(base.root / "exact")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((100, 56), Image.Resampling.NEAREST).save(place)
+    words = [*labels_of(base.root, tmp_path, base, "files"), "--maps", tmp_path / "m"]
+    run(*words)
+    label = np.load(next((tmp_path / "l").glob("scene-*/*/labels.npz")))["semantics"]
+    assert {11, 17} <= set(np.unique(label)) and (label < 17).sum() > 5000
+    shutil.rmtree(tmp_path / "m" / "semantic")
+    assert "needs semantic/ inside" in fails(capsys, *words)
+
+
 def test_one_sweep_only_is_said(base, tmp_path, capsys):
     from data.driving import make_world
 
@@ -263,7 +279,7 @@ def test_voxel_to_voxel_equals_a_slow_loop():
 def test_image_term_and_rivals_by_hand():
     f, g, w = torch.tensor([[[1.0, 0], [1, 1]]]), torch.tensor([[[0.0, 2], [3, 3]]]), torch.ones(1, 2)
     assert L.image_term(f, g, w).item() == pytest.approx(0.5)  # cosines 0 and 1
-    assert X.pixel_mse(f, g, w).item() == pytest.approx((1 + 4 + 4 + 4) / 2)
+    assert X.pixel_mse(f, g, w).item() == pytest.approx((1 + 4 + 4 + 4) / 4)  # nn.MSELoss
     cosine = X.text_cosine(f, torch.eye(2), torch.tensor([[1, 0]]), w)
     assert cosine.item() == pytest.approx((1 + 1 - 1 / math.sqrt(2)) / 2)
 
@@ -301,7 +317,7 @@ def test_unknown_score_and_decision_by_hand(monkeypatch):
     assert L.decide(heads, prompts, True, how).tolist() == [4, 9]
     assert L.decide(heads, prompts, True, how, "_f").tolist() == [9, 4]
     assert L.decide(heads, prompts, False, how._replace(known_by="language")).tolist() == [4, 11]
-    selfsup = heads._replace(known=None)  # the language head alone names
+    selfsup = heads._replace(class_share=None)  # the language head alone names
     assert L.decide(selfsup, prompts, False, how).tolist() == [4, 11]
     assert "occupancy" not in L.unknown_score(selfsup, text)
 
@@ -586,6 +602,10 @@ def test_predict_needs_no_ground_truth(base, trained, tmp_path):
     shutil.copytree(base.root, bare, ignore=shutil.ignore_patterns("gts", "exact", "sweeps", "lidarseg"))
     run("predict", "--ckpt", trained, "--data-root", bare, "--cache", tmp_path / "c", "--out", tmp_path / "p")
     assert len(list((tmp_path / "p").glob("*.npz"))) == 3 and (tmp_path / "p" / "viewer.html").is_file()
+    words = write_example(NuScenesOccupancy(bare, split="all", cache=tmp_path / "c"), 0, tmp_path / "c.json")
+    run("predict", "--ckpt", trained, "--out", tmp_path / "q", *words)
+    assert len(list((tmp_path / "q").glob("*.npz"))) == 1
+    run("query", "--ckpt", trained, "--text", "a tall yellow vehicle with an arm", *words)
 
 
 def test_query_writes_a_picture_and_a_page(base, trained, capsys, monkeypatch):

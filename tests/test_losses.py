@@ -17,12 +17,7 @@ DENSE = (cross_entropy, lovasz_softmax, geo_scal, sem_scal)
 T = torch.from_numpy
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scene(seed: int = 0, classes: int = 4, ignored: bool = True, shape=(2, 4, 3, 2)):

@@ -59,6 +59,8 @@ def test_prompts_are_the_processors_own():
     pack = vlm.pack([vlm.exchange(QUESTIONS[0], "yes")])[0]
     assert batch["input_ids"][0, vlm.tokens :].tolist() == pack[P.IDS].tolist()
     assert (batch["input_ids"][0, : vlm.tokens] == vlm.net.config.image_token_id).all()
+    with pytest.raises(P.InputError, match="a question of 100000 letters"):  # its square of scores fits nowhere
+        vlm.text.prompt("x" * 100_000)
     assert batch["token_type_ids"][0, vlm.tokens :].tolist() == (pack[P.KIND] > 0).long().tolist()
     assert torch.allclose((batch["images"][0] - vlm.pixel_mean) / vlm.pixel_std, batch["pixel_values"],
                           atol=1e-5)

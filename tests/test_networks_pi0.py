@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from small_policy import SIZES, SMALL, agent_of, encode, look
+from small_policy import SIZES, SMALL, agent_of, encode
 from vectors import load
 
 import threedvla as V
@@ -19,14 +19,7 @@ from common.networks.pi0 import Prefix, pi0_flow, pi0_time_embedding, pi0_time_q
 from common.networks.transformer import DeformableAttention
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def observations():
-    return look()
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_hooked_pi0_is_transformers_pi0_bit_for_bit(observations):

@@ -21,6 +21,7 @@ from common.files import InputError
 from common.geometry import VoxelGrid, hilbert_order
 from common.labelers import SEGMENTER_WORDS, read_semantic
 from common.labels import make_labels
+from common.loose import write_example
 from common.metrics import OccupancyMeter
 from common.nuscenes import NuScenesOccupancy
 from common.train import make_optimizer
@@ -657,6 +658,17 @@ def test_eval_writes_the_fields_tables_and_what_was_scored(roots, labels, traine
         meter.add(np.load(tmp_path / "p" / f"{token}.npz")["pred"], *dataset.labels(i))
     assert meter.metrics()["miou_camera"] == pytest.approx(result["metrics"]["miou_camera"], abs=1e-12)
     assert (out / "viewer.html").stat().st_size > 10_000
+
+
+def test_loose_images_need_a_sweep(roots, labels, trained, tmp_path, capsys):
+    dataset = NuScenesOccupancy(roots["occ3d"], split="mini_val", cache=labels["occ3d"].parent / "cache")
+    words = ["predict", "--ckpt", trained["occ3d"], "--out", tmp_path / "p", *write_example(dataset, 0, tmp_path / "c.json")]
+    run(*words)
+    assert len(list((tmp_path / "p").glob("*.npz"))) == 1 and (tmp_path / "p" / "viewer.html").is_file()
+    del words[words.index("--points"):words.index("--calibration")]
+    assert "--points" in fails(capsys, *words)
+    words[2] = trained["semantickitti"]
+    assert "nuScenes' grid" in fails(capsys, *words)
 
 
 def test_eval_scores_scene_completion_by_the_benchmarks_rule(roots, trained, tmp_path, capsys):

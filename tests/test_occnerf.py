@@ -32,11 +32,22 @@ def test_render_sees_a_wall_at_its_depth(ratio):
     logits[17, wall], logits[15, wall] = -12.0, 9.0
     rays = E.Rays(torch.tensor([[0.0, 0, 1.5]]), torch.tensor([[1.0, 0.1, 0.0]]))
     cells = tuple(round(n / ratio) for n in OCC3D.shape)
-    out = E.render(logits, rays, E.ray_depths(rays, OCC3D, ratio, cells, 400), OCC3D, ratio)
+    out = E.render(logits, rays, E.ray_depths(rays, OCC3D, ratio, cells, 100), OCC3D, ratio)
     edge = (metres[wall][0] + metres[~wall][-1]) / 2  # trilinear: half-way between the two cells
     assert abs(out.depth.item() - edge) < 1.0
     assert out.semantic.argmax(-1).item() == 15
     assert out.weight.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_samples_within_a_fifth_of_a_cell_of_the_last_do_not_count():
+    unit = torch.tensor([[[0.0, 0, 0], [0.003, 0, 0], [0.0081, 0, 0], [0.0081, 0, 0.04], [0.0081, 0.5, 0.04]]])
+    # cells 100, 100, 8: thresholds .004, .004, .05
+    assert E.apart(unit, (100, 100, 8)).tolist() == [[False, False, True, False, True]]
+    logits = torch.full((18, 50, 50, 8), -9.0)  # occupied everywhere
+    rays = E.Rays(torch.tensor([[0.0, 0, 2.2]]), torch.tensor([[1.0, 0.0, 0.0]]))
+    z = torch.tensor([[0.01, 0.02, 0.03, 3.0, 9.0, 12.0, 15.0, 18.0]])
+    assert E.render(logits, rays, z, OCC3D, 0.8).depth.item() == pytest.approx(3.0, abs=1e-2)
+    assert E.render(logits, rays, z, OCC3D, 1.0).depth.item() == pytest.approx(0.1)  # not contracted: all count
 
 
 def test_distortion_equals_the_double_sum():

@@ -26,6 +26,7 @@ from common import metrics as M
 from common.audit import planning_truth
 from common.files import read_json, write_json
 from common.geometry import OCC3D, rig_offsets
+from common.loose import write_example
 from common.networks import paligemma as P
 from common.nuscenes import CAMERAS, FREE, Boxes, NuScenesOccupancy
 from common.report import planning
@@ -442,7 +443,7 @@ def test_a_head_keeps_its_best_weights():
     with torch.no_grad():
         net.planner["none"].out[-1].bias += 100
         net.planner["command"].mean += (batch["path"] - net.eval().plan(
-            *net.plan_inputs(net.encode(batch["images"])), batch["ego"], net.planner)["command"])[0]
+            *net.plan_context(net.encode(batch["images"])), batch["ego"], net.planner)["command"])[0]
     net.keep_best(batch)
     assert torch.equal(net.best["none"].out[-1].bias, before)
     assert net.best["none"].error.item() == kept["none"]
@@ -797,9 +798,16 @@ def test_predict_needs_no_ground_truth(drives, trained, tmp_path, capsys):
     shutil.copytree(drives[0], tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "gts")
     run("predict", "--ckpt", trained, "--data-root", tmp_path / "w", "--out", tmp_path / "p", "--eval-frames",
-        "2",
-        "--pictures", "1")
+        "2", "--pictures", "1")
     assert len(list((tmp_path / "p").glob("*.npz"))) == 2 and (tmp_path / "p" / "viewer.html").is_file()
+    dataset = NuScenesOccupancy(tmp_path / "w", split="all", cache=tmp_path / "c")
+    words = write_example(dataset, 0, tmp_path / "c.json")
+    run("predict", "--ckpt", trained, "--out", tmp_path / "q", *words)
+    (saved,) = (tmp_path / "q").glob("*.npz")
+    assert np.load(saved)["pred"].shape == (200, 200, 16) and (tmp_path / "q" / "viewer.html").is_file()
+    del words[1]
+    write_json(tmp_path / "c.json", {"cameras": read_json(tmp_path / "c.json")["cameras"][:5]})
+    assert "expected 6" in fails(capsys, "predict", "--ckpt", trained, "--out", tmp_path / "q", *words)
 
 
 def test_an_arm_without_occupancy_is_scored_without_labels(drives, trained, tmp_path, capsys):

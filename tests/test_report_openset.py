@@ -101,6 +101,13 @@ def test_a_method_that_knows_scores_perfectly_and_a_blind_one_at_chance(dataset,
     assert set(sums["scene_auroc"]) == set(dataset.scene_names)
 
 
+def test_scores_without_a_voxel_are_undefined(capsys):
+    O.print_table({}, [1, 2], [4], "no camera saw a thing")
+    lines = {line.strip().split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert lines["chance"][1:] == ["50.00", "50.00", "50.00", "undefined", "95.00"]
+    assert lines["retrieval mAP by name"][-1] == lines["mIoU, unknown classes"][-1] == "undefined"
+
+
 def test_counts_of_half_precision_scores_equal_the_scores_themselves():
     generator = torch.Generator().manual_seed(0)
     score, unknown = torch.randn(5000, generator=generator).half(), torch.rand(5000, generator=generator) < 0.1

@@ -332,6 +332,8 @@ def spoil(kind: str, root: Path) -> None:
             (folder / "poses.txt").write_bytes(b"\xff\xfe1 0 0")
         case "few times":
             (folder / "times.txt").write_text("0.0\n0.1\n")
+        case "times back":
+            (folder / "times.txt").write_text("".join(f"{9 - k}\n" for k in range(10)))
 
 
 @pytest.mark.parametrize("kind, says", [
@@ -344,7 +346,7 @@ def spoil(kind: str, root: Path) -> None:
     ("no voxel labels", "000005.label: voxel labels not found"), ("no image", "000005.png: image not found"),
     ("broken image", "000005.png: not a readable image"), ("other size", "10x10 px, expected 40x16"),
     ("few poses", "poses.txt: 6 poses, but scans go up to 000006.bin"), ("bad pose", "is not 12 numbers"),
-    ("few times", "times.txt: 2 times"), ("no rotation", "poses.txt: '1 0 0 0 0 1 0 0 0 0 2 0 ...' is no rotation"),
+    ("few times", "times.txt: 2 times"), ("times back", "times.txt: a time is before the one above it"), ("no rotation", "poses.txt: '1 0 0 0 0 1 0 0 0 0 2 0 ...' is no rotation"),
     ("mirror", "is no rotation and translation"), ("flat Tr", "calib.txt: '0 0 0 0 0 0 0 0 0 0 0 0 ...' is no rotation"),
     ("no focal length", "is no projection K [I | b] with positive focal lengths"), ("not text", "not a UTF-8 text"),
 ])  # fmt: skip
@@ -405,9 +407,11 @@ def test_check(tmp_path, capsys):
     (tree / "sequences/__MACOSX").mkdir()
     K.main(["check", "--data-root", str(tree)])
     assert "2 sequences, 4 frames with voxels" in capsys.readouterr().out
-    for name, says in (("image_2/000005.png", "000005.png: missing or empty; 1 required"),
+    for name, says in (("voxels/000000.label", "000000.label: 4 bytes, expected 4194304"),
+                       ("image_2/000005.png", "000005.png: missing or empty; 1 required"),
                        ("voxels/000005.invalid", "2 required"), ("calib.txt", "3 required")):  # fmt: skip
-        (tree / "sequences/08" / name).unlink()
+        path = tree / "sequences/08" / name
+        path.write_bytes(b"1234") if path.suffix == ".label" else path.unlink()
         with pytest.raises(SystemExit) as stop:
             K.main(["check", "--data-root", str(tree)])
         err = capsys.readouterr().err

@@ -28,27 +28,7 @@ from common.robot import make_environment
 run, fails = commands.of(V)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def observations():
-    return look()
-
-
-@pytest.fixture(scope="module")
-def tabletop(tmp_path_factory):
-    from data.tabletop import make_world
-
-    out = tmp_path_factory.mktemp("tabletop") / "w"
-    make_world(out, seed=0, demos=1, tasks=("lift_cube", "open_drawer"), size=64, workers=1)
-    return out
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 def cameras() -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,9 +172,9 @@ def test_view_gate_normalises_over_what_sees():
 
 def test_refinement_is_bounded_by_alpha():
     points, step = torch.randn(2, 5, 3), 100 * torch.randn(2, 5, 3)
-    moved = (V.refine(points, step) - points).abs()
+    moved = (V.move_points(points, step) - points).abs()
     assert moved.max() <= 0.1 + 1e-6 and moved.max() > 0.09
-    assert torch.equal(V.refine(points, torch.zeros_like(step)), points)
+    assert torch.equal(V.move_points(points, torch.zeros_like(step)), points)
 
 
 def test_probes_start_where_they_are_learned_and_no_view_is_survived(observations):

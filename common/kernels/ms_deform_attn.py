@@ -16,8 +16,7 @@ Letters are Deformable-DETR's (N batch, S pixels, H heads, L levels, P points, D
 `ms_deform_attn_ref` is the definition. Instead of sampling level by level with grid_sample, which writes every sample
 (N H D Q P values a level), it sees the operation as a sparse matrix: an output row is a weighted sum of 4 L P rows of
 `value`. That is torch's embedding_bag, which gathers and sums in one pass (3 to 4 times faster than grid_sample on
-a core); its backward is the transposed matrix for `value` (sorted by row, then the same pass) and one dot product per
-corner for the rest.
+a core); its backward is the transposed matrix for `value` and one dot product per corner for the rest.
 
 Why a kernel: it keeps a query's sum in registers: the least it must move is value, loc, weights and the result once,
 and what it reads is 4 L P D values a query and head, mostly from the second-level cache. Not tuned on a GPU yet.
@@ -29,6 +28,7 @@ derivatives, more than 128 channels a head in the kernel.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -147,12 +147,21 @@ class _Bag(torch.autograd.Function):
                 dy.addcmul_(s.kx[i] * s.inside_y[j], e[rows, c], value=2 * j - 1)
             torch.mul(dx.mul_(a[rows]), plan.width, out=grad_loc[rows, :, 0])
             torch.mul(dy.mul_(a[rows]), plan.height, out=grad_loc[rows, :, 1])
-        place, order = place.flatten().sort(stable=True)                              # (4 R J,)
-        ends = torch.bincount(place, minlength=len(table)).cumsum(0)                  # (N S H,)
-        reader = order.div(share[0].numel(), rounding_mode="floor")                   # (4 R J,)  row of dL/do
-        grad_value = F.embedding_bag(reader, g, F.pad(ends[:-1], (1, 0)), mode="sum",
-                                     per_sample_weights=share.flatten()[order])       # (N S H, D)
+        grad_value = _transposed(place, share.detach(), g, len(table))                # (N S H, D)
         return grad_value.view(value.shape), grad_loc.view(loc.shape), grad_a.view(weights.shape), None
+
+
+def _transposed(place: Tensor, share: Tensor, g: Tensor, rows: int) -> Tensor:
+    """Sums share[r, c, j] g[r] (R, D) into row place[r, c, j] of (rows, D), in one fixed order."""
+    if g.device.type == "cpu":  # scipy walks the transposed matrix as it lies: no sort
+        from scipy.sparse import csr_matrix
+
+        entries = share.flatten().numpy(), place.flatten().numpy(), np.arange(0, share.numel() + 1, share[0].numel())
+        return torch.from_numpy(csr_matrix(entries, (len(g), rows)).T @ g.numpy())
+    place, order = place.flatten().sort(stable=True)                                  # (4 R J,)
+    ends = torch.bincount(place, minlength=rows).cumsum(0)                            # (rows,)
+    reader = order.div(share[0].numel(), rounding_mode="floor")                       # (4 R J,)  row of g
+    return F.embedding_bag(reader, g, F.pad(ends[:-1], (1, 0)), mode="sum", per_sample_weights=share.flatten()[order])
 
 
 def _check(value: Tensor, shapes, loc: Tensor, weights: Tensor) -> list[tuple[int, int, int]]:

@@ -7,6 +7,8 @@ depth bins, h w feature map, X Y Z cells, V of them.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.backbones import ImageEncoder, UNet3D
-from common.geometry import OCC3D, coordinates, invert, project, scale_to, where_true
+from common.geometry import OCC3D, coordinates, divide, invert, project, scale_to, where_true
 
 Bins = tuple[float, float, float]  # [m] first, last, step
 
@@ -37,29 +39,36 @@ PRESETS = {
 }
 
 
-def lift(context: Tensor, depth: Tensor, centers: Tensor, K: Tensor, T_ref_cam: Tensor, bins: Bins) -> Tensor:
-    """V(x) = mean over the cameras that see x of context(uv) p(d | uv) / max_d' p(d' | uv).
+def share_of(depth: Tensor, bins: Bins) -> Tensor:
+    """z-depth [m] -> its place between the first and the last edge of the bins, 0 to 1."""
+    return (depth - bins[0]) / (bins[1] - bins[0])
+
+
+def depth_curves(p: Tensor) -> Tensor:
+    """Depth probabilities (N, D, h, w) -> (N, 2, D, h, w): p / max p, and how probably the surface is nearer."""
+    return torch.stack([p / p.amax(1, keepdim=True), p.cumsum(1) - 0.5 * p], 1)
+
+
+def lift(context: Tensor, curves: Tensor, centers: Tensor, K: Tensor, T_ref_cam: Tensor,
+         share: Callable[[Tensor], Tensor]) -> Tensor:
+    """V(x) = mean over the cameras that see x of context(uv) g(d | uv), g the first of the `curves`.
 
     uv, d is the pixel and the z-depth of x in the camera: K T_cam_ref x.
-    context (N, C, h, w), depth (N, D, h, w) logits over `bins`, centers (V, 3) [m], K (N, 3, 3) at the
-    features' resolution, T_ref_cam (N, 4, 4) -> (V, C + 2). The last two are the same means of p / max p, and
-    of the probability that the pixel's surface is nearer than x. Only the pairs of camera and voxel that meet
-    are computed.
+    context (N, C, h, w), curves (N, Q, D, h, w) over depth (`depth_curves`), centers (V, 3) [m], K (N, 3, 3)
+    at the features' resolution, T_ref_cam (N, 4, 4), share(d): its place on the bins' axis, 0 to 1 -> (V, C +
+    Q). The last Q are the same means of the curves. Only the pairs of camera and voxel that meet are computed.
     """
-    N, C, h, w = context.shape
-    p = depth.float().softmax(1)  # (N, D, h, w)
-    curves = torch.stack([p / p.amax(1, keepdim=True), p.cumsum(1) - 0.5 * p], 1)  # (N, 2, D, h, w)
-    volume, seen_by = context.new_zeros(len(centers), C + 2).float(), context.new_zeros(len(centers), 1)
+    (N, C, h, w), Q = context.shape, curves.shape[1]
+    volume, seen_by = context.new_zeros(len(centers), C + Q).float(), context.new_zeros(len(centers), 1)
     for n in range(N):
         uv, z = project(centers, K[n], invert(T_ref_cam[n]))  # (V, 2), (V,)
         seen = where_true((z > 0.5) & (uv >= 0).all(-1) & (uv[:, 0] < w) & (uv[:, 1] < h))  # (V_n,)
         at = 2 * uv[seen] / uv.new_tensor([w, h]) - 1  # (V_n, 2)
-        deep = 2 * (z[seen] - bins[0]) / (bins[1] - bins[0]) - 1
-        grid = torch.cat([at, deep[:, None]], -1)[None, None, None]
+        grid = torch.cat([at, 2 * share(z[seen])[:, None] - 1], -1)[None, None, None]
         read = F.grid_sample(curves[n : n + 1], grid, padding_mode="border", align_corners=False)
-        gate, before = read[0, :, 0, 0, :, None]  # (V_n, 1) each
+        read = read[0, :, 0, 0].t()  # (V_n, Q)
         sampled = F.grid_sample(context[n : n + 1].float(), at[None, None], align_corners=False)[0, :, 0].t()
-        volume = volume.index_add(0, seen, torch.cat([gate * sampled, gate, before], 1))  # sampled (V_n, C)
+        volume = volume.index_add(0, seen, torch.cat([read[:, :1] * sampled, read], 1))  # sampled (V_n, C)
         seen_by = seen_by.index_add(0, seen, torch.ones_like(seen, dtype=seen_by.dtype)[:, None])
     return volume / seen_by.clamp_min(1)
 
@@ -87,18 +96,13 @@ class LiftNet(nn.Module):
         depth = self.depth(features).unflatten(0, images.shape[:2])  # (B, N, D, h, w)
         features = features.unflatten(0, images.shape[:2])
         centers = self.lifted.centers(device=K.device).view(-1, 3)
-        frames = zip(features, depth, K, T, strict=True)
-        volume = [lift(f, d, centers, k, t, self.bins) for f, d, k, t in frames]
+        frames = zip(features, depth.float().softmax(2), K, T, strict=True)
+        share = partial(share_of, bins=self.bins)
+        volume = [lift(f, depth_curves(p), centers, k, t, share) for f, p, k, t in frames]
         lower, upper = centers.new_tensor(self.grid.lower), centers.new_tensor(self.grid.upper)
         place = coordinates(2 * (centers - lower) / (upper - lower) - 1).expand(len(volume), -1, -1)
         x = torch.cat([torch.stack(volume), place], -1).unflatten(1, self.lifted.shape).movedim(-1, 1)
-        return self.divide(self.spread(self.cnn(x))), depth  # x (B, C + 7, X', Y', Z')
-
-    def divide(self, x: Tensor) -> Tensor:
-        """(B, sx sy sz C, X', Y', Z') on the lifted cells -> (B, C, X, Y, Z) on the cells in them."""
-        x = x.unflatten(1, (*self.split, self.channels))  # (B, sx, sy, sz, C, X', Y', Z')
-        x = x.permute(0, 5, 1, 6, 2, 7, 3, 4)  # (B, X', sx, Y', sy, Z', sz, C)
-        return x.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)  # channels last in memory
+        return divide(self.spread(self.cnn(x)), self.split), depth  # x (B, C + 7, X', Y', Z')
 
     def voxels(self, batch: dict) -> Tensor:
         """The network protocol's features."""

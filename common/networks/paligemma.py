@@ -43,6 +43,7 @@ PALIGEMMA2_3B = {  # 224 px; written here so that `describe` needs no network
 }
 
 
+LONGEST = 4000  # letters of a prompt; attention costs their square
 SIZES = {  # small hosts: their sizes, and steps of lessons on pictures of other worlds (0: random weights)
     "tiny": (Sizes(), 1000),
     "tiny-depth": (Sizes(start="street-depth"), 1000),  # a ceiling: its lessons have metric depth, too
@@ -160,7 +161,9 @@ class Text:
         self.bos, self.eos, self.pad = tokens.bos_token_id, tokens.eos_token_id, tokens.pad_token_id
 
     def prompt(self, text: str) -> list[int]:
-        """Text -> ids of a prompt."""
+        """Text -> ids of a prompt. Raises InputError for a text of a length that no question has."""
+        if len(text) > LONGEST:
+            raise InputError(f"a question of {len(text)} letters ('{text[:40]} ...'): ask in at most {LONGEST}")
         return self.tokenizer.encode(f"{text}\n", add_special_tokens=False)
 
     def answer(self, text: str) -> list[int]:

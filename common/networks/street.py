@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.backbones import ConvBackbone
-from common.files import InputError, atomic
+from common.files import InputError, atomic, reading
+from common.geometry import VoxelGrid
+from common.networks.lss import depth_curves, lift
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 SIZE = (112, 200)  # [px] of the images that it has seen
@@ -32,10 +34,14 @@ DIM = 64  # of the space of texts
 NEAR, FAR = 1.0, 80.0  # [m] first and last edge of the depth bins, evenly spaced in log depth
 
 
+def depth_share(depth: Tensor) -> Tensor:
+    """z-depth [m] -> its place on the axis of the bins, 0 to 1."""
+    return (depth.clamp(NEAR, FAR) / NEAR).log() / math.log(FAR / NEAR)
+
+
 def depth_bin(depth: Tensor) -> Tensor:
     """z-depth [m] -> bin 0..31, nearer and farther depths in the outermost ones."""
-    share = (depth.clamp(NEAR, FAR) / NEAR).log() / math.log(FAR / NEAR)
-    return (share * BINS).long().clamp_max(BINS - 1)
+    return (depth_share(depth) * BINS).long().clamp_max(BINS - 1)
 
 
 def split_words(text: str) -> list[str]:
@@ -124,6 +130,35 @@ class StreetFeatures(nn.Module):
         return torch.cat([features, *(x.softmax(1) for x in self.net.heads(features).values())], 1)
 
 
+def lift_at_depth(context: Tensor, p: Tensor, centers: Tensor, K: Tensor, T_ref_cam: Tensor) -> Tensor:
+    """LSS' lifting by the depth that street-depth knows: context (B, N, C, h, w), p (B, N, 32, h, w) -> (B, V, C + 2)."""
+    frames = zip(context, p, K, T_ref_cam, strict=True)
+    return torch.stack([lift(f, depth_curves(d), centers, k, T, depth_share) for f, d, k, T in frames])
+
+
+class Evidence(nn.Module):
+    """Ours: what the pixels before each fine cell show of its class and depth joins the cell's features.
+
+    A 3D network of coarse cells places a surface to a coarse cell; depth and class are known more finely. They
+    enter as logarithms, since evidence adds up in logits, and each height has biases of its own: of the
+    probabilities and coordinates themselves a few hundred steps learn next to nothing.
+    """
+
+    def __init__(self, grid: VoxelGrid, channels: int):
+        super().__init__()
+        self.register_buffer("centers", grid.centers().view(-1, 3), persistent=False)  # (V, 3) [m]
+        self.weigh = nn.Linear(18 + 4, channels)
+        self.height = nn.Parameter(torch.zeros(grid.shape[2], channels))
+
+    def forward(self, x: Tensor, classes: Tensor, p: Tensor, K: Tensor, T_ref_cam: Tensor) -> Tensor:
+        """x (B, C, X, Y, Z), probabilities of classes (B, N, 18, h, w) and depth (B, N, 32, h, w) -> as x."""
+        shown = lift_at_depth(classes, p, self.centers, K, T_ref_cam)  # (B, V, 18 + 2)
+        here, before = shown[..., 18:19], shown[..., 19:]  # a surface here, one that hides it
+        shown = torch.cat([(torch.cat([shown, 1 - before], -1) + 1e-3).log(), here], -1)  # (B, V, 18 + 4)
+        shown = self.weigh(shown).unflatten(1, x.shape[2:])  # (B, X, Y, Z, C)
+        return (x.movedim(1, -1) + shown + self.height).relu().movedim(-1, 1)
+
+
 def save_street(path: Path, net: StreetEncoder) -> None:
     """Write the weights in half precision, and the vocabulary, whole or not at all."""
     weights = {name: value.half().contiguous() for name, value in net.state_dict().items()}
@@ -138,8 +173,15 @@ def load_street(name: str | Path, pretrained: bool = True) -> StreetEncoder:
         return StreetEncoder(path.stem.endswith("depth"))
     if not path.is_file():
         raise InputError(f"{path}: not found; make it: python -m data.foundation --out F --ship {WEIGHTS}")
-    with safe_open(path, "pt") as file:
-        weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-        net = StreetEncoder("read.depth.weight" in weights, json.loads(file.metadata()["vocabulary"]))
-    net.load_state_dict(weights)
+    with reading(path, "not an encoder of data.foundation", "copy or make it again"):
+        with safe_open(path, "pt") as file:
+            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+            words = json.loads((file.metadata() or {}).get("vocabulary", "no list of words"))
+        net = StreetEncoder("read.depth.weight" in weights, words)
+        mine = net.state_dict()
+        for key in mine | weights:
+            fits = key in mine and key in weights and weights[key].shape == mine[key].shape
+            if not (fits and weights[key].isfinite().all()):
+                raise ValueError(f"{key} is missing, of another shape or not finite")
+        net.load_state_dict(weights)
     return net.eval()

@@ -121,7 +121,7 @@ def episode_list(env: Environment, rules: Rules) -> Listed:
 
 
 def degraded(o: Observation, env: Environment, rules: Rules, seed: int) -> Observation:
-    """What the policy reads: depth noise, nominal camera poses, black images, as the rules say."""
+    """What the policy reads: depth noise, nominal camera poses, black images, by the rules."""
     if rules.extrinsics == "nominal":
         o = o._replace(T_base_cam=env.nominal(o))
     if rules.depth_noise > 0 and o.depth is not None:

@@ -36,7 +36,7 @@ from common.worlds import is_world
 Truth = Callable[[int], tuple[np.ndarray, ...]]  # i -> ids and the masks that the meter takes
 Predict = Callable[[Frame], np.ndarray]
 MASKS = ("camera", "lidar", "both", "none")
-RULES = {  # what a protocol says beside the method's own entries
+RULES = {  # entries of a protocol beside the method's own
     "occ3d": {"grid": "200x200x16, 0.4 m", "mask_eval": "camera, lidar, both, none: one score each",
               "classes": "17 without free; miou15 also without others and other_flat",
               "absent": "a class absent from the truth counts 0 if it is predicted, else it is skipped"},

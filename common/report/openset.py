@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common import viz
 from common.files import read_json, write_json, write_npz
-from common.metrics import occupancy_confusion, openset_scores
+from common.metrics import occupancy_confusion, openset_scores, shown
 from common.nuscenes import FREE, OCC3D_CLASSES, Frame, NuScenesOccupancy
 from common.train import joined, share_out
 
@@ -74,7 +74,7 @@ def report(read: Read, *, dataset: NuScenesOccupancy, indices: list[int], known:
            out: Path, setting: str, drawn: list[int] = ()) -> dict[str, float]:
     """Score keyframes `indices`, print the table, draw `drawn`, add the scores to `out`; -> the metrics.
 
-    known, novel: Occ3D ids. setting: what the table must say about language and the held-out list.
+    known, novel: Occ3D ids. setting: text on language and the held-out list for the table.
     """
     metrics, sums = score(read, dataset, indices, known, novel)
     if not joined().is_main:  # one process writes
@@ -341,37 +341,38 @@ def add_results(out: Path, metrics: dict[str, float], sums: Sums) -> None:
 
 
 def print_table(metrics: dict[str, float], known: list[int], novel: list[int], setting: str) -> None:
-    """The open-set scores, each beside its chance. Percent."""
+    """The open-set scores, each beside its chance. Percent; `undefined` where the truth has no such voxel."""
 
     def line(label: str, values, chance: float | None = None) -> None:
-        cells = ("" if v is None else f"{100 * v:.2f}" for v in [*values, *([chance] if chance else [])])
-        print(f"    {label:41}" + "".join(f"{cell:>9}" for cell in cells))
+        cells = (v if v == "" else shown(None if v is None else 100 * v)
+                 for v in [*values, *([chance] if chance else [])])
+        print(f"    {label:41}" + "".join(f" {cell:>8}" for cell in cells))
 
     def head(label: str, *titles: str) -> None:
         print(f"  {label:43}" + "".join(f"{title:>9}" for title in titles))
 
-    counts = ", ".join(f"{OCC3D_CLASSES[c]} {metrics[f'voxels_{OCC3D_CLASSES[c]}']:.0f}" for c in novel)
+    counts = ", ".join(f"{OCC3D_CLASSES[c]} {metrics.get(f'voxels_{OCC3D_CLASSES[c]}', 0):.0f}" for c in novel)
     print(f"\nopen set: gt-occupied voxels in the camera mask; {setting}; held out, voxels: {counts}")
     head("1 no novel prompt, unknown against known", "AUROC", "things", "stuff", "AUPR", "FPR95")
     keys = ("auroc", "auroc_things", "auroc_stuff", "aupr", "fpr95")
     for name, label in (HEADS | {"height": "a voxel's height"}).items():
         if f"auroc_{name}" in metrics:
             line(label, [metrics.get(f"{key}_{name}") for key in keys])
-    line("chance", [0.5, 0.5, 0.5, metrics["unknown_share"], 0.95])
-    kinds = [kind for kind in ("", "_f", "_g") if f"unknown_miou{kind}" in metrics]
+    line("chance", [0.5, 0.5, 0.5, metrics.get("unknown_share"), 0.95])
+    kinds = [kind for kind in ("", "_f", "_g") if not kind or f"unknown_miou{kind}" in metrics]
     head("2 novel prompts given", *("f + g", "f", "g")[: len(kinds)], "chance")
     for label, name, chance in (("naming with perfect geometry: mIoU", "naming_unknown", None),
                                 ("the same: mean recall", "naming_recall", 1 / len([*known, *novel])),
                                 ("choice among the held-out classes", "choice_unknown", 1 / len(novel)),
-                                ("mIoU, unknown classes", "unknown_miou", metrics["unknown_miou_chance"]),
+                                ("mIoU, unknown classes", "unknown_miou", metrics.get("unknown_miou_chance")),
                                 ("mIoU of known ones beside them", "known_miou", None)):
         line(label, [metrics.get(name + kind) for kind in kinds], chance)
-    found_by_chance = metrics["retrieval_map_chance"]
+    found_by_chance = metrics.get("retrieval_map_chance")
     for label, name, chance in (("harmonic mean", "harmonic", None),
                                 ("AUROC of the prompts' margin", "auroc_margin", 0.5),
                                 ("retrieval mAP by name", "retrieval_map_name", found_by_chance),
                                 ("by description", "retrieval_map_description", found_by_chance)):
-        line(label, [metrics.get(name), *[None] * (len(kinds) - 1)], chance)
+        line(label, [metrics.get(name), *[""] * (len(kinds) - 1)], chance)
     if "inter_intra" in metrics:
         print(f"  diversity between classes: centroid distance {metrics['centroid_distance']:.3f}, "
               f"inter/intra {metrics['inter_intra']:.3f}, effective rank {metrics['effective_rank']:.1f}")

@@ -93,8 +93,8 @@ MIRRORED = [CAMERAS.index(re.sub("LEFT|RIGHT", lambda m: {"LEFT": "RIGHT", "RIGH
 
 
 def hold_out(scenes: Sequence[str], n: int, every: int = 10) -> tuple[list[int], list[int]]:
-    """Scene of each of n keyframes -> those to learn from, and at most 256 of each tenth scene, which say
-    when to stop. No scenes: all, none."""
+    """Scene of each of n keyframes -> those to learn from, and at most 256 of each tenth scene, by
+    which training picks its best weights. No scenes: all, none."""
     held = set(list(dict.fromkeys(scenes))[every // 2 :: every])
     apart = [i for i, name in enumerate(scenes) if name in held]
     return [i for i in range(n) if i not in set(apart)], [apart[k] for k in spread(len(apart), 256)]
@@ -411,6 +411,11 @@ def save_prediction(folder: Path, token: str, found: Prediction) -> None:
     write_npz(folder / f"{token}.npz", pred=found.occupancy, **({} if path is None else {"trajectory": path}))
 
 
+def images_alone(found: Prediction) -> Prediction:
+    """Without the paths that were planned from a command or the ego's motion."""
+    return found._replace(paths={row: path for row, path in found.paths.items() if row == "none"})
+
+
 def changed(own: Scores, skipped: Scores) -> dict[str, float]:
     """What dropping the stream changed over the whole evaluation: answers, and waypoint errors [m]. 0: not a
     bit."""
@@ -578,6 +583,11 @@ def report_options(args: Any) -> dict[str, Any]:
 def predict_frames(drive: Drive, dataset: NuScenesOccupancy, out: Path, *,
                    action_of: Callable[[Future], Action], frames: int = 0, pictures: int = 6) -> None:
     """Write <token>.npz of each keyframe, sheets and the viewer into `out`; no ground truth is read."""
+    if (views := len(dataset.camera_files(0))) != len(CAMERAS):
+        raise InputError(f"--images: {views} a keyframe, expected {len(CAMERAS)} ({', '.join(CAMERAS)})")
+    if dataset.version == "loose":  # neither command nor motion is known: the plan of the images alone
+        all_rows = drive
+        drive = lambda i, **how: images_alone(all_rows(i, **how))  # noqa: E731
     indices, run = spread(len(dataset), frames), joined()
     for i in tqdm(indices[run.rank :: run.world], "predictions", unit="keyframe", leave=False):
         save_prediction(out, dataset.tokens[i], drive(i, images=i))
@@ -614,7 +624,7 @@ def gates(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def print_gates(metrics: dict[str, float]) -> None:
-    """Print what must hold before an arm says anything about a claim."""
+    """Print the conditions on an arm without which it shows nothing about a claim."""
     print("\ngates:")
     for name, value in gates(metrics).items():
         what, least = GATES[name]

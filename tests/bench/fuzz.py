@@ -82,7 +82,14 @@ VALUES = (
 
 
 def damage(data: bytes, suffix: str, rng: random.Random) -> bytes:
-    """The bytes of a file, broken in one of the ways that suit it."""
+    """The bytes of a file, broken in one of the ways that suit it; of one that is broken, in any way."""
+    try:
+        return damage_form(data, suffix, rng)
+    except (zipfile.BadZipFile, struct.error):
+        return damage_bytes(data, rng)
+
+
+def damage_form(data: bytes, suffix: str, rng: random.Random) -> bytes:
     if suffix == ".json" and rng.random() < 0.8:
         return damage_json(data, rng)
     if suffix == ".npz" and rng.random() < 0.6:
