@@ -296,16 +296,6 @@ def all_sweeps(batch: dict) -> list[Tensor]:
     return [torch.cat(both) for both in zip(current_sweep(batch), earlier, strict=True)]
 
 
-def lift_to_grid(features: Tensor, grid: VoxelGrid, batch: dict) -> tuple[Tensor, Tensor]:
-    """(5) mean_cams bilinear(F_I, K T v) at the cells' centres v: features (B, N, C, h, w) -> (B, X', Y', Z',
-    C), and (B, X', Y', Z', 1) bool: a camera sees the cell."""
-    centers, size = grid.centers(device=features.device).flatten(0, 2), batch["images"].shape[-2:]
-    cameras = zip(features, batch["K"], batch["T_ego_cam"], strict=True)
-    each = zip(*(lift(f, centers, k, T, size) for f, k, T in cameras))
-    volume, seen = (torch.stack(v).unflatten(1, grid.shape) for v in each)
-    return volume, seen[..., None]
-
-
 class Semantic(NamedTuple):
     """Outputs of the semantic branch."""
 
@@ -378,6 +368,16 @@ def lift_labels(points: Tensor, sbar: Tensor, K: Tensor, T_ref_cam: Tensor, size
     label = voxel_vote(*place, V, classes, empty=IGNORE).winner
     known = occupied[label[occupied] != IGNORE]
     return known, label[known]
+
+
+def lift_to_grid(features: Tensor, grid: VoxelGrid, batch: dict) -> tuple[Tensor, Tensor]:
+    """(5) mean_cams bilinear(F_I, K T v) at the cells' centres v: features (B, N, C, h, w) -> (B, X', Y', Z',
+    C), and (B, X', Y', Z', 1) bool: a camera sees the cell."""
+    centers, size = grid.centers(device=features.device).flatten(0, 2), batch["images"].shape[-2:]
+    cameras = zip(features, batch["K"], batch["T_ego_cam"], strict=True)
+    each = zip(*(lift(f, centers, k, T, size) for f, k, T in cameras))
+    volume, seen = (torch.stack(v).unflatten(1, grid.shape) for v in each)
+    return volume, seen[..., None]
 
 
 # --- 2B  Geometric branch: cross-plane synergy (6)-(10) -----------------------------------------------------

@@ -277,11 +277,6 @@ class ViewGate(nn.Module):
         return gate / (gate.sum(1, keepdim=True) + 1e-6)
 
 
-def move_points(points: Tensor, step: Tensor, alpha: float = 0.1) -> Tensor:  # [m] assumption
-    """(4) p + alpha tanh(step): points, step (B, Q, 3) [m] -> (B, Q, 3); no coordinate moves beyond alpha."""
-    return points + alpha * torch.tanh(step)
-
-
 class ProbeLayer(nn.Module):
     """(3) h_jv = sum over heads, levels l and places k of A_lk(c_j) F_l^v(u_jv + du_lk(c_j)), in each view.
 
@@ -302,6 +297,11 @@ class ProbeLayer(nn.Module):
         update = (self.gate(sampled, valid)[..., None] * sampled).sum(1)
         content = self.block(self.norm(content + update))
         return content, move_points(start(content) if start else point, self.coordinate(content))  # (4)
+
+
+def move_points(points: Tensor, step: Tensor, alpha: float = 0.1) -> Tensor:  # [m] assumption
+    """(4) p + alpha tanh(step): points, step (B, Q, 3) [m] -> (B, Q, 3); no coordinate moves beyond alpha."""
+    return points + alpha * torch.tanh(step)
 
 
 class Probes(NamedTuple):
@@ -493,25 +493,6 @@ def asymmetric_mask(B: int, V: int, h: int, w: int, ratio: float, generator: tor
     return hidden
 
 
-def rotary(px: Tensor, py: Tensor, scale: float) -> Rotate:
-    """(9) 3D RoPE: queries turn by their points px (B, N, 3) [m], keys by py (B, N', 3); values never do."""
-    return lambda q, k: (rope_3d(q, px[:, None], scale=scale), rope_3d(k, py[:, None], scale=scale))
-
-
-class HybridBlock(nn.Module):
-    """(10) X <- X + HA(X, context), X <- X + HA(X, X), X <- X + FFN(X), pre-norm, rotated by (9)."""
-
-    def __init__(self, width: int, heads: int, scale: float):
-        super().__init__()
-        self.norm_x, self.norm_y = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.cross, self.block, self.scale = Attention(width, heads), Block(width, heads), scale
-
-    def forward(self, x: Tensor, y: Tensor, px: Tensor, py: Tensor, my: Tensor | None, mx: Tensor) -> Tensor:
-        """x (B, N, d) at px, context y (B, N', d) at py; my (B, N'), mx (B, N): what counts -> (B, N, d)."""
-        x = x + self.cross(self.norm_x(x), self.norm_y(y), my, rotary(px, py, self.scale))
-        return self.block(x, mx, rotary(px, px, self.scale))
-
-
 class ContextEncoder(nn.Module):
     """(7) X~ = X + Phi_pos + E_view of the shown tokens, a transformer. The teacher, its EMA, sees all."""
 
@@ -547,6 +528,25 @@ class Predictor(nn.Module):
         for layer in self.layers:
             x = layer(x, context, points, context_points, shown, keep)
         return self.out(x)
+
+
+def rotary(px: Tensor, py: Tensor, scale: float) -> Rotate:
+    """(9) 3D RoPE: queries turn by their points px (B, N, 3) [m], keys by py (B, N', 3); values never do."""
+    return lambda q, k: (rope_3d(q, px[:, None], scale=scale), rope_3d(k, py[:, None], scale=scale))
+
+
+class HybridBlock(nn.Module):
+    """(10) X <- X + HA(X, context), X <- X + HA(X, X), X <- X + FFN(X), pre-norm, rotated by (9)."""
+
+    def __init__(self, width: int, heads: int, scale: float):
+        super().__init__()
+        self.norm_x, self.norm_y = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.cross, self.block, self.scale = Attention(width, heads), Block(width, heads), scale
+
+    def forward(self, x: Tensor, y: Tensor, px: Tensor, py: Tensor, my: Tensor | None, mx: Tensor) -> Tensor:
+        """x (B, N, d) at px, context y (B, N', d) at py; my (B, N'), mx (B, N): what counts -> (B, N, d)."""
+        x = x + self.cross(self.norm_x(x), self.norm_y(y), my, rotary(px, py, self.scale))
+        return self.block(x, mx, rotary(px, px, self.scale))
 
 
 def ssl_loss(predicted: Tensor, true: Tensor, w_recon: float = 1.0, w_cos: float = 1.0,  # assumption
