@@ -160,7 +160,7 @@ class Config:
     # optimisation
     optimizer: Literal["adamw", "muon"] = "adamw"  # Sec. 4; tiny: Muon, without the expert
     batch: int = 64  # of all processes together; Sec. 4
-    head_batch: int = 64  # of stage 2, whose tokens are kept on disk; Sec. 4
+    head_batch: int = 64  # of stage 2; Sec. 4. Larger (tiny): frozen tokens are kept on disk
     base_steps: int = 30000  # stage 0; openpi's LIBERO fine-tuning; ours
     base_lr: float = 5e-5  # openpi
     w_ground: float = 0.0  # stage 0: image tokens learn where the words' objects are; ours, tiny
@@ -178,9 +178,8 @@ PRESETS = {
     "tiny": Config(  # two CPU cores
         sizes="tiny", head="l1", tokens_at="front", width=96, heads=4, fusion_layers=2, rope_scale=20.0,
         probes=40, mask_width=48, sample_heads=4, start="mask", completion="mirror", ema=0.98,
-        optimizer="muon", batch=16, head_batch=256, base_steps=2400, base_lr=1e-2, w_ground=1.0,
-        stage1_steps=600, stage2_steps=1500, warmup=50, lr=1e-3, lr_3d=5e-3, lr_floor=0.05,
-        weight_decay=0.05, amp="off"),
+        optimizer="muon", batch=16, head_batch=256, base_steps=2400, base_lr=1e-2, w_ground=1.0, warmup=50,
+        stage1_steps=600, stage2_steps=1500, lr=1e-3, lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05, amp="off"),
     "base": Config(sizes="libero", batch=8, head_batch=8),  # ours: one 24 GB GPU
     "paper": Config(),
 }
@@ -652,6 +651,7 @@ class Batch(NamedTuple):
     ground: Tensor | None = None  # (B, V, 2, H / 4, W / 4) the object to move, and its destination
     prefix: Prefix | None = None  # from stage 1 on: the frozen VLM's
     found: Found | None = None  # stage 2: what the frozen modules found
+    comp: tuple[Tensor, Tensor] | None = None  # or its completion points alone
     noise: Tensor | None = None  # (B, A, D)
     time: Tensor | None = None  # (B,) of the flow
     hidden: Tensor | None = None  # (B', V, h, w) bool of the first B' samples
@@ -712,7 +712,7 @@ class ThreeD(nn.Module):
         view = torch.arange(V, device=index.device).repeat_interleave(h * w).expand(len(index), -1)
         found = Found(memory.flatten(1, 3), points.flatten(1, 3), view, view_masks(chosen[-1], mask_map) > 0,
                       Probes(*chosen), index, valid, terms)
-        return found._replace(comp=self.complete(found, batch)) if self.predicts else found
+        return found._replace(comp=batch.comp or self.complete(found, batch)) if self.predicts else found
 
     @torch.no_grad()
     def complete(self, found: Found, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -861,15 +861,13 @@ class Agent(nn.Module):
 
 def observe(observations: list[Observation], cfg: Config, device: torch.device | str = "cpu") -> Batch:
     """Observations -> Batch at the policy's image size, of its first views."""
-    cut = ("images", "depth", "K", "T_base_cam")
-    observations = [o._replace(**{k: getattr(o, k)[: cfg.views] for k in cut}) for o in observations]
-    return Batch(**stack_observations(observations, SIZES[cfg.sizes].image_size, device))
+    return Batch(**stack_observations(observations, SIZES[cfg.sizes].image_size, device, cfg.views))
 
 
 class Frames:
     """Frames of demonstrations as training samples. masks(observation): of each view, for pseudo_targets."""
 
-    prefix = found = staticmethod(lambda index: None)  # of frames: what is frozen, from the disk
+    prefix = found = comp = staticmethod(lambda index: None)  # of frames: what is frozen, from the disk
 
     def __init__(self, cfg: Config, root: Path, masks: Callable = instance_masks, actions: int | None = None):
         self.cfg, self.sizes, self.masks = cfg, SIZES[cfg.sizes], masks
@@ -893,7 +891,7 @@ class Frames:
         device, three = agent.action_mean.device, agent.three
         (actions, valid, state), prefix = (x[index].to(device) for x in self.rows), self.prefix(index)
         batch = Batch(None, None, None, None, state, None, actions, valid, prefix=prefix,
-                      found=self.found(index))
+                      found=self.found(index), comp=self.comp(index))
         if prefix is not None and (agent.stage == 2 or three is None):
             return batch
         seen = observe([self.demos.observation(i) for i in index], self.cfg, device)
@@ -907,22 +905,26 @@ class Frames:
         return batch
 
     def freeze(self, agent: Agent, base: Path, before: Path) -> None:
-        """Compute once what is frozen in this stage, of all frames; it is kept in the stages' folders."""
-        device, three = agent.action_mean.device, agent.three
+        """Compute once what is frozen in this stage, of all frames, into the stages' folders; without a
+        larger --head-batch (base, paper), completion points alone."""
+        device, three, stage, cfg = agent.action_mean.device, agent.three, agent.stage, agent.cfg
+        self.prefix = self.found = self.comp = Frames.prefix
         rows = partial(frozen_rows, count=len(self.demos), device=device)
-        key, unread = [str(self.demos.root.resolve()), agent.front], {"tokens": None} if agent.front else {}
+        key = digest(nn.ModuleList(agent.frozen() * (stage > 0)), self.demos.root.resolve(), agent.front)
+        unread = {"tokens": None} if agent.front else {}
 
         def see(index: list[int]) -> Batch:
             return observe([self.demos.observation(i) for i in index], self.cfg, device)
 
-        self.prefix = self.found = Frames.prefix
-        if agent.stage:
-            key = [digest(nn.ModuleList(agent.frozen()), *key)]
-            self.prefix = rows(base / f"tokens-{key[0]}",
-                               make=lambda i: agent.encode(see(i))._replace(**unread))
-        if agent.stage == 2 and three is not None:
-            key = digest(nn.ModuleList(filter(None, three.frozen(2))), *key, three.predicts)
-            self.found = rows(before / f"found-{key}", make=lambda i: three.find(self.prefix(i), see(i)))
+        if stage and cfg.head_batch > cfg.batch:
+            self.prefix = rows(base / f"tokens-{key}", make=lambda i: agent.encode(see(i))._replace(**unread))
+        if stage == 2 and three is not None:
+            key = digest(nn.ModuleList(filter(None, three.frozen(2))), key, three.predicts)
+            find = lambda i: three.find(self.prefix(i) or agent.encode(see(i)), see(i))  # noqa: E731
+            if cfg.head_batch > cfg.batch:
+                self.found = rows(before / f"found-{key}", make=find)
+            elif three.predicts:
+                self.comp = rows(before / f"comp-{key}", make=lambda i: find(i).comp)
 
 
 def draw_step(cfg: Config, B: int, seed: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
@@ -941,8 +943,7 @@ def draw_step(cfg: Config, B: int, seed: int, step: int, rank: int = 0, world: i
 
 def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before: Path | None = None,
                 three: Callable = ThreeD, base: Path | None = None) -> None:
-    """Stage 0 (base policy), 1 (fusion, instances) or 2 (predictor, aggregation), from the stage `before`;
-    base: stage 0's folder, where the frozen VLM's tokens are kept."""
+    """Stage 0 (base policy), 1 (fusion, instances), 2 (predictor, aggregation) from `before`; base: stage 0."""
     steps = args.steps or (cfg.base_steps, cfg.stage1_steps, cfg.stage2_steps)[stage]
     source = {"root": frames.demos.root, "stage": stage, "from": before, "pseudo": args.pseudo}
     run = Session(args, cfg, out, samples=len(frames.demos), steps=steps, source=source, amp=cfg.amp,
@@ -1100,9 +1101,8 @@ def describe(cfg: Config, args) -> None:
             agent = Agent(replace(cfg, variant=variant, vlm=None)).requires_grad_(False)
             image, comp = torch.zeros(1, V, *[sizes.image_size] * 2), torch.zeros(1, n, 3)
             batch = Batch(image[:, :, None].expand(-1, -1, 3, -1, -1), image, torch.ones(1, V, 3, 3),
-                          torch.ones(1, V, 4, 4), torch.zeros(1, 8), ["lift the red cube"])
-            if agent.three is not None:  # completion is on numbers, not on shapes
-                agent.three.complete = partial(lambda comp, *_: (comp, comp[..., 0] > 0), comp)
+                          torch.ones(1, V, 4, 4), torch.zeros(1, 8), ["lift the red cube"],
+                          comp=(comp, comp[..., 0] > 0))
             agent.forward, noise = agent.act, torch.zeros(1, sizes.chunk, sizes.action_dim)
             print(f"{cfg.policy} {variant}, preset {args.preset}: {V} x {sizes.image_size} px, one plan")
             flops.append(table(agent, batch, noise, train=False)["flops"])

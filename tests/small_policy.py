@@ -15,7 +15,7 @@ pointattn.POINTS["small"] = 32
 V.Config.__annotations__["sizes"] = 'Literal["tiny", "libero", "paper", "small"]'  # a run's config.json may name it
 SIZES = pi0.SIZES["small"]
 SMALL = V.replace(V.PRESETS["tiny"], sizes="small", head="flow", width=48, heads=2, fusion_layers=1,
-                  probes=12, mask_width=8, sample_heads=2, batch=4, head_batch=4, base_steps=2, stage1_steps=2,
+                  probes=12, mask_width=8, sample_heads=2, batch=4, head_batch=6, base_steps=2, stage1_steps=2,
                   stage2_steps=2)
 
 

@@ -529,6 +529,13 @@ def test_what_is_frozen_is_computed_once_and_learns_alike(tabletop, tmp_path, mo
     assert all(torch.allclose(a[k], b[k], rtol=0.02) for k in a)
     names = {p.name.split("-")[0] for p in tmp_path.glob("*/*-*")}
     assert names == {"tokens", "found"}
+    agent.cfg = V.replace(agent.cfg, head_batch=4)  # no larger than --batch: completion points alone
+    frames.freeze(agent, tmp_path / "base", tmp_path / "alone")
+    points = frames.batch([3, 7], agent)
+    assert [p.name[:5] for p in (tmp_path / "alone").iterdir()] == ["comp-"] and points.prefix is None
+    with torch.no_grad():
+        assert torch.allclose(points.comp[0], agent.three.find(agent.encode(fresh), fresh).comp[0])
+    agent.cfg = SMALL
     monkeypatch.setattr(V.Agent, "encode", lambda self, batch: 1 / 0)  # never called for what is there
     again = V.Frames(SMALL, tabletop)
     with pytest.raises(ZeroDivisionError):
