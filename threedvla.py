@@ -177,9 +177,9 @@ class Config:
 PRESETS = {
     "tiny": Config(  # two CPU cores
         sizes="tiny", head="l1", tokens_at="front", width=96, heads=4, fusion_layers=2, rope_scale=20.0,
-        probes=40, mask_width=48, sample_heads=4, start="mask", completion="mirror", ema=0.98,
+        probes=40, mask_width=48, sample_heads=4, start="mask", completion="mirror", ema=0.98, amp="off",
         optimizer="muon", batch=16, head_batch=256, base_steps=2400, base_lr=1e-2, w_ground=1.0, warmup=50,
-        stage1_steps=600, stage2_steps=1500, lr=1e-3, lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05, amp="off"),
+        stage1_steps=600, stage2_steps=1500, lr=1e-3, lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05),
     "base": Config(sizes="libero", batch=8, head_batch=8),  # ours: one 24 GB GPU
     "paper": Config(),
 }
@@ -943,7 +943,7 @@ def draw_step(cfg: Config, B: int, seed: int, step: int, rank: int = 0, world: i
 
 def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before: Path | None = None,
                 three: Callable = ThreeD, base: Path | None = None) -> None:
-    """Stage 0 (base policy), 1 (fusion, instances), 2 (predictor, aggregation) from `before`; base: stage 0."""
+    """Stage 0 (base policy), 1 (fusion, instances), 2 (predictor, aggregation) from `before`. base: 0's."""
     steps = args.steps or (cfg.base_steps, cfg.stage1_steps, cfg.stage2_steps)[stage]
     source = {"root": frames.demos.root, "stage": stage, "from": before, "pseudo": args.pseudo}
     run = Session(args, cfg, out, samples=len(frames.demos), steps=steps, source=source, amp=cfg.amp,
