@@ -48,9 +48,10 @@ ASSUMPTIONS    All unpublished; the flag or the line that changes it stands besi
     * (4) on class-balanced voxels, tau .07; (6) on and sparse; (5) off; weights 1   TAU, --lambda-dcl -img
     * k = 5, majority, ties to the nearest point; all sweeps are fused               --knn-k --n-sweeps
     * self-supervised labels read no box and no lidarseg: rays decide what moves     lidar.py: suspects
-    * a held-out object takes the known class that the teacher is sure of, one for the scene; it is ignored
-      where the teacher is not sure (honest), or always (an oracle's mask); their list is arbitrary  --holdout
-    * voxels are named by norm(f + a g); a: the best at known classes in training    --image-weight
+    * a held-out object takes the known class that the teacher is sure of, one for the scene; it is matter
+      without a class where the teacher is not sure (honest), or always (an oracle's mask); an arbitrary
+      list is held out                                                               --holdout -mode
+    * voxels are named by norm(f + a g), a from F-VLM; known classes would favour f  --image-weight
     * the language head's gradient does not enter the trunk                          --lang-grad
     * t_c is the mean over LOcc's query words in ViLD's 14 templates                 --vocabulary
     * unknown score: mean of both heads' 1 - max known probability                   unknown_score
@@ -96,7 +97,7 @@ from common.labelers import rasterize
 from common.labels import IGNORE, LabelMaker, each, read_label, weights_of
 from common.lidar import (Now, Scene, at_keyframe, best_pixels, check_supervision, fill_voids, fuse, majority,
                           move, nearest_points, occupy, open_scans, read_sweeps, seen_space)
-from common.losses import cross_entropy, lovasz_softmax
+from common.losses import cross_entropy, lovasz_softmax, occupancy_cross_entropy
 from common.networks import lss, tinyclip
 from common.nuscenes import FREE, OCC3D_CLASSES, Frame, NuScenesOccupancy
 from common.report import openset
@@ -106,7 +107,8 @@ from common.worlds import is_world, make
 
 TAU = 0.07  # temperature of the contrasts and of the language head's probabilities; assumption
 SURE = 0.5  # the teacher's least probability of a held-out object's known label; assumption
-IMAGE_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # a of (7), from which training chooses; ours
+UNNAMED = 254  # in targets: matter whose class training may not know
+IMAGE_WEIGHT = 0.65 / 0.35  # a of (7): F-VLM's shares of CLIP and of what learned, for unlabelled classes
 
 # --- 1  Configuration ---------------------------------------------------------------------------------------
 
@@ -142,6 +144,7 @@ class Config:
     lambda_dcl: float = 1.0  # (8), assumption
     lambda_img: float = 1.0  # (6), assumption
     lambda_depth: float = 0.05  # of the lss network's LiDAR depth; LOcc-BEVDet
+    l_free: float = 0.0  # ours, tiny: > 0 factors (8)'s cross-entropy, free against occupied weighs this
     # optimisation
     batch: int = 1  # keyframes per process; assumption
     optimizer: Literal["adamw", "muon"] = "adamw"  # LOcc; muon: common/train.py
@@ -155,10 +158,10 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        network_preset="tiny", image_size=(112, 200), backbone="street", occ_hidden=0, lang_kernel=1,
+        network_preset="tiny", image_size=(112, 200), backbone="street+frozen", occ_hidden=0, lang_kernel=1,
         clip=None, clip_dim=64, clip_image=(112, 200), dcl_samples=64, image_samples=512, lambda_dcl=0.5,
-        lambda_img=0.5, lambda_depth=0.3, optimizer="muon", steps=360, lr=1e-2, weight_decay=0.6, warmup=20,
-        jitter=1.0, amp="off"),
+        lambda_img=0.5, lambda_depth=0.3, l_free=1.0, optimizer="muon", steps=360, lr=1e-2, weight_decay=0.6,
+        warmup=20, jitter=1.0, amp="off"),
     "base": Config(network_preset="base", batch=2, steps=60_000, warmup=3000),  # one 24 GB GPU
     "paper": Config(),
 }
@@ -265,8 +268,7 @@ class Loc(nn.Module):
         self.stride = tuple(n // m for n, m in zip(OCC3D.shape, self.grid.shape, strict=True))
         self.occupancy = OccupancyHead(self.net.channels, cfg.occ_hidden, self.classes)
         self.language = LanguageHead(self.net.channels, cfg.clip_dim, cfg.lang_kernel)
-        self.lang_grad = cfg.lang_grad
-        self.register_buffer("known_naming", torch.zeros(len(IMAGE_WEIGHTS)))  # accuracy by a, in training
+        self.lang_grad, self.apart = cfg.lang_grad, cfg.l_free > 0
 
     def voxels(self, batch: dict) -> tuple[Tensor, Tensor | None]:
         """-> V (B, C, X, Y, Z), and the lss network's depth logits."""
@@ -279,21 +281,6 @@ class Loc(nn.Module):
         read = features if self.lang_grad else features.detach()
         out = {"scores": self.occupancy(features), "f": self.language(read, batch["cells"])}
         return out if depth is None else out | {"depth": depth}
-
-    @torch.no_grad()
-    def weigh_image(self, f: Tensor, batch: dict, text: Tensor, keep: float = 0.98) -> None:
-        """Running mean, for each a, of norm(f + a g)'s accuracy at the training cells of known classes."""
-        label, weight = batch["cell_class"], batch["cell_weight"]
-        f = F.normalize(f[:, : label.shape[1]], dim=-1)
-        g, text = batch["cell_image"].to(f.dtype), text.to(f.dtype)
-        right = [weighted_mean(((f + a * g) @ text.t()).argmax(-1) == label, weight)
-                 for a in IMAGE_WEIGHTS]
-        self.known_naming.lerp_(torch.stack(right), 1 - keep)
-
-    @property
-    def image_weight(self) -> float:
-        """The a that named best."""
-        return IMAGE_WEIGHTS[int(self.known_naming.argmax())]
 
 
 # --- 2.4  Language: prompts, CLIP, held-out classes ---------------------------------------------------------
@@ -463,7 +450,7 @@ class How(NamedTuple):
     """How voxels are named."""
 
     clip_image: tuple[int, int]  # [px] at which CLIP reads the images
-    image_weight: float | None = None  # a of (7); none: the one that training chose
+    image_weight: float = IMAGE_WEIGHT  # a of (7)
     known_by: str = "occupancy"  # the head that names known classes
 
 
@@ -483,7 +470,8 @@ def run_heads(net: Loc, frame: Frame, prompts: Prompts, how: How,
     device, item = net.language.last.weight.device, inputs(frame)
     features, _ = net.voxels(collate([item], device))
     scores = net.occupancy(features)[0]  # (K + 1, X, Y, Z)
-    occupied = scores[:-1].amax(0) > scores[-1]
+    matter = scores[:-1].logsumexp(0) if net.apart else scores[:-1].amax(0)
+    occupied = matter > scores[-1]
     wanted = occupied
     if voxels is not None:
         asked = torch.nonzero(torch.from_numpy(voxels).to(device)) // torch.tensor(net.stride, device=device)
@@ -494,8 +482,8 @@ def run_heads(net: Loc, frame: Frame, prompts: Prompts, how: How,
     centers = voxel_centers(wanted.nonzero().cpu().numpy(), net.stride)
     patches = tinyclip.patch_features(prompts.clip, item["images"].to(device), how.clip_image)
     g = lift(patches, centers, item, item["images"].shape[-2:])
-    a = net.image_weight if how.image_weight is None else how.image_weight
-    return Heads(occupied, cells, share, {"": F.normalize(f + a * g, dim=-1), "_f": f, "_g": g})
+    named = {"": F.normalize(f + how.image_weight * g, dim=-1), "_f": f, "_g": g}
+    return Heads(occupied, cells, share, named)
 
 
 def unknown_score(heads: Heads, text: Tensor) -> dict[str, Tensor]:
@@ -555,8 +543,11 @@ def occupancy_loss(out: dict[str, Tensor], batch: dict, class_weight: Tensor, ne
                    cfg: Config) -> dict[str, Tensor]:
     """The other terms of (8): weighted cross-entropy + Lovasz, and the lss network's LiDAR depth."""
     scores, target = out["scores"], batch["target"]  # (B, K + 1, X, Y, Z), (B, X, Y, Z) with 255 ignored
-    terms = {"ce": cross_entropy(scores, target, class_weight, IGNORE),
-             "lov": lovasz_softmax(scores, target, ignore=IGNORE, per_sample=True)}
+    named = target.masked_fill(target == UNNAMED, IGNORE)
+    apart = partial(occupancy_cross_entropy, free=scores.shape[1] - 1, l_free=cfg.l_free)
+    entropy = apart if net.apart else cross_entropy
+    terms = {"ce": entropy(scores, target if net.apart else named, class_weight, ignore=IGNORE),
+             "lov": lovasz_softmax(scores, named, ignore=IGNORE, per_sample=True)}
     if "depth" in out:
         terms["depth"] = cfg.lambda_depth * lss.depth_loss(out["depth"], batch["depth"], net.net.bins)
     return terms
@@ -603,13 +594,14 @@ class Keyframes:
         return read_truth(self.labels, self.dataset, i, self.cfg.gt)
 
     def target(self, i: int) -> np.ndarray:
-        """(200, 200, 16) uint8: 0..K-1 known, K free, 255 ignored."""
+        """(200, 200, 16) uint8: 0..K-1 known, K free, 254 occupied without a class, 255 ignored."""
         semantics, seen = self.truth(i)
         target = self.rank[semantics]
         target[(target == self.free) & ~surely_free(seen)] = IGNORE
         if self.named is not None:
             arrays = read_npz(self.named_path(i), {"index": (None, "int32"), "label": (None, "uint8")})
             target.reshape(-1)[arrays["index"]] = self.rank[arrays["label"]]
+        target[(target == IGNORE) & (semantics < FREE)] = UNNAMED
         return target
 
     def named_path(self, i: int) -> Path:
@@ -637,8 +629,6 @@ class Keyframes:
         depth = rasterize(points, np.zeros(len(points), np.uint8), K, item["T_ego_cam"].numpy(), h, w)[1]
         cells, label, weight = self.sample_classes(target, rng)
         seen, feature, seen_weight = self.sample_pixels(points, target, patches, item, rng)
-        centers = voxel_centers(np.stack(np.unravel_index(cells, self.shape), 1), self.stride)
-        shown["cell_image"] = lift(patches, centers, item, cfg.image_size)
         arrays = {"depth": depth, "cells": np.concatenate([cells, seen]), "cell_class": label,
                   "cell_weight": weight, "pixel_feature": feature, "pixel_weight": seen_weight}
         shown["target"] = self.occupancy(target)
@@ -746,7 +736,7 @@ def target_weights(keyframes: Keyframes, workers: int = 1) -> Tensor:
     for c in (c for c in words.novel if keyframes.named is not None and named[c].any()):
         share = named[c, : keyframes.free] / named[c].sum()
         print(f"note: {OCC3D_CLASSES[c]} in training: {100 * share.max():.0f} % of its voxels are called "
-              f"{OCC3D_CLASSES[words.known[share.argmax()]]}, {100 * (1 - share.sum()):.0f} % are ignored",
+              f"{OCC3D_CLASSES[words.known[share.argmax()]]}, {100 * (1 - share.sum()):.0f} % have no class",
               file=sys.stderr)
     return weight
 
@@ -786,7 +776,6 @@ def train(cfg: Config, dataset: NuScenesOccupancy, labels: Path, args, frames=No
             out = model(batch)
         terms = occupancy_loss(out, batch, class_weight, net, cfg)
         terms |= contrast(out["f"], batch, prompts.text, cfg)
-        net.weigh_image(out["f"], batch, prompts.text)
         optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()  # (8)
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)  # ours
@@ -827,8 +816,7 @@ def evaluate(cfg: Config, args, measured: dict[str, float] | None = None) -> Non
     words, data, how = prompts.words, args.run["data"], How(cfg.clip_image, args.image_weight, args.known_by)
     held_out = f"{', '.join(OCC3D_CLASSES[c] for c in words.novel)} ({Path(cfg.holdout).name})"
     language = cfg.clip or f"tiny CLIP, {cfg.language}"
-    a = net.image_weight if how.image_weight is None else how.image_weight
-    naming = f"norm(f + {a:g} g); known classes by the {how.known_by} head"
+    naming = f"norm(f + {how.image_weight:.3g} g); known classes by the {how.known_by} head"
     protocol = {"naming": naming, "mask_train": data["mask_train"], "language": language,
                 "labels": "Occ3D ground truth where observed, else " * cfg.gt + data["note"],
                 "held_out": f"{held_out}; in training {cfg.holdout_mode}; their voxels are in no known score"}
@@ -872,7 +860,7 @@ def cells_of(cfg: Config) -> dict[str, Tensor]:
 
 FLAGS = {
     "text": cli.Flag("what to look for, in words", str),
-    "image-weight": cli.Flag("a of norm(f + a g); none: the one that training chose", float | None),
+    "image-weight": cli.Flag("a of norm(f + a g)", float, IMAGE_WEIGHT),
     "known-by": cli.Flag("the head that names known classes", Literal["occupancy", "language"], "occupancy"),
 }
 

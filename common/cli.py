@@ -24,6 +24,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 import sys
 import textwrap
 import types
@@ -255,6 +256,8 @@ def _value(text: str, hint: Any, least: float | None = None) -> Any:
     value = kind(text)
     if kind is float and not math.isfinite(value):
         raise ValueError("not a finite number")
+    if kind is int and abs(value) >= 1 << 63:
+        raise ValueError("too large a number")
     if least is not None and value < least:
         raise ValueError(f"must be {least} or more")
     return value
@@ -272,7 +275,7 @@ def _field_flags(config: type, presets: dict[str, Any], table: dict[str, Flag]) 
     for field, hint in _hints(config).items():
         name, values = field.replace("_", "-"), [shown(getattr(preset, field)) for preset in presets.values()]
         values = values if len(set(values)) > 1 else values[:1]
-        least = table[name].least if name in table else None
+        least = table[name].least if name in table else 0 if re.match("lr|epochs|warmup|weight-decay", name) else None
         flags[name] = Flag(f"[{' / '.join(values)}]", hint, least=least)
     return flags
 

@@ -11,6 +11,7 @@ Letters: T frames, V views, H W image, S state, D action channels, A action step
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -22,7 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import worlds
-from common.files import InputError, is_component, misfit, read_json, read_npz, reading, write_bytes, write_npz
+from common.files import (InputError, grey16, is_component, misfit, open_image, read_json, read_npz, reading, write_bytes,
+                          write_npz)
 from common.geometry import unproject
 from common.observation import Observation
 
@@ -89,18 +91,17 @@ def read_episode(folder: Path, cameras: list[str]) -> dict:
     with reading(path, "names that are no text", "remove the folder and make it again"):
         out = {k: e[k] for k in shapes} | {k: e[k].item().decode() for k in ("instruction", "task")}
         out["things"] = [t.decode() for t in np.atleast_1d(e["things"]).tolist()]
-    for key, suffix, kind, axes in (("images", "rgb", "uint8", 3), ("depth", "depth", "uint16", 2),
-                                    ("instances", "instance", "uint8", 2)):
+    for key, suffix, mode in (("images", "rgb", "RGB"), ("depth", "depth", "I;16"), ("instances", "instance", "L")):
         views: list[np.ndarray] = []
         for camera in cameras:
             path = folder / f"{camera}_{suffix}.png"
-            strip = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.is_file() else None
-            kept = strip is not None and strip.dtype == kind and strip.ndim == axes
-            kept = kept and strip.shape[0] == T * strip.shape[1]
+            strip = None
+            with suppress(InputError), open_image(path) as image:
+                strip = grey16(image) if suffix == "depth" else np.asarray(image) if image.mode == mode else None
+            kept = strip is not None and strip.shape[0] == T * strip.shape[1]
             if not kept or views and views[0].shape[1] != strip.shape[1]:
                 reason = "cut short or of another form" if path.is_file() else "missing"
                 raise InputError(f"{path}: {reason}; remove the folder and make it again")
-            strip = strip[..., ::-1] if key == "images" else strip
             views.append(strip.reshape(T, strip.shape[1], *strip.shape[1:]))
         out[key] = np.stack(views, 1)  # (T, V, H, W, ...)
     return out

@@ -187,7 +187,7 @@ def _reserve(path: Path, folder: bool) -> tuple[Path, int | None]:
 def _lock(path: Path, wait: bool = False) -> int | None:
     """Lock a file or folder until the handle is closed or the process ends; None if it is locked or gone."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else a fifo of that name waits for a writer
     except OSError:
         return None
     try:
@@ -236,10 +236,10 @@ def hold(folder: Path | str) -> None:
 
     The claim is a lock of the system on the folder itself: it leaves no file, and none is stale.
     """
+    Path(folder).mkdir(parents=True, exist_ok=True)  # as given: raises at a link that leads nowhere
     folder = Path(os.path.realpath(folder))  # resolve() raises RuntimeError at links in a circle
     if folder in _HELD:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -52,7 +52,7 @@ def occupancy_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, free
                             ignore: int = 255) -> Tensor:
     """Cross-entropy in its two factors, p(t) = p(occupied) p(t | occupied): the mean of the first over all voxels and
     the weighted mean of the second over occupied ones. Class `free` is the last; weight (K,), free's is not used; in
-    the first factor a free voxel counts l_free times.
+    the first factor a free voxel counts l_free times. An id above `free` is matter without a class.
 
     Weights by frequency balance the classes here, and leave occupied against free as it is. In one weighted sum free,
     which is nine voxels in ten, weighs so little that networks fill space: every surface becomes several voxels thick.
@@ -60,7 +60,7 @@ def occupancy_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, free
     logits, empty = _wide(logits), target == free
     known = torch.where(target == ignore, ignore, empty.to(torch.uint8))
     taken = cross_entropy(occupied_or_free(logits, free), known, logits.new_tensor([1.0, l_free]), ignore)
-    return taken + cross_entropy(logits[:, :free], target.masked_fill(empty, ignore), weight[:free], ignore)
+    return taken + cross_entropy(logits[:, :free], target.masked_fill(target >= free, ignore), weight[:free], ignore)
 
 
 def lovasz_softmax(logits: Tensor, target: Tensor, ignore: int = 255, classes: str = "present",

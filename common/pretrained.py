@@ -98,6 +98,14 @@ def _find_hub(problem: str, remedy: str) -> None:
         raise InputError(f"{problem}, and the hub cannot be reached; {remedy}") from error
 
 
+def _dtypes(file: Path) -> dict[str, str]:
+    """Tensor -> its type, such as F32 or I8, in a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        return {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+
+
 def _load(flag: str, name: str, kinds: tuple, model_types: tuple[str, ...], may_lack: tuple[str, ...],
           options: dict[str, Any], local: bool) -> list[Any]:
     """The loading itself; raises whatever transformers does, and InputError for weights that do not fit."""
@@ -114,14 +122,20 @@ def _load(flag: str, name: str, kinds: tuple, model_types: tuple[str, ...], may_
     for kind in kinds:
         if not (hasattr(kind, "from_config") or issubclass(kind, PreTrainedModel)):
             loaded.append(kind.from_pretrained(name, local_files_only=local))
+            tokenizer = getattr(loaded[-1], "tokenizer", loaded[-1])  # of a processor, or itself
+            if hasattr(tokenizer, "get_vocab") and len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 5:
+                raise InputError(f"{flag} {name}: its tokenizer knows no words (tokenizer.json missing?); copy all of it")
             continue
         words = {"use_safetensors": True, "ignore_mismatched_sizes": True, "local_files_only": local} | options
         model, info = kind.from_pretrained(name, output_loading_info=True, **words)
         shapes = {name: tuple(there) for name, there, _ in info["mismatched_keys"]}
         lacks = {key for key in info["missing_keys"] - shapes.keys() if not key.startswith(may_lack or "\0")}
         broken = [key for key, p in model.named_parameters() if p.is_meta or not p.isfinite().all()]
+        files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+        whole = [key for file in files for key, kind in _dtypes(file).items() if kind[0] in "IU" and key.endswith("weight")]
         faults = {
             "lacks": sorted(lacks),
+            "has whole numbers (quantised?) in": whole,
             "has, in another shape than config.json says,": sorted(f"{k} {v}" for k, v in shapes.items()),
             "has nan or inf in": [key for key in broken if key not in info["missing_keys"]],
         }

@@ -38,7 +38,8 @@ from experiments.runner import Claim, Gate, main, once, start_claim, write_quali
 # depth, so no arm's encoder has: `street` knows classes, objects and words.
 SHARED = {"steps": 150, "map_stride": (4, 4), "backbone": "street+frozen"}
 RAYS, SAMPLES = (20, 36), 48  # rays a camera, samples a ray: CPU
-WEIGHTS = {"photo": 1.0, "smooth": 0.001, "sem": 0.5, "ent": 0.01, "dist": 0.01, "depth": 0.05}  # depth: ours
+WEIGHTS = {  # OccNeRF's configs/nusc-sem.txt; depth: ours
+    "photo": 1.0, "smooth": 0.001, "sem": 0.05, "ent": 0.01, "dist": 0.01, "depth": 0.05}
 LEARNS = Gate("the host learns", "occnerf:miou_camera", ">", "constant_miou_camera")
 
 EASY, HOST, BOTH, RENDERED = ({"network": n} for n in ("easyocc", "occnerf", "occnerf+labels", "rendered"))

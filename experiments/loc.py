@@ -204,7 +204,7 @@ def run_arm(cfg: loc.Config, args: SimpleNamespace) -> Path:
     frames = range(0, len(dataset), args.frame_stride)
     labels = labels_of(dataset, "lidar" if cfg.mode == "supervised" else "world", cfg, args, only=frames)
     own = {"out": run, "ckpt": run, "split": None, "labels": None, "save_pred": None, "rayiou": False,
-           "image_weight": None, "known_by": "occupancy"}
+           "image_weight": loc.IMAGE_WEIGHT, "known_by": "occupancy"}
     args = SimpleNamespace(**vars(args) | own | {"pictures": 0})
     loc.train(cfg, dataset, labels, args, frames=frames, contrast=FORMS[args.form], shared=labels)
     args.run = read_json(run / "config.json")

@@ -133,6 +133,7 @@ def test_bad_backbones_are_one_line(tiny, tmp_path, monkeypatch):
     ("pointer", "cannot be loaded"), ("cut", "cannot be loaded"), ("empty", "cannot be loaded"),
     ("shape", "has, in another shape than config.json says, embedder.embedder.convolution.weight (3, 3, 7, 7)"),
     ("lack", "lacks embedder.embedder.convolution.weight;"), ("nan", "has nan or inf in embedder.embedder.convolution."),
+    ("whole", "has whole numbers (quantised?) in embedder.embedder.convolution.weight"),
     ("config", "cannot be loaded"), ("depths", "cannot be loaded (depths of 2147483648 in config.json)"),
 ])  # fmt: skip
 def test_weights_that_are_not_what_they_seem_are_one_line(damage, says, tiny, tmp_path):
@@ -156,6 +157,8 @@ def test_weights_that_are_not_what_they_seem_are_one_line(damage, says, tiny, tm
             save_file(tensors, path, metadata={"format": "pt"})
         case "nan":
             save_file(tensors | {name: tensors[name] * float("nan")}, path, metadata={"format": "pt"})
+        case "whole":
+            save_file(tensors | {name: tensors[name].char()}, path, metadata={"format": "pt"})
         case "depths":
             (folder / "config.json").write_text('{"model_type": "resnet", "depths": [2147483648, 1, 1, 1]}')
         case "config":

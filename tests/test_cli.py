@@ -117,6 +117,8 @@ MISTAKES = {
     "train --steps 0": "--steps 0: must be 1 or more",
     "train --steps -3": "--steps -3: must be 1 or more",
     "train --seed -1": "--seed -1: must be 0 or more",
+    f"train --seed {1 << 64}": f"--seed {1 << 64}: too large a number",
+    "train --lr -1": "--lr -1: must be 0 or more",
     "train --seed none": "--seed none: invalid literal for int()",
     "train --clip 3": "'3': expected a flag",
     "train --no-lr": "unknown flag --no-lr",

@@ -234,6 +234,7 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     assert run(KILLED, tmp_path).returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2  # a temporary file and a temporary folder
     (tmp_path / ".mine.json").write_text("not ours")
+    os.mkfifo(tmp_path / ".x.tmp-abcdefgh.npz")  # nobody writes to it: an open that waits would wait for ever
     write = "import sys; from common.files import write_json; write_json(sys.argv[1] + '/c.json', 1)"
     with atomic(tmp_path / "a.json") as temporary, atomic(tmp_path / "b", folder=True) as folder:
         assert run(write, tmp_path).returncode == 0
@@ -341,6 +342,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert run(hold, tmp_path, input="").returncode == 2
     F.release(tmp_path)
     assert run(hold, tmp_path, input="").returncode == 0 and not list(tmp_path.iterdir())
+    (tmp_path / "dead").symlink_to("no/no")  # nothing is made where a link leads
+    assert "dead: File exists; a file is in the way" in run(hold, tmp_path / "dead/stage", input="").stderr
 
 
 def test_notes_are_said_once(capsys):

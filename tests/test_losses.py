@@ -379,3 +379,14 @@ def test_vectors_matching(case):
         row, column = linear_sum_assignment(total.numpy())
         v.exact(f"{key}_row{i}", row)
         v.exact(f"{key}_col{i}", column)
+
+
+def test_matter_without_a_class_teaches_that_it_is_matter_and_no_class():
+    torch.manual_seed(0)
+    logits, weight = torch.randn(1, 4, 6), torch.tensor([1.0, 2.0, 3.0, 9.0])
+    target = torch.tensor([[0, 3, 254, 2, 255, 3]], dtype=torch.uint8)
+    loss = losses.occupancy_cross_entropy(logits, target, weight, free=3, l_free=2.0)
+    p, matter = logits.softmax(1)[0], 1 - logits.softmax(1)[0, 3]
+    first = -(matter[[0, 2, 3]].log().sum() + 2 * p[3, [1, 5]].log().sum()) / (3 + 2 * 2)
+    second = -(weight[0] * (p[0, 0] / matter[0]).log() + weight[2] * (p[2, 3] / matter[3]).log()) / 4
+    assert torch.allclose(loss, first + second, atol=1e-6)

@@ -1,6 +1,8 @@
 """The tiny CLIP: what its captions say and never say, what its patches read, how it is loaded; and files of words."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +32,14 @@ def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     save_small_clip(folder, {"a", "car", "photo", "of", "sedan", "small", "person", "with", "wheels"})
     return C.load(folder)
+
+
+def test_a_folder_without_its_words_is_refused(clip, tmp_path):
+    """transformers makes a tokenizer of two marks in that case: every text would be the same."""
+    folder = Path(shutil.copytree(clip.name, tmp_path / "c"))
+    [path.unlink() for path in folder.glob("tokenizer*")]
+    with pytest.raises(InputError, match=f"--clip {folder}: its tokenizer knows no words"):
+        C.load(folder)
 
 
 # --- files of words ---------------------------------------------------------------------------------------------------

@@ -175,12 +175,13 @@ def load_street(name: str | Path, pretrained: bool = True) -> StreetEncoder:
         raise InputError(f"{path}: not found; make it: python -m data.foundation --out F --ship {WEIGHTS}")
     with reading(path, "not an encoder of data.foundation", "copy or make it again"):
         with safe_open(path, "pt") as file:
-            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             words = json.loads((file.metadata() or {}).get("vocabulary", "no list of words"))
         net = StreetEncoder("read.depth.weight" in weights, words)
         mine = net.state_dict()
         for key in mine | weights:
             fits = key in mine and key in weights and weights[key].shape == mine[key].shape
+            fits = fits and weights[key].is_floating_point() == mine[key].is_floating_point()
             if not (fits and weights[key].isfinite().all()):
                 raise ValueError(f"{key} is missing, of another shape or not finite")
         net.load_state_dict(weights)
