@@ -143,6 +143,7 @@ def completion_points(masks: np.ndarray, valid: np.ndarray, order: np.ndarray, p
             span = slice(slot * queries, (slot + 1) * queries)
             dense, middle = complete(cloud, eyes[v].astype(np.float64)), np.median(cloud, 0)
             near = around[np.linalg.norm(around[:, :2] - middle[:2], axis=1) < 0.15, 2]  # [m] heights
+            near = near if len(near) else cloud[:, 2]
             apart, reach = (np.linalg.norm(x - middle, axis=1) for x in (dense, cloud))
             kept = dense[(dense[:, 2] >= np.quantile(near, 0.02) - 0.005) & (apart <= 2.5 * np.median(reach))]
             dense = kept if len(kept) >= queries else dense[np.argsort(apart)[:queries]]
