@@ -13,9 +13,11 @@ The ceiling is a perceptron that is told where the task's objects are, and sees 
 offsets lifted with the camera's calibration, with the nominal one, or places in the pictures alone. Episodes
 are of the tasks that it solves (TASKS): of each twelve, three have a moved camera and five a hidden target.
 One seed, all twelve tasks, 120 clean and 36 camera episodes: offsets 66 and 75 % (with nominal calibration
-14 %), places 60 and 50 %, in the agent view alone 33 and 17 %. --views 1 hides the wrist camera. `token_shift` and `token_gradient` measure how much an arm's plans depend on
-its tokens. Of LIBERO-Plus others measured 16 to 18 % for the official pi0 under noise, where its leaderboard
-has 79.0: absolute numbers of different hands are no rivals.
+14 %), places 60 and 50 %, in the agent view alone 33 and 17 %. --views 1 hides the wrist camera.
+
+`token_shift` and `token_gradient` measure how much an arm's plans depend on its tokens. Of LIBERO-Plus others
+measured 16 to 18 % for the official pi0 under noise, where its leaderboard has 79.0: absolute numbers of
+different hands are no rivals.
 """
 
 import math
