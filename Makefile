@@ -1,6 +1,6 @@
 # minocc: every recipe is the real command; run it yourself to change a flag.
 .DEFAULT_GOAL := help
-.PHONY: foundation help setup setup-libero libero demo occvla test test-gpu world smoke bench fuzz faults table
+.PHONY: foundation help setup setup-libero libero demo occvla test test-gpu world smoke bench bench-gpu fuzz faults table docs
 
 # An active virtual environment (or PYTHON=...) is used as it is; otherwise .venv is made from requirements.lock.
 ifdef VIRTUAL_ENV
@@ -41,6 +41,8 @@ libero: $(READY) .venv-libero/.installed  ## one LIBERO episode of a briefly tra
 demo: $(READY)  ## write a synthetic world, train and evaluate EasyOcc on it, draw pictures (minutes, two CPU cores)
 	$(PYTHON) easyocc.py train --preset tiny --out runs/demo
 	$(PYTHON) easyocc.py eval --ckpt runs/demo
+	@echo "next: open runs/demo/viewer.html in a browser; read easyocc.py and docs/easyocc.md; your own six images:"
+	@echo "      $(PYTHON) easyocc.py predict --ckpt runs/demo --images ... --calibration c.json --out P (common/loose.py)"
 
 occvla: $(READY)  ## OccVLA on the world whose plans and answers can be read off its images; prints the gates (hours)
 	$(PYTHON) occvla.py train --preset tiny --world-size questions --out runs/occvla
@@ -69,6 +71,9 @@ foundation: $(READY)  ## draw photographs of other streets and remake the encode
 bench: $(READY)  ## kernels and CPU paths against references and peers, as ratios
 	$(PYTHON) -m tests.bench --out runs/bench.json
 
+bench-gpu: $(READY)  ## on a CUDA device: kernels against floors and peers, a training step of each paper preset
+	$(PYTHON) -m tests.bench.gpu --out runs/bench-gpu.json
+
 fuzz: $(READY)  ## 100,000 broken files through every reader of common/ (minutes; tests/test_fuzz.py is the short form)
 	$(PYTHON) -m tests.bench.fuzz --inputs 100000 --seed 0
 
@@ -77,3 +82,7 @@ faults: $(READY)  ## 500 kills, full disks, second runs, NaNs and damaged files 
 
 table: $(READY)  ## RESULTS.md, its forest plot and a page a method, from experiments/results/*.json
 	$(PYTHON) -m experiments.runner table
+	$(PYTHON) -m experiments.docs --quick
+
+docs: $(READY)  ## the generated parts of docs/: line anchors, figures, claims, cost
+	$(PYTHON) -m experiments.docs

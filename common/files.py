@@ -29,7 +29,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError
+from tqdm import tqdm
 
+_BAR = tqdm.__init__
 MAX_BYTES = 1 << 30  # of an array whose shape the reader does not know beforehand
 MAX_PIXELS = 1 << 26  # of an image, by its header
 Shape = tuple[int, ...] | None  # of an array; None: any
@@ -66,6 +68,8 @@ def exit_on_input_error(main):
 
     @wraps(main)
     def guarded(*args, **kwargs):
+        if not sys.stderr.isatty():  # a log: a bar writes its first and its last state, one line
+            tqdm.__init__ = functools.partialmethod(_BAR, mininterval=1e9, maxinterval=1e9)
         try:
             return main(*args, **kwargs)
         except (InputError, OSError, SafetensorError, RuntimeError) as error:

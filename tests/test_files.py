@@ -346,6 +346,13 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert "dead: File exists; a file is in the way" in run(hold, tmp_path / "dead/stage", input="").stderr
 
 
+def test_a_bar_in_a_log_is_one_line():
+    body = ("from common.files import exit_on_input_error as main\nfrom tqdm import tqdm\nimport time\n"
+            "main(lambda: [time.sleep(0.002) for _ in tqdm(range(200), 'labels')])()")
+    err = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True).stderr.decode()
+    assert err.count("labels") == 2 and err.count("\n") == 1 and "200/200" in err
+
+
 def test_notes_are_said_once(capsys):
     F.note("only once"), F.note("only once")
     assert capsys.readouterr().err == "note: only once\n"

@@ -14,6 +14,7 @@ a machine that is not idle; the load average is printed and kept in the JSON.
 """
 
 import argparse
+import importlib
 import os
 import platform
 import statistics
@@ -65,6 +66,14 @@ def with_gradient(f: Callable, inputs: list[Tensor]) -> Callable:
         return torch.autograd.grad(out, inputs, seed)
 
     return run
+
+
+def optional(module: str, name: str):
+    """A peer's function, or None where it does not import."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, OSError, AttributeError):
+        return None
 
 
 def without_gradient(f: Callable, inputs: list[Tensor]) -> Callable:
@@ -148,6 +157,8 @@ def scan_row(device: str, L: int, gradient: bool, D: int = 64, N: int = 16) -> R
     run = {"ours": time_it(selective_scan, inputs), "eager unbind loop": time_it(scan_unbind, inputs)}
     if device == "cuda":
         run["ours torch"] = time_it(lambda *x: selective_scan(*x, backend="torch"), inputs)
+        if theirs := optional("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"):
+            run["mamba_ssm"] = time_it(theirs, inputs)
     moved = size(*inputs) + size(inputs[0])                                                # and y
     return Row(f"B1 D{D} N{N} L{L} fp32", run, moved + (size(*inputs) + size(inputs[0])) * gradient,
                L * D * N * (2 if gradient else 1))
@@ -167,6 +178,9 @@ def deform_row(device: str, N: int, Q: int, P: int, shapes: list[tuple[int, int]
     run = {"ours": time_it(lambda v, r, a: ms_deform_attn(v, shapes, r, a), inputs),
            "eager grid_sample": time_it(lambda v, r, a: sample_levels(v, shapes, r, a), inputs),
            "transformers": time_it(lambda v, r, a: peer(v, areas, shapes, starts, r, a, 64), inputs)}
+    theirs = optional("mmcv.ops.multi_scale_deform_attn", "MultiScaleDeformableAttnFunction")
+    if device == "cuda" and theirs:
+        run["mmcv"] = time_it(lambda v, r, a: theirs.apply(v, areas, starts, r, a, 64), inputs)
     out = N * Q * H * D * 4
     return Row(f"N{N} H8 D32 Q{Q} P{P} levels {'+'.join(f'{h}x{w}' for h, w in shapes)} fp32", run,
                size(*inputs) * (1 + gradient) + out * (1 + gradient))
