@@ -24,7 +24,6 @@ import difflib
 import inspect
 import json
 import math
-import re
 import sys
 import textwrap
 import types
@@ -44,7 +43,7 @@ class Flag(NamedTuple):
     help: str
     type: Any = str
     default: Any = None
-    least: int | None = None  # smallest accepted value
+    least: int = 0  # smallest accepted number: no setting is negative
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -63,7 +62,7 @@ SHARED = {
     "labeler": Flag("maker of the 2D maps", Literal["world", "foundation", "lidar", "files"], "world"),
     "out": Flag("output folder", Path | None),
     "ckpt": Flag("run folder that holds the checkpoint", Path | None),
-    "seed": Flag("seed of weights, data order and augmentation", int, 0, least=0),
+    "seed": Flag("seed of weights, data order and augmentation", int, 0),
     "steps": Flag("optimiser steps", int | None, least=1),
     "device": Flag("default: cuda where there is one", Literal["cpu", "cuda"] | None),
     "resume": Flag("go on from the checkpoint in --out, as an interrupted run does by itself", bool, False),
@@ -235,7 +234,7 @@ class _Read(argparse.Action):
             raise InputError(f"{option} {text}: {error}") from None
 
 
-def _value(text: str, hint: Any, least: float | None = None) -> Any:
+def _value(text: str, hint: Any, least: int = 0) -> Any:
     """The text as the annotated type. Raises ValueError that names what was expected."""
     kind = _strip_none(hint)
     if kind != hint and text.lower() == "none":
@@ -245,7 +244,7 @@ def _value(text: str, hint: Any, least: float | None = None) -> Any:
         kinds = kinds[:1] * len(words) if kinds[-1] is Ellipsis else kinds
         if len(words) != len(kinds):
             raise ValueError(f"expected {len(kinds)} values, got {len(words)}")
-        return tuple(map(_value, words, kinds))
+        return tuple(_value(word, kind, least) for word, kind in zip(words, kinds, strict=True))
     if typing.get_origin(kind) is Literal:
         choices = {str(choice): choice for choice in typing.get_args(kind)}
         if text not in choices:
@@ -258,7 +257,7 @@ def _value(text: str, hint: Any, least: float | None = None) -> Any:
         raise ValueError("not a finite number")
     if kind is int and abs(value) >= 1 << 63:
         raise ValueError("too large a number")
-    if least is not None and value < least:
+    if kind in (int, float) and value < least:
         raise ValueError(f"must be {least} or more")
     return value
 
@@ -275,7 +274,7 @@ def _field_flags(config: type, presets: dict[str, Any], table: dict[str, Flag]) 
     for field, hint in _hints(config).items():
         name, values = field.replace("_", "-"), [shown(getattr(preset, field)) for preset in presets.values()]
         values = values if len(set(values)) > 1 else values[:1]
-        least = table[name].least if name in table else 0 if re.match("lr|epochs|warmup|weight-decay", name) else None
+        least = table[name].least if name in table else 0
         flags[name] = Flag(f"[{' / '.join(values)}]", hint, least=least)
     return flags
 

@@ -211,7 +211,8 @@ def sweep(folder: Path) -> None:
     with suppress(OSError):  # a folder that may not be written is as it is
         for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
             if (lock := _lock(path)) is not None:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                own = path.is_dir() and not path.is_symlink()
+                shutil.rmtree(path, ignore_errors=True) if own else path.unlink(missing_ok=True)
                 os.close(lock)
 
 

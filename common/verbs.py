@@ -51,7 +51,7 @@ TWO_SOURCES = (f"out! labeler {DATA} shard cache workers world-size primary-leve
                "correlation label-seed segmenter grounding sam maps auxiliary-maps")  # of labelers.TwoSources
 LEVEL = Literal["exact", "mild", "heavy"]
 FLAGS = {  # what changes neither the network nor what it learns
-    "workers": cli.Flag("loader threads, label processes", int, 2, least=0),
+    "workers": cli.Flag("loader threads, label processes", int, 2),
     "images": cli.Flag("image files instead of a dataset, one per camera of --calibration", tuple[str, ...]),
     "calibration": cli.Flag("JSON of the cameras of --images (common/loose.py)", Path | None),
     "points": cli.Flag("a LiDAR sweep (.bin) per keyframe of --images", tuple[str, ...], ()),

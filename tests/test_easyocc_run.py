@@ -155,7 +155,7 @@ def test_killed_training_goes_on_bit_equal(data, trained, tmp_path):
 # --- eval, pictures, claims, describe ----------------------------------------------------------------------------------
 
 
-def test_two_processes_share_labels_and_eval(data, trained, tmp_path):
+def test_two_processes_share_labels_and_eval(data, trained, tmp_path, one_thread):
     """Each makes its scenes' labels and scores its frames; the files are one process's, and one line tells of bad input."""
     flags, labels = data
     one, two = (Path(shutil.copytree(trained, tmp_path / name)) for name in ("one", "two"))

@@ -235,6 +235,7 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2  # a temporary file and a temporary folder
     (tmp_path / ".mine.json").write_text("not ours")
     os.mkfifo(tmp_path / ".x.tmp-abcdefgh.npz")  # nobody writes to it: an open that waits would wait for ever
+    (tmp_path / ".y.tmp-abcdefgh").symlink_to(tmp_path)  # the link goes, what it leads to stays
     write = "import sys; from common.files import write_json; write_json(sys.argv[1] + '/c.json', 1)"
     with atomic(tmp_path / "a.json") as temporary, atomic(tmp_path / "b", folder=True) as folder:
         assert run(write, tmp_path).returncode == 0

@@ -340,7 +340,7 @@ def test_results_page_keeps_synthetic_and_real_apart(tmp_path):
         A.publish(tmp_path / name, name, results)
     row = {"command": "make faults", "date": "2026-11-30", "commit": "0" * 40, "counts": {"kill": 1200}, "findings": 0}
     write_json(results / "reliability.json", {"kind": "reliability", "method": "all", "sentence": "Broken.",
-                                              "runs": [row], "mended": ["a leftover"]})  # fmt: skip
+                                              "runs": [row], "also": ["two are one"], "mended": ["a leftover"]})  # fmt: skip
     table.write(results, out)
     assert "| `make faults` | 2026-11-30 | 00000000 | 1,200 | kill 1,200 | 0 |" in out.read_text()
     synthetic, real = out.read_text().split("## Real data")

@@ -182,7 +182,9 @@ def arm(kind: str, at: int, log: Path, out: Path) -> None:
         writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
         writes = event == "open" and isinstance(args[2], int) and args[2] & writing
         if (writes or event in DURABLE) and not isinstance(args[0], int) and os.getpid() == main:
-            path = os.path.realpath(os.fsdecode(args[0]))
+            folder, name = os.path.split(os.path.abspath(os.fsdecode(args[0])))
+            path = os.path.join(os.path.realpath(folder), name)
+            path = os.path.realpath(path) if event == "open" else path  # the others take a link for itself
             if path.startswith((str(log), "/dev/null", "/proc/")):
                 return
             if not path.startswith(inside):
