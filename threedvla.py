@@ -930,10 +930,9 @@ class Frames:
 def draw_step(cfg: Config, B: int, seed: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     """Batch's noise, time and hidden at a step: a process's share of what one process would draw for all."""
     g, sizes = torch.Generator().manual_seed(((seed << 40) + step) % 2**63), SIZES[cfg.sizes]
-    noise = torch.randn(world * B, sizes.chunk, sizes.action_dim, generator=g)
-    time = pi0_time_quantile(torch.rand(world * B, generator=g))
-    if cfg.head == "l1":
-        noise, time = torch.zeros_like(noise), torch.ones_like(time)
+    flow = int(cfg.head == "flow")  # l1: from noise 0 at time 1
+    noise = flow * torch.randn(world * B, sizes.chunk, sizes.action_dim, generator=g)
+    time = pi0_time_quantile(torch.rand(world * B, generator=g)) ** flow
     hidden = asymmetric_mask(min(world * B, cfg.batch), cfg.views, *[sizes.grid] * 2, cfg.mask_ratio, g)
     return {k: x.chunk(world)[rank] for k, x in (("noise", noise), ("time", time), ("hidden", hidden))}
 
