@@ -45,9 +45,9 @@ EQUATION MAP
     3.2  boxes and masks of a view          -> ProbeHeads
     (5)  one 3D matching for all views      -> match_costs, match
     (6)  instance loss                      -> instance_loss
-    3.2  pseudo ground truth                -> pseudo_targets
+    3.2  pseudo ground truth                -> common/demonstrations.py: pseudo_targets
     3.3  asymmetric masking                 -> asymmetric_mask
-    3.3  completion coordinates             -> completion_points; common/networks/pointattn.py: PointAttN
+    3.3  completion coordinates             -> common/networks/pointattn.py: completion_points, PointAttN
     (7)  context tokens; their teacher, EMA -> ContextEncoder, ThreeD.teach, ThreeD.move_teacher
     (8)  target queries                     -> Predictor
     (9)  rotated queries and keys, 3D RoPE  -> rotary; common/geometry.py: rope_3d
@@ -57,7 +57,7 @@ EQUATION MAP
     (14) place relative to the end effector -> RelativeEncoding
     (15) spatially biased local context     -> LocalContext
     (16) uncertainty-guided routing gate    -> RoutingGate
-    hook: 3D tokens join the prefix         -> TokenOut, plug
+    hook: 3D tokens join the prefix         -> plug; common/networks/transformer.py: TokenOut
     Sec. 4: L_action, the base policies     -> common/networks/pi0.py: pi0_flow; common/networks/xvla.py: XVLA
             stages; LIBERO-Plus' average    -> train_stage; common/metrics.py: libero_plus_average
             perturbations                   -> data/tabletop.py: PERTURBATIONS
@@ -78,12 +78,12 @@ ASSUMPTIONS    What the summary leaves open; the flag or the place that changes 
     * self-attention among probes; vector gate; 5 neighbours, 10 frequencies   ProbeLayer, LocalContext
 DEVIATIONS
     * the tiny policies are random, trained whole on the demonstrations (stage 0 stands in for pre-training),
-      then frozen. A small finder stands for what a pre-trained VLM can do: find the objects that the words
-      name. It learns in stage 0 from the simulator's masks (--w-ground) and is then frozen, in all variants.
-    * tiny puts the 3D tokens before the prefix (--tokens-at). Loss of the frozen base policy with 16 random
-      tokens: 0.21 without them, 0.23 before the prefix, 0.44 behind it.
+      then frozen, and every frame's tokens kept on disk: stage 2 learns from batches of --head-batch frames.
+      What a pre-trained VLM can do, see what the words name, the image tokens learn in stage 0 from the
+      simulator's masks (--w-ground). They carry names, but no ready-made points.
+    * tiny: actions in one step (--head l1); 3D tokens that read the prefix, unread (--tokens-at front); (4)
+      moves probes from their masks' depth (--start mask); mirror images complete objects (--completion).
     * VL-SAM-V2 is not public: --pseudo has the simulator's masks without identities, or GroundingDINO + SAM.
-    * tiny completes an object by its mirror image, not by PointAttN (--completion).
 
 CLAIMS         the paper's; ours are in RESULTS.md and never in one table with these
     main        LIBERO-Plus average, zero-shot: pi0.5 84.2 < A 85.0 < B 85.7 < C 86.0; RoboTwin easy/hard:
@@ -112,20 +112,22 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common import cli, verbs, worlds
 from common.backbones import describe as table
-from common.demonstrations import Demonstrations, instance_masks, lift_mask, mask_maker
+from common.demonstrations import Demonstrations, instance_masks, mask_maker, pseudo_targets
 from common.engine import Session
 from common.files import InputError, read_json
-from common.geometry import exact, farthest_from, fourier, invert, largest_cluster, rope_3d, unproject_cells
+from common.frozen import digest, frozen_rows
+from common.geometry import exact, fourier, hide_blocks, invert, rope_3d, unproject_cells
 from common.losses import (cxcywh_to_xyxy, dice_loss, focal_cost, generalized_box_iou, mask_cross_entropy,
                            sigmoid_focal_loss)
 from common.networks import pointattn
-from common.networks.pi0 import SIZES, Finder, Pi0, Prefix, pi0_time_quantile
-from common.networks.transformer import Attention, Block, DeformableAttention, Rotate, mlp
+from common.networks.pi0 import SIZES, Pi0, Prefix, pi0_time_quantile
+from common.networks.transformer import (Attention, Block, DeformableAttention, PlaceCode, Rotate, TokenOut,
+                                         mlp)
 from common.networks.xvla import XVLA
 from common.observation import Observation, stack_observations
 from common.report import episodes
 from common.train import (autocast, joined, load_checkpoint, load_weights, make_optimizer, over_ranks,
-                          schedule, set_lr, setup, stages_cost)
+                          schedule, set_apart, set_lr, setup, stages_cost)
 
 # --- 1  Configuration ---------------------------------------------------------------------------------------
 
@@ -141,7 +143,7 @@ class Config:
     sizes: Literal["tiny", "libero", "paper"] = "paper"  # of the base policy: common.networks.pi0.SIZES
     views: int = 2  # cameras; LIBERO (RoboTwin: 3)
     actions: int = 7  # channels of an action; LIBERO (RoboTwin: 14)
-    flow_draws: int = 1  # noise and time drawn for each observation; openpi (more: ours, tiny)
+    head: Literal["flow", "l1"] = "flow"  # flow matching, or actions in one step (OpenVLA-OFT; tiny)
     # 3D understanding
     tokens_at: Literal["end", "front"] = "end"  # of the prefix; Sec. 3: appended; front: ours, tiny
     width: int = 768  # d; assumption, lands near the paper's 0.086 B
@@ -151,14 +153,17 @@ class Config:
     probes: int = 300  # third-party notes: 300, elsewhere 100
     mask_width: int = 256  # channels of the mask product; Mask2Former
     sample_heads: int = 8  # assumption: Deformable DETR
+    start: Literal["probe", "mask"] = "probe"  # what (4) moves: a probe; its mask's depth (ours, tiny)
     completion: Literal["pointattn", "mirror"] = "pointattn"  # Sec. 3.3; mirror: ours, tiny
     mask_ratio: float = 0.5  # Sec. 4: asymmetric, 50 %
+    ema: float = 0.999  # m of the teacher; Sec. 3.3
     # optimisation
-    optimizer: Literal["adamw", "muon"] = "adamw"  # Sec. 4; tiny: Muon for matrices
+    optimizer: Literal["adamw", "muon"] = "adamw"  # Sec. 4; tiny: Muon, without the expert
     batch: int = 64  # of all processes together; Sec. 4
+    head_batch: int = 64  # of stage 2; Sec. 4. Larger (tiny): frozen tokens are kept on disk
     base_steps: int = 30000  # stage 0; openpi's LIBERO fine-tuning; ours
     base_lr: float = 5e-5  # openpi
-    w_ground: float = 0.0  # stage 0: loss of the finder; 0: no finder; ours, tiny
+    w_ground: float = 0.0  # stage 0: image tokens learn where the words' objects are; ours, tiny
     stage1_steps: int = 5000  # Sec. 4
     stage2_steps: int = 5000  # Sec. 4
     warmup: int = 1200  # Sec. 4: 1,200 + 3,800
@@ -171,11 +176,11 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores
-        sizes="tiny", flow_draws=4, tokens_at="front", width=96, heads=4, fusion_layers=2, rope_scale=20.0,
-        probes=40, mask_width=48, sample_heads=4, completion="mirror", optimizer="muon", batch=16,
-        base_steps=2400, base_lr=1e-2, w_ground=1.0, stage1_steps=300, stage2_steps=300, warmup=50, lr=2e-3,
-        lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05, amp="off"),
-    "base": Config(sizes="libero", batch=8),  # ours: one 24 GB GPU
+        sizes="tiny", head="l1", tokens_at="front", width=96, heads=4, fusion_layers=2, rope_scale=20.0,
+        probes=40, mask_width=48, sample_heads=4, start="mask", completion="mirror", ema=0.98, amp="off",
+        optimizer="muon", batch=16, head_batch=256, base_steps=2400, base_lr=1e-2, w_ground=1.0, warmup=50,
+        stage1_steps=600, stage2_steps=1500, lr=1e-3, lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05),
+    "base": Config(sizes="libero", batch=8, head_batch=8),  # ours: one 24 GB GPU
     "paper": Config(),
 }
 
@@ -284,13 +289,13 @@ class ProbeLayer(nn.Module):
         self.coordinate = mlp(width, width, 3)
         nn.init.zeros_(self.coordinate[-1].weight), nn.init.zeros_(self.coordinate[-1].bias)
 
-    def forward(self, content: Tensor, point: Tensor, pyramid: list[Tensor], uv: Tensor,
-                valid: Tensor) -> tuple[Tensor, Tensor]:
-        """content (B, Q, d), point (B, Q, 3) with its projection -> both after this layer."""
+    def forward(self, content: Tensor, point: Tensor, pyramid: list[Tensor], uv: Tensor, valid: Tensor,
+                start: Callable | None = None) -> tuple[Tensor, Tensor]:
+        """content (B, Q, d), point (B, Q, 3) -> both after this layer. start(content): what (4) moves."""
         sampled = self.sample(content, uv, pyramid)  # (3), (B, V, Q, d)
         update = (self.gate(sampled, valid)[..., None] * sampled).sum(1)
         content = self.block(self.norm(content + update))
-        return content, move_points(point, self.coordinate(content))  # (4)
+        return content, move_points(start(content) if start else point, self.coordinate(content))  # (4)
 
 
 def move_points(points: Tensor, step: Tensor, alpha: float = 0.1) -> Tensor:  # [m] assumption
@@ -320,6 +325,10 @@ class ProbeHeads(nn.Module):
         nn.init.zeros_(self.box[-1].weight)
         self.box[-1].bias = nn.Parameter(torch.tensor([0.0, 0.0, -2.0, -2.0]))
 
+    def embed(self, content: Tensor, uv: Tensor) -> Tensor:
+        """content (B, Q, d), uv (B, V, Q, 2) -> the masks' side of the product (B, V, Q, d_m)."""
+        return self.mask(content[:, None] + self.view(fourier(uv, self.octaves)))
+
     def forward(self, content: Tensor, point: Tensor, uv: Tensor) -> Probes:
         """content (B, Q, d), point (B, Q, 3), uv (B, V, Q, 2) -> Probes."""
         seen = content[:, None] + self.view(fourier(uv, self.octaves))  # (B, V, Q, d)
@@ -335,7 +344,7 @@ class InstanceModule(nn.Module):
 
     def __init__(self, cfg: Config, layers: int = 2):  # assumption
         super().__init__()
-        (low, high), d = torch.tensor(self.workspace), cfg.width
+        (low, high), d, self.from_masks = torch.tensor(self.workspace), cfg.width, cfg.start == "mask"
         self.content = nn.Parameter(0.02 * torch.randn(cfg.probes, d))
         self.point = nn.Parameter(low + (high - low) * torch.rand(cfg.probes, 3))
         self.where, self.pyramid = PositionEmbedding(d), Pyramid(d, cfg.mask_width)
@@ -348,11 +357,28 @@ class InstanceModule(nn.Module):
         levels, mask_map = self.pyramid(memory)
         point, out = self.point.expand(len(memory), -1, -1), []
         content, at = self.content + self.where(point), project_probes(point, *cameras)
+        cells = cell_points(batch, mask_map.shape[-2:]) if self.from_masks else None
         for layer in self.layers:
-            content, point = layer(content, point, levels, *at)
+            start = partial(self.mask_point, at[0], mask_map, cells) if self.from_masks else None
+            content, point = layer(content, point, levels, *at, start)
             at = project_probes(point, *cameras)
             out.append(self.heads(content, point, at[0]))
         return out, mask_map
+
+    @exact
+    def mask_point(self, uv: Tensor, mask_map: Tensor, cells: Tensor, content: Tensor) -> Tensor:
+        """Mean of the cells' points (B, V, h4, w4, 3), NaN without depth, by the probes' masks: (B, Q, 3)."""
+        masks = view_masks(self.heads.embed(content, uv), mask_map).transpose(1, 2).flatten(2)
+        cells = cells.flatten(1, 3)  # (B, V h4 w4, 3)
+        masks = torch.where(cells[:, None, :, 0].isnan(), -1e4, 2 * masks.float())  # (B, Q, V h4 w4)
+        return masks.softmax(-1) @ cells.nan_to_num()
+
+
+def cell_points(batch: Batch, size: tuple[int, int]) -> Tensor:
+    """Points (B, V, h4, w4, 3) [m] of the mask map's cells; NaN without depth."""
+    depth = F.interpolate(batch.depth, tuple(size), mode="nearest-exact")
+    points = unproject_cells(depth, batch.K, batch.T_base_cam, tuple(batch.depth.shape[-2:]))
+    return torch.where(depth[..., None] > 0, points, torch.nan)
 
 
 def view_masks(embed: Tensor, mask_map: Tensor) -> Tensor:
@@ -447,35 +473,6 @@ def instance_loss(layers: list[Probes], mask_map: Tensor, targets: Targets,
     return terms, m
 
 
-def pseudo_targets(masks: list[list[np.ndarray]], depth: np.ndarray, K: np.ndarray, T_base_cam: np.ndarray,
-                   cells: int, most: int = 16, radius: float = 0.05) -> Targets:  # ours
-    """Masks of V views, (H, W) bool without identities, depth (V, H, W) [m] -> `most` objects or fewer; no B.
-
-    Masks of two views are one object if their points are nearest and closer than `radius` [m]. An object's
-    point is the mean over views. cells: side of the mask map.
-    """
-    V, objects = len(depth), []  # per object {view: (point, box, mask)}
-    for v in range(V):
-        found = [lift_mask(mask, depth[v], K[v], T_base_cam[v], cells) for mask in masks[v]]
-        found, joined = [f for f in found if f is not None], {}
-        if objects and found:
-            centers = torch.stack([torch.stack([x[0] for x in o.values()]).mean(0) for o in objects])
-            apart = (torch.stack([f[0] for f in found])[:, None] - centers).norm(dim=-1)  # [m]
-            joined = {r: c for r, c in zip(*linear_sum_assignment(apart)) if apart[r, c] < radius}
-        objects += [{v: f} for r, f in enumerate(found) if r not in joined]
-        for r, c in joined.items():
-            objects[c][v] = found[r]
-    objects = sorted(objects, key=lambda o: -max(x[2].sum() for x in o.values()))[:most]
-    n = len(objects)
-    points, boxes = torch.zeros(n, 3), torch.full((n, V, 4), 0.5)
-    shares, valid = torch.zeros(n, V, cells, cells), torch.zeros(n, V, dtype=torch.bool)
-    for t, o in enumerate(objects):
-        points[t] = torch.stack([x[0] for x in o.values()]).mean(0)
-        for v, (_, boxes[t, v], shares[t, v]) in o.items():
-            valid[t, v] = True
-    return Targets(points, boxes, shares, valid)
-
-
 # --- 3.3  Coordinate-driven 3D self-supervised predictor (eq. 7-13) -----------------------------------------
 
 
@@ -493,53 +490,6 @@ def asymmetric_mask(B: int, V: int, h: int, w: int, ratio: float, generator: tor
         for v, count in ({heavy: first} | shares).items():
             hide_blocks(hidden[b, v], min(count, h * w), generator)
     return hidden
-
-
-def hide_blocks(view: Tensor, count: int, generator: torch.Generator) -> None:
-    """Set exactly `count` cells of (h, w): random rectangles, the last one cut."""
-    h, w = view.shape
-    while (lack := count - int(view.sum())) > 0:
-        size = torch.rand(4, generator=generator)
-        high, wide = (max(1, round(n * (0.25 + 0.35 * float(s)))) for n, s in zip((h, w), size[:2]))
-        i, j = int(size[2] * (h - high + 1)), int(size[3] * (w - wide + 1))
-        block = torch.zeros_like(view)
-        block[i : i + high, j : j + wide] = True
-        view.view(-1)[(block & ~view).flatten().nonzero()[:lack, 0]] = True
-
-
-def completion_points(masks: np.ndarray, valid: np.ndarray, order: np.ndarray, points: np.ndarray,
-                      eyes: np.ndarray, complete: Callable, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """P_comp (30, 3), valid (30,): back-project, cluster, complete, keep what is farthest from what was seen.
-
-    masks (V, n, h4, w4) bool of n objects, valid (n,), order (n,): least certain first, points (V, h4, w4, 3)
-    [m] of the cells (NaN: no depth), eyes (V, 3): cameras. complete(cloud, eye) -> dense cloud; most: points.
-    """
-    out, keep, slot = np.zeros((OCCLUDED * QUERIES, 3), np.float32), np.zeros(OCCLUDED * QUERIES, bool), 0
-    for n in order:
-        clouds = [points[v][masks[v, n]] for v in range(len(masks))]
-        clouds = [c[np.isfinite(c).all(1)] for c in clouds]
-        cloud, v = np.concatenate(clouds), int(np.argmax([len(c) for c in clouds]))
-        if valid[n] and slot < OCCLUDED and len(cloud) >= 8:
-            cloud = largest_cluster(cloud[:: max(1, len(cloud) // most)].astype(np.float64))
-            span = slice(slot * QUERIES, (slot + 1) * QUERIES)
-            dense = complete(cloud, eyes[v].astype(np.float64))
-            out[span] = farthest_from(dense, cloud, 0.4, QUERIES)  # share: assumption
-            keep[span], slot = True, slot + 1
-    return out, keep
-
-
-class PlaceCode(nn.Module):
-    """Phi_pos(P) + E_view(v): Fourier features of coordinates [m], a vector per view; the last is no view."""
-
-    def __init__(self, width: int, views: int, frequencies: int = 10):  # assumption
-        super().__init__()
-        self.frequencies, self.linear = frequencies, nn.Linear(3 + 6 * frequencies, width)
-        self.views = nn.Embedding(views + 1, width)
-        nn.init.normal_(self.views.weight, std=0.02)
-
-    def forward(self, points: Tensor, view: Tensor) -> Tensor:
-        """points (B, N, 3), view (B, N) or (N,) long -> (B, N, d)."""
-        return self.linear(fourier(points, self.frequencies)) + self.views(view)
 
 
 class ContextEncoder(nn.Module):
@@ -677,43 +627,34 @@ class RoutingGate(nn.Module):
 def plug(prefix: Prefix, tokens: Tensor, mask: Tensor, front: bool = False) -> Prefix:
     """The hook, the same for every policy: tokens (B, T, C) and their mask (B, T) join the prefix.
 
-    They attend, and are attended to, like image tokens. front: they stand before the prefix, and the rotary
-    distances of all other tokens stay. With T = 0 the policy's actions are the same bit for bit.
+    They attend, and are attended to, like image tokens. front: they read the prefix, unread, and all rotary
+    distances stay. With T = 0 the policy's actions are the same bit for bit.
     """
-    order = slice(None, None, -1 if front else 1)
-    return prefix._replace(tokens=torch.cat([prefix.tokens, tokens.to(prefix.tokens)][order], 1),
-                           mask=torch.cat([prefix.mask, mask.to(prefix.mask)][order], 1))
-
-
-class TokenOut(nn.Module):
-    """Tokens (B, T, d) -> (B, T, C) in the policy's token space: linear, layer norm, one learned gain."""
-
-    def __init__(self, width: int, out: int):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(width, out), nn.LayerNorm(out)
-        self.gain = nn.Parameter(torch.tensor(0.5))  # starts at the size of the policy's words: `inherit`
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.norm(self.linear(tokens)) * self.gain
+    if front:
+        return prefix._replace(front=(tokens, mask))
+    return prefix._replace(tokens=torch.cat([prefix.tokens, tokens.to(prefix.tokens)], 1), keys=None,
+                           mask=torch.cat([prefix.mask, mask.to(prefix.mask)], 1))
 
 
 class Batch(NamedTuple):
-    """Observations of a batch as tensors; fields of training alone are None at evaluation."""
+    """Observations of a batch as tensors, or what is frozen of them; fields of training alone may be None."""
 
-    images: Tensor  # (B, V, 3, H, W) in [0, 1]
-    depth: Tensor  # (B, V, H, W) [m], 0 = none
-    K: Tensor  # (B, V, 3, 3) [px]
-    T_base_cam: Tensor  # (B, V, 4, 4)
+    images: Tensor | None  # (B, V, 3, H, W) in [0, 1]
+    depth: Tensor | None  # (B, V, H, W) [m], 0 = none
+    K: Tensor | None  # (B, V, 3, 3) [px]
+    T_base_cam: Tensor | None  # (B, V, 4, 4)
     state: Tensor  # (B, S); the first three: the gripper's place [m]
-    texts: list[str]
+    texts: list[str] | None
     actions: Tensor | None = None  # (B, A, D)
     valid: Tensor | None = None  # (B, A) bool: before the demonstration's end
     targets: Targets | None = None
-    comp: tuple[Tensor, Tensor] | None = None  # (B, 30, 3) [m], (B, 30) bool: which are there
     ground: Tensor | None = None  # (B, V, 2, H / 4, W / 4) the object to move, and its destination
-    noise: Tensor | None = None  # (B k, A, D), k draws an observation
-    time: Tensor | None = None  # (B k,) of the flow
-    hidden: Tensor | None = None  # (B, V, h, w) bool
+    prefix: Prefix | None = None  # from stage 1 on: the frozen VLM's
+    found: Found | None = None  # stage 2: what the frozen modules found
+    comp: tuple[Tensor, Tensor] | None = None  # or its completion points alone
+    noise: Tensor | None = None  # (B, A, D)
+    time: Tensor | None = None  # (B,) of the flow
+    hidden: Tensor | None = None  # (B', V, h, w) bool of the first B' samples
 
 
 class Found(NamedTuple):
@@ -721,13 +662,13 @@ class Found(NamedTuple):
 
     memory: Tensor  # (B, N, d)
     points: Tensor  # (B, N, 3)
-    view: Tensor  # (N,)
-    mask_map: Tensor  # (B, V, d_m, h4, w4)
+    view: Tensor  # (B, N)
+    masks: Tensor  # (B, V, T, h4, w4) bool: the chosen probes' own
     probes: Probes  # of the last layer; T chosen of Q
     index: Tensor  # (B, T) which were chosen
     valid: Tensor  # (B, T) bool: which count
     terms: dict[str, Tensor]  # losses
-    comp: tuple[Tensor, Tensor] | None = None  # as Batch's
+    comp: tuple[Tensor, Tensor] | None = None  # (B, 30, 3) [m], (B, 30) bool: which are there
 
 
 class ThreeD(nn.Module):
@@ -737,7 +678,7 @@ class ThreeD(nn.Module):
 
     def __init__(self, cfg: Config, c_in: int, c_out: int):
         super().__init__()
-        d, self.views, self.teacher, self.completer = cfg.width, cfg.views, None, None
+        d, self.views, self.ema, self.teacher, self.completer = cfg.width, cfg.views, cfg.ema, None, None
         self.fusion = SpatialFusion(c_in, d, cfg.heads, cfg.fusion_layers)
         self.instances = InstanceModule(cfg)
         self.relative, self.out_inst = RelativeEncoding(d), TokenOut(d, c_out)
@@ -768,31 +709,31 @@ class ThreeD(nn.Module):
         rows = torch.arange(len(index), device=index.device)[:, None]
         chosen = [x[rows, index] for x in layers[-1][:3]]
         chosen += [x.transpose(1, 2)[rows, index].transpose(1, 2) for x in layers[-1][3:]]
-        view = torch.arange(V, device=index.device).repeat_interleave(h * w)
-        return Found(memory.flatten(1, 3), points.flatten(1, 3), view, mask_map, Probes(*chosen), index,
-                     valid, terms)
+        view = torch.arange(V, device=index.device).repeat_interleave(h * w).expand(len(index), -1)
+        found = Found(memory.flatten(1, 3), points.flatten(1, 3), view, view_masks(chosen[-1], mask_map) > 0,
+                      Probes(*chosen), index, valid, terms)
+        return found._replace(comp=batch.comp or self.complete(found, batch)) if self.predicts else found
 
     @torch.no_grad()
     def complete(self, found: Found, batch: Batch) -> tuple[Tensor, Tensor]:
         """Completion coordinates from the probes' own masks: (B, 30, 3) [m] and which of them are there."""
         size, probes = tuple(batch.depth.shape[-2:]), found.probes
         seen = project_probes(probes.point, batch.K, batch.T_base_cam, size)[1][..., None, None]
-        masks = (view_masks(probes.embed, found.mask_map) > 0) & seen  # learned where probes are seen
-        depth = F.interpolate(batch.depth, masks.shape[-2:], mode="nearest-exact")
-        points = unproject_cells(depth, batch.K, batch.T_base_cam, size)
-        points = torch.where(depth[..., None] > 0, points, torch.nan)
+        masks = found.masks & seen  # learned where probes are seen
+        points = cell_points(batch, masks.shape[-2:])
         inputs = masks, found.valid, probes.logit.argsort(1), points, batch.T_base_cam[..., :3, 3]
         frames = zip(*(x.cpu().numpy() for x in inputs))
         complete = pointattn.mirror_completion if self.completer is None else self.completer.complete
-        parts = [completion_points(*frame, complete, self.most) for frame in frames]
+        options = complete, self.most, OCCLUDED, QUERIES
+        parts = [pointattn.completion_points(*frame, *options) for frame in frames]
         return tuple(torch.from_numpy(np.stack(x)).to(batch.depth.device) for x in zip(*parts))
 
-    def tokens(self, found: Found, batch: Batch) -> tuple[Tensor, Tensor, Found]:
-        """-> tokens (B, T, C), mask (B, T) for `plug`: up to 16 of objects, then up to 30 of completion."""
-        (content, point, logit), hand = found.probes[:3], batch.state[:, :3]
+    def tokens(self, found: Found, hand: Tensor) -> tuple[Tensor, Tensor]:
+        """hand (B, 3) -> tokens (B, T, C), mask (B, T) for `plug`: 16 of objects, then 30 of completion."""
+        content, point, logit = found.probes[:3]
         if not self.predicts:
-            return self.out_inst(content + self.relative(point, hand)), found.valid, found
-        comp, there = batch.comp or self.complete(found, batch)
+            return self.out_inst(content + self.relative(point, hand)), found.valid
+        comp, there = found.comp
         context = self.context(found.memory, found.points, found.view, None)
         none = torch.full(comp.shape[:2], self.views, device=comp.device)  # no view sees these points
         completion = self.predictor(comp, none, there, context, found.points, None)  # (B, 30, d)
@@ -800,7 +741,7 @@ class ThreeD(nn.Module):
             content = self.routing(content, self.local(content, point, completion, comp, there), logit)
         objects = self.out_inst(content + self.relative(point, hand))
         tokens = torch.cat([objects, self.out_comp(completion + self.relative(comp, hand))], 1)
-        return tokens, torch.cat([found.valid, there], 1), found._replace(comp=(comp, there))
+        return tokens, torch.cat([found.valid, there], 1)
 
     def teach(self, found: Found) -> Tensor:
         """The predictor's targets at all tokens (B, N, d): the EMA teacher's, layer-normed (I-JEPA)."""
@@ -812,7 +753,7 @@ class ThreeD(nn.Module):
         query is of "no view", as completion queries are."""
         hidden = hidden.flatten(1)
         index = hidden.nonzero()[:, 1].view(len(hidden), -1)  # (B, n)
-        rows, view = torch.arange(len(hidden), device=hidden.device)[:, None], found.view[index]
+        rows, view = torch.arange(len(hidden), device=hidden.device)[:, None], found.view.gather(1, index)
         if unseen:
             view[:, ::unseen] = self.views
         context = self.context(found.memory, found.points, found.view, ~hidden)
@@ -823,18 +764,20 @@ class ThreeD(nn.Module):
 
     def forward(self, prefix: Prefix, batch: Batch) -> tuple[Tensor, Tensor, Found]:
         """-> tokens, mask for `plug`, Found; in training with the terms of L_inst or L_ssl."""
-        tokens, mask, found = self.tokens(self.find(prefix, batch), batch)
+        found = batch.found or self.find(prefix, batch)
+        tokens, mask = self.tokens(found, batch.state[:, :3])
         if batch.hidden is not None and batch.targets is None and self.predicts:  # stage 2
-            predicted, true, _ = self.predict_hidden(found, batch.hidden, unseen=4)
+            first = found._replace(**{k: getattr(found, k)[: len(batch.hidden)] for k in Found._fields[:3]})
+            predicted, true, _ = self.predict_hidden(first, batch.hidden, unseen=4)
             found = found._replace(terms=ssl_loss(predicted.flatten(0, 1), true.flatten(0, 1)))
         return tokens, mask, found
 
     @torch.no_grad()
-    def move_teacher(self, ema: float = 0.999) -> None:  # Sec. 3.3
+    def move_teacher(self) -> None:
         """theta_T <- m theta_T + (1 - m) theta_S."""
         if self.teacher is not None:
             for old, new in zip(self.teacher.parameters(), self.context.parameters()):
-                old.lerp_(new, 1 - ema)
+                old.lerp_(new, 1 - self.ema)
 
 
 class Agent(nn.Module):
@@ -842,11 +785,13 @@ class Agent(nn.Module):
 
     def __init__(self, cfg: Config, three: Callable = ThreeD):
         super().__init__()
-        self.cfg, self.stage, sizes, finder = cfg, 2, SIZES[cfg.sizes], cfg.w_ground > 0
+        self.cfg, self.stage, sizes, l1 = cfg, 2, SIZES[cfg.sizes], {"l1": cfg.actions - 1}.get(cfg.head)
         if cfg.policy == "xvla":
-            self.policy = XVLA(sizes, cfg.views, cfg.actions - 1, OBJECTS + OCCLUDED * QUERIES, finder)
+            self.policy = XVLA(sizes, cfg.views, cfg.actions - 1, OBJECTS + OCCLUDED * QUERIES, l1)
         else:
-            self.policy = Pi0(sizes, cfg.views, cfg.policy == "pi05", finder, cfg.vlm)
+            self.policy = Pi0(sizes, cfg.policy == "pi05", cfg.vlm, l1)
+        cells = 2 * (sizes.patch // 4) ** 2  # of 4 px, for the object to move and for its destination
+        self.ground = nn.Linear(self.policy.width, cells) if cfg.w_ground and not cfg.vlm else None
         self.front = cfg.tokens_at == "front" and cfg.policy != "xvla"  # X-VLA's slots are no distances
         self.three = three(cfg, self.policy.map_width, self.policy.width) if cfg.variant != "base" else None
         for name, size in (("action", cfg.actions), ("state", self.policy.state_dim)):
@@ -854,22 +799,37 @@ class Agent(nn.Module):
             self.register_buffer(f"{name}_std", torch.ones(size))
 
     def set_stage(self, stage: int) -> None:
-        """0: the whole policy learns. 1, 2: the expert and the plug-in's part; VLM and finder are frozen."""
-        self.stage, frozen = stage, [self.policy.vlm(), self.policy.finder] if stage else []
+        """0: the whole policy learns. 1, 2: the expert and the plug-in's part; the VLM is frozen."""
+        self.stage = stage
         self.requires_grad_(True)
-        for module in frozen + (self.three.frozen(stage) if self.three is not None else []):
-            if module is not None:
-                module.requires_grad_(False)
+        modules = self.frozen() * (stage > 0) + (self.three.frozen(stage) if self.three is not None else [])
+        for module in filter(None, modules):
+            module.requires_grad_(False)
+
+    def frozen(self) -> list[nn.Module]:
+        """What gives the prefix."""
+        return [self.policy.vlm()] + [self.ground] * (self.ground is not None)
 
     def state(self, batch: Batch) -> Tensor:
         """(B, S) normalised."""
         S = batch.state.shape[1]
         return (batch.state - self.state_mean[:S]) / self.state_std[:S]
 
-    def prefix(self, batch: Batch) -> tuple[Prefix, Found | None]:
-        """The policy's prefix with the plug-in's tokens, and what that found."""
+    def encode(self, batch: Batch) -> Prefix:
+        """The policy's own prefix: frozen from stage 1 on, so that a frame is encoded once."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == 0):
             prefix = self.policy.encode(batch.images, batch.texts, self.state(batch))
+            if self.front or self.ground is not None:
+                prefix = self.policy.read(prefix)
+            if self.ground is not None:
+                V, _, h, w = prefix.maps.shape[1:]
+                heat = self.ground(prefix.last).unflatten(1, (V, h, w)).permute(0, 1, 4, 2, 3)
+                prefix = prefix._replace(heat=F.pixel_shuffle(heat, round((heat.shape[2] / 2) ** 0.5)))
+        return prefix._replace(last=None)
+
+    def prefix(self, batch: Batch) -> tuple[Prefix, Found | None]:
+        """The policy's prefix with the plug-in's tokens, and what that found."""
+        prefix = batch.prefix or self.encode(batch)
         if self.stage == 0 or self.three is None:
             return prefix, None
         tokens, mask, found = self.three(prefix, batch)
@@ -878,11 +838,9 @@ class Agent(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """-> the loss's terms: L_action; in stage 0 + L_ground, in stage 1 + L_inst, in stage 2 + L_ssl."""
         prefix, found = self.prefix(batch)
-        k = len(batch.time) // len(batch.images)  # draws an observation
         actions = (batch.actions - self.action_mean) / self.action_std
-        state, actions, valid = (x.repeat_interleave(k, 0) for x in (self.state(batch), actions, batch.valid))
-        error = self.policy.loss(prefix, state, actions, batch.noise, batch.time).mean(-1)  # (B k, A)
-        terms = {"action": (error * valid).sum() / over_ranks(valid.sum().to(error), 1)}
+        error = self.policy.loss(prefix, self.state(batch), actions, batch.noise, batch.time).mean(-1)
+        terms = {"action": (error * batch.valid).sum() / over_ranks(batch.valid.sum().to(error), 1)}
         terms |= found.terms if found is not None else {}
         if batch.ground is not None:  # stage 0
             weight = batch.ground.new_tensor(10.0)  # an object covers few cells
@@ -902,61 +860,80 @@ class Agent(nn.Module):
 
 
 def observe(observations: list[Observation], cfg: Config, device: torch.device | str = "cpu") -> Batch:
-    """Observations -> Batch at the policy's image size."""
-    return Batch(**stack_observations(observations, SIZES[cfg.sizes].image_size, device))
+    """Observations -> Batch at the policy's image size, of its first views."""
+    return Batch(**stack_observations(observations, SIZES[cfg.sizes].image_size, device, cfg.views))
 
 
 class Frames:
     """Frames of demonstrations as training samples. masks(observation): of each view, for pseudo_targets."""
 
-    def __init__(self, cfg: Config, root: Path, masks: Callable = instance_masks):
+    prefix = found = comp = staticmethod(lambda index: None)  # of frames: what is frozen, from the disk
+
+    def __init__(self, cfg: Config, root: Path, masks: Callable = instance_masks, actions: int | None = None):
         self.cfg, self.sizes, self.masks = cfg, SIZES[cfg.sizes], masks
-        self.demos = Demonstrations(root, cfg.views, self.sizes.state_dim, cfg.actions)
-        self.pseudo, self.comp = {}, {}  # frame -> its Targets; -> its completion points, of one agent
+        self.demos, self.pseudo = Demonstrations(root, cfg.views, self.sizes.state_dim, actions), {}
+        if (D := self.demos.actions) > (most := self.sizes.action_dim):
+            raise InputError(f"{root}: {D} numbers an action; --sizes {cfg.sizes} has {most}")
+        frames = range(len(self.demos))
+        self.rows = [torch.stack(x) for x in zip(*(self.demos.chunk(i, self.sizes.chunk) for i in frames))]
+        self.rows += [torch.from_numpy(np.concatenate([d["states"] for d in self.demos.demos])).float()]
 
     def targets(self, i: int) -> Targets:
         """Pseudo ground truth of frame i, made once; without B."""
         if i not in self.pseudo:
             o = self.demos.observation(i)
             scene = (x[0].numpy() for x in observe([o], self.cfg)[1:4])  # depth, K, T_base_cam
-            self.pseudo[i] = pseudo_targets(self.masks(o), *scene, cells=4 * self.sizes.grid)
+            self.pseudo[i] = Targets(*pseudo_targets(self.masks(o), *scene, cells=4 * self.sizes.grid))
         return self.pseudo[i]
 
     def batch(self, index: list[int], agent: Agent) -> Batch:
-        """Frames -> Batch with actions; stage 0: with ground, stage 1: with targets, stage 2: with comp."""
+        """Frames -> Batch with actions; stage 0: ground, stage 1: prefix, targets, stage 2: prefix, found."""
         device, three = agent.action_mean.device, agent.three
-        batch = observe([self.demos.observation(i) for i in index], self.cfg, device)
-        actions, valid = zip(*(self.demos.chunk(i, self.sizes.chunk) for i in index))
-        batch = batch._replace(actions=torch.stack(actions).to(device), valid=torch.stack(valid).to(device))
-        if agent.stage == 0 and agent.policy.finder is not None:
-            cells = self.sizes.image_size // Finder.STRIDE
-            return batch._replace(ground=torch.stack([self.demos.ground(i, cells) for i in index]).to(device))
+        (actions, valid, state), prefix = (x[index].to(device) for x in self.rows), self.prefix(index)
+        batch = Batch(None, None, None, None, state, None, actions, valid, prefix=prefix,
+                      found=self.found(index), comp=self.comp(index))
+        if prefix is not None and (agent.stage == 2 or three is None):
+            return batch
+        seen = observe([self.demos.observation(i) for i in index], self.cfg, device)
+        batch = seen._replace(**{k: x for k, x in batch._asdict().items() if x is not None})
+        if agent.stage == 0 and agent.ground is not None:
+            ground = [self.demos.ground(i, self.sizes.image_size // 4) for i in index]
+            return batch._replace(ground=torch.stack(ground).to(device))
         if agent.stage == 1 and three is not None:
             fields = zip(*(self.targets(i) for i in index))  # of 0 to 16 objects each
             return batch._replace(targets=Targets(*(pad_sequence(x, True).to(device) for x in fields)))
-        if agent.stage == 2 and three is not None and three.predicts:
-            self.complete([i for i in index if i not in self.comp], agent)
-            comp, there = zip(*(self.comp[i] for i in index))
-            return batch._replace(comp=(torch.stack(comp), torch.stack(there)))
         return batch
 
-    @torch.no_grad()
-    def complete(self, index: list[int], agent: Agent) -> None:
-        """Make completion points of these frames: in stage 2 the modules that they come from are frozen."""
-        if index:
-            batch = observe([self.demos.observation(i) for i in index], self.cfg, agent.action_mean.device)
-            prefix = agent.policy.encode(batch.images, batch.texts, agent.state(batch))
-            comp = agent.three.complete(agent.three.find(prefix, batch), batch)
-            self.comp |= dict(zip(index, zip(*comp)))
+    def freeze(self, agent: Agent, base: Path, before: Path) -> None:
+        """Compute once what is frozen in this stage, of all frames, into the stages' folders; without a
+        larger --head-batch (base, paper), completion points alone."""
+        device, three, stage, cfg = agent.action_mean.device, agent.three, agent.stage, agent.cfg
+        self.prefix = self.found = self.comp = Frames.prefix
+        rows = partial(frozen_rows, count=len(self.demos), device=device)
+        key = digest(nn.ModuleList(agent.frozen() * (stage > 0)), self.demos.root.resolve(), agent.front)
+        unread = {"tokens": None} if agent.front else {}
+
+        def see(index: list[int]) -> Batch:
+            return observe([self.demos.observation(i) for i in index], self.cfg, device)
+
+        if stage and cfg.head_batch > cfg.batch:
+            self.prefix = rows(base / f"tokens-{key}", make=lambda i: agent.encode(see(i))._replace(**unread))
+        if stage == 2 and three is not None:
+            key = digest(nn.ModuleList(filter(None, three.frozen(2))), key, three.predicts)
+            find = lambda i: three.find(self.prefix(i) or agent.encode(see(i)), see(i))  # noqa: E731
+            if cfg.head_batch > cfg.batch:
+                self.found = rows(before / f"found-{key}", make=find)
+            elif three.predicts:
+                self.comp = rows(before / f"comp-{key}", make=lambda i: find(i).comp)
 
 
 def draw_step(cfg: Config, B: int, seed: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     """Batch's noise, time and hidden at a step: a process's share of what one process would draw for all."""
     g, sizes = torch.Generator().manual_seed(((seed << 40) + step) % 2**63), SIZES[cfg.sizes]
-    n = world * B * (1 if cfg.policy == "xvla" else cfg.flow_draws)  # X-VLA has no prefix to reuse
-    noise = torch.randn(n, sizes.chunk, sizes.action_dim, generator=g)
-    time = pi0_time_quantile(torch.rand(n, generator=g))
-    hidden = asymmetric_mask(world * B, cfg.views, sizes.grid, sizes.grid, cfg.mask_ratio, g)
+    flow = int(cfg.head == "flow")  # l1: from noise 0 at time 1
+    noise = flow * torch.randn(world * B, sizes.chunk, sizes.action_dim, generator=g)
+    time = pi0_time_quantile(torch.rand(world * B, generator=g)) ** flow
+    hidden = asymmetric_mask(min(world * B, cfg.batch), cfg.views, *[sizes.grid] * 2, cfg.mask_ratio, g)
     return {k: x.chunk(world)[rank] for k, x in (("noise", noise), ("time", time), ("hidden", hidden))}
 
 
@@ -964,12 +941,13 @@ def draw_step(cfg: Config, B: int, seed: int, step: int, rank: int = 0, world: i
 
 
 def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before: Path | None = None,
-                three: Callable = ThreeD) -> None:
-    """Stage 0 (base policy), 1 (fusion, instances) or 2 (predictor, aggregation), from the stage `before`."""
+                three: Callable = ThreeD, base: Path | None = None) -> None:
+    """Stage 0 (base policy), 1 (fusion, instances), 2 (predictor, aggregation) from `before`. base: 0's."""
     steps = args.steps or (cfg.base_steps, cfg.stage1_steps, cfg.stage2_steps)[stage]
     source = {"root": frames.demos.root, "stage": stage, "from": before, "pseudo": args.pseudo}
     run = Session(args, cfg, out, samples=len(frames.demos), steps=steps, source=source, amp=cfg.amp,
-                  batch=cfg.batch // setup(args.device).world, seed=args.seed + 1000 * stage)
+                  batch=(cfg.head_batch if stage == 2 else cfg.batch) // setup(args.device).world,
+                  seed=args.seed + 1000 * stage)
     if run.finished:
         return
     agent = Agent(cfg, three)
@@ -978,12 +956,9 @@ def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before
             getattr(agent, name)[: len(value)] = value
     elif not run.start:
         inherit(agent, before, stage - 1)
-    agent.to(run.device).train()
-    agent.set_stage(stage)
-    frames.comp.clear()
-    peak = cfg.base_lr if stage == 0 else cfg.lr
-    optimizer = make_optimizer(cfg.optimizer, agent, peak, cfg.lr_3d, cfg.weight_decay, encoder="policy")
+    optimizer = prepare(agent, stage, run.device, frames)
     model, warmup = run.attach(agent, optimizer, find_unused=True), min(cfg.warmup, steps // 4)
+    frames.freeze(agent, base or before, before)
     for step, index in run.batches(lambda i, _: i, workers=0, collate=list):
         lr = set_lr(optimizer, schedule(step, steps, "cosine", warmup, cfg.lr_floor))
         batch = frames.batch(index, agent)
@@ -999,9 +974,28 @@ def train_stage(stage: int, cfg: Config, args, frames: Frames, out: Path, before
         run.log(step, terms, lr)
 
 
+def prepare(agent: Agent, stage: int, device: torch.device, frames: Frames) -> torch.optim.Optimizer:
+    """Set what learns in a stage, and the probes' first points; -> its optimizer."""
+    cfg, instances = agent.cfg, getattr(agent.three, "instances", None)
+    agent.to(device).train()
+    agent.set_stage(stage)
+    if stage == 1 and instances is not None:  # where the objects of some frames are, 5 cm around
+        points = [frames.targets(i).points for i in range(0, len(frames.demos), 1 + len(frames.demos) // 64)]
+        if len(points := torch.cat(points).to(device)):
+            low, high = points.amin(0) - 0.05, points.amax(0) + 0.05
+            instances.point.data = low + (high - low) * torch.rand_like(instances.point)
+    peak = cfg.lr if stage else cfg.base_lr
+    optimizer = make_optimizer(cfg.optimizer, agent, peak, cfg.lr_3d, cfg.weight_decay, encoder="policy")
+    if stage:  # a head on frozen tokens learns by AdamW
+        set_apart(optimizer.param_groups, [*agent.policy.parameters()], orthogonal=False)
+    if instances is not None:  # metres do not decay
+        set_apart(optimizer.param_groups, [instances.point], weight_decay=0.0)
+    return optimizer
+
+
 def inherit(agent: Agent, folder: Path, stage: int) -> None:
     """Take the weights of `stage`, finished in `folder`, else InputError; new tokens get the words' size."""
-    run, names = read_json(folder / "config.json"), ("policy", "sizes", "vlm", "w_ground")
+    run, names = read_json(folder / "config.json"), ("policy", "sizes", "vlm", "views", "w_ground", "head")
     if run["data"].get("stage") != stage:
         raise InputError(f"{folder}: not a stage {stage}; train one with --out first")
     if differ := [f"{k} {run['config'][k]}" for k in names if run["config"][k] != getattr(agent.cfg, k)]:
@@ -1019,24 +1013,29 @@ def train(cfg: Config, args) -> None:
     check(cfg)
     if args.steps and args.resume:
         raise InputError("--steps with --resume: a run of stages is not extended; take another --out")
-    if cfg.batch % (world := setup(args.device).world):
-        raise InputError(f"--batch {cfg.batch}: of all processes together; take a multiple of {world}")
     out = args.out or Path("runs/threedvla")
-    base, frames = args.base or out, open_frames(cfg, args)
+    if any(size % setup(args.device).world for size in (cfg.batch, cfg.head_batch)):
+        raise InputError(f"--batch {cfg.batch}, --head-batch {cfg.head_batch}: multiples of the processes")
+    if args.resume and not any(out.glob("stage*/config.json")):
+        raise InputError(f"{out}: no config.json of a run there; drop --resume")
+    args.resume = False  # stages that are not begun begin, others go on anyway
+    frames, base = open_frames(cfg, args), args.base or out
     base = base if (base / "config.json").is_file() else base / "stage0"
+    cfg = replace(cfg, actions=frames.demos.actions)
     if not args.base:
         train_stage(0, replace(cfg, variant="base"), args, frames, base)
     if cfg.completion == "pointattn" and cfg.variant in ("B", "C"):
         pointattn.pretrain(args, cfg, out / "completion", frames.demos, pointattn.POINTS[cfg.sizes])
     first = replace(cfg, variant="A") if cfg.variant != "base" else cfg
     train_stage(1, first, args, frames, out / "stage1", base)
-    train_stage(2, cfg, args, frames, out / "stage2", out / "stage1")
+    train_stage(2, cfg, args, frames, out / "stage2", out / "stage1", base=base)
 
 
 def open_frames(cfg: Config, args) -> Frames:
     """The demonstrations of --data-root, or of the tabletop world, which is written if it is not there."""
     root = verbs.data_root(args, setup(args.device), "tabletop", demos=args.demos)
-    return Frames(cfg, root, mask_maker(args.pseudo, args.grounding, args.sam, args.device))
+    masks = mask_maker(args.pseudo, args.grounding, args.sam, args.device)
+    return Frames(cfg, root, masks, cfg.actions if "actions" in args.given else None)
 
 
 # --- 7  Predict, evaluate, describe -------------------------------------------------------------------------
@@ -1052,7 +1051,7 @@ def predict(agent: Agent, observations: list[Observation], seeds: list[int], whe
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     batch = observe(observations, agent.cfg, device)
     with autocast(device, agent.cfg.amp):
-        actions, found = agent.act(batch, noise)
+        actions, found = agent.act(batch, noise * (agent.cfg.head == "flow"))
     return actions.float().cpu().numpy(), partial(marks, found, batch) if found is not None else None
 
 
@@ -1065,8 +1064,7 @@ def marks(found: Found, batch: Batch, row: int) -> episodes.Marks:
 
     keep, none = found.valid[row], (found.points[:, :0], found.valid[:, :0])
     comp, there = (x[row] for x in found.comp or none)
-    masks = view_masks(found.probes.embed[row, None], found.mask_map[row, None])[0, :, keep] > 0
-    return episodes.Marks(found.index[row][keep].cpu().numpy(), masks.cpu().numpy(),
+    return episodes.Marks(found.index[row][keep].cpu().numpy(), found.masks[row][:, keep].cpu().numpy(),
                           seen(found.probes.point[row][keep]), seen(comp[there]))
 
 
@@ -1100,10 +1098,10 @@ def describe(cfg: Config, args) -> None:
     for variant in dict.fromkeys(("base", cfg.variant)):
         with torch.device("meta"):
             agent = Agent(replace(cfg, variant=variant, vlm=None)).requires_grad_(False)
-            image = torch.zeros(1, V, sizes.image_size, sizes.image_size)
+            image, comp = torch.zeros(1, V, *[sizes.image_size] * 2), torch.zeros(1, n, 3)
             batch = Batch(image[:, :, None].expand(-1, -1, 3, -1, -1), image, torch.ones(1, V, 3, 3),
                           torch.ones(1, V, 4, 4), torch.zeros(1, 8), ["lift the red cube"],
-                          comp=(torch.zeros(1, n, 3), torch.zeros(1, n, dtype=torch.bool)))
+                          comp=(comp, comp[..., 0] > 0))
             agent.forward, noise = agent.act, torch.zeros(1, sizes.chunk, sizes.action_dim)
             print(f"{cfg.policy} {variant}, preset {args.preset}: {V} x {sizes.image_size} px, one plan")
             flops.append(table(agent, batch, noise, train=False)["flops"])
@@ -1119,8 +1117,12 @@ def check(cfg: Config) -> None:
     zero = "w_ground", "warmup", "lr_floor", "weight_decay"  # may be 0
     wrong = [f"--{k.replace('_', '-')} {v}" for k, v in asdict(cfg).items()
              if isinstance(v, (int, float)) and not (v > 0 or k in zero and v == 0)]
-    if wrong or cfg.mask_ratio >= 1:
-        raise InputError(f"{' '.join(wrong) or f'--mask-ratio {cfg.mask_ratio}'}: out of range")
+    if wrong or max(cfg.mask_ratio, cfg.ema) >= 1:
+        wrong = wrong or [f"--mask-ratio {cfg.mask_ratio} --ema {cfg.ema}"]
+        raise InputError(f"{' '.join(wrong)}: out of range")
+    if cfg.vlm and cfg.policy != "pi0":
+        raise InputError(f"--policy {cfg.policy} --vlm {cfg.vlm}: only pi0's weights load here (transformers "
+                         "has no pi0.5 and no X-VLA); drop --vlm, or take --policy pi0")
     if cfg.width % cfg.heads or cfg.width % cfg.sample_heads or cfg.width < 6 * cfg.heads:
         raise InputError(f"--width {cfg.width}: a multiple of --heads {cfg.heads} and --sample-heads "
                          f"{cfg.sample_heads}, with at least 6 channels a head for 3D RoPE")

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
 
@@ -141,13 +142,44 @@ def lift_mask(mask: np.ndarray, depth: np.ndarray, K: np.ndarray, T_base_cam: np
     return point, torch.cat([(low + high) / 2, high - low]), torch.from_numpy(small)
 
 
+def pseudo_targets(masks: list[list[np.ndarray]], depth: np.ndarray, K: np.ndarray, T_base_cam: np.ndarray,
+                   cells: int, most: int = 16, radius: float = 0.05) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Masks of V views, (H, W) bool without identities, depth (V, H, W) [m] -> up to `most` objects: points
+    (n, 3) [m], boxes (n, V, 4), masks (n, V, cells, cells), valid (n, V), as `lift_mask` has them. Ours.
+
+    Masks of two views are one object if their points are nearest and closer than `radius` [m]. An object's
+    point is the mean over views. cells: side of the mask map.
+    """
+    V, objects = len(depth), []  # per object {view: (point, box, mask)}
+    for v in range(V):
+        found = [lift_mask(mask, depth[v], K[v], T_base_cam[v], cells) for mask in masks[v]]
+        found, joined = [f for f in found if f is not None], {}
+        if objects and found:
+            centers = torch.stack([torch.stack([x[0] for x in o.values()]).mean(0) for o in objects])
+            apart = (torch.stack([f[0] for f in found])[:, None] - centers).norm(dim=-1)  # [m]
+            joined = {r: c for r, c in zip(*linear_sum_assignment(apart)) if apart[r, c] < radius}
+        objects += [{v: f} for r, f in enumerate(found) if r not in joined]
+        for r, c in joined.items():
+            objects[c][v] = found[r]
+    objects = sorted(objects, key=lambda o: -max(x[2].sum() for x in o.values()))[:most]
+    n = len(objects)
+    points, boxes = torch.zeros(n, 3), torch.full((n, V, 4), 0.5)
+    shares, valid = torch.zeros(n, V, cells, cells), torch.zeros(n, V, dtype=torch.bool)
+    for t, o in enumerate(objects):
+        points[t] = torch.stack([x[0] for x in o.values()]).mean(0)
+        for v, (_, boxes[t, v], shares[t, v]) in o.items():
+            valid[t, v] = True
+    return points, boxes, shares, valid
+
+
 class Demonstrations:
     """Demonstrations of a tabletop world, or LIBERO's (common.robot convert), in memory, a sample a frame.
 
-    Raises InputError if they have another number of cameras, states wider than `state_dim` or other actions.
+    views: cameras that are read, the first ones. Raises InputError if there are fewer, if states are wider
+    than `state_dim`, or if actions have another width than `actions` (None: any).
     """
 
-    def __init__(self, root: Path, views: int, state_dim: int, actions: int):
+    def __init__(self, root: Path, views: int, state_dim: int, actions: int | None = None):
         self.root, world = Path(root), read_world(root)
         self.known_shapes = "roles" not in world  # the tabletop world's
         # task -> moves, where to
@@ -160,12 +192,15 @@ class Demonstrations:
                                                disable=None))
         for folder, demo in zip(folders, self.demos):
             V, S, D = len(demo["K"][0]), demo["states"].shape[1], demo["actions"].shape[1]
-            if V != views or D != actions or S > state_dim or S != self.demos[0]["states"].shape[1]:
+            actions = actions or D
+            if V < views or D != actions or S > state_dim or S != self.demos[0]["states"].shape[1]:
                 raise InputError(f"{folder}: {V} cameras, {D} numbers an action, {S} a state; --views "
                                  f"{views} --actions {actions}, states of one length up to {state_dim} here")
             roles = self.roles.get(demo["task"])
             if roles is None or len(roles) != 2 or not {*roles[0], *roles[1]} <= {*demo["things"]}:
                 raise InputError(f"{folder}: a task whose roles in world.json are not its things ({demo['task']})")
+            demo |= {key: demo[key][:, :views] for key in ("images", "depth", "instances", "K", "T_base_cam")}
+        self.actions = actions
         self.place = [(e, k) for e, demo in enumerate(self.demos) for k in range(len(demo["actions"]))]
 
     def __len__(self) -> int:

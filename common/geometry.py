@@ -494,6 +494,18 @@ def between_rows(surface: Tensor, depth: Tensor, label: Tensor, keep: Tensor,
     return torch.cat(points), torch.cat(labels)
 
 
+def hide_blocks(view: Tensor, count: int, generator: torch.Generator) -> None:
+    """Set exactly `count` cells of (h, w): random rectangles, the last one cut."""
+    h, w = view.shape
+    while (lack := count - int(view.sum())) > 0:
+        size = torch.rand(4, generator=generator)
+        high, wide = (max(1, round(n * (0.25 + 0.35 * float(s)))) for n, s in zip((h, w), size[:2]))
+        i, j = int(size[2] * (h - high + 1)), int(size[3] * (w - wide + 1))
+        block = torch.zeros_like(view)
+        block[i : i + high, j : j + wide] = True
+        view.view(-1)[(block & ~view).flatten().nonzero()[:lack, 0]] = True
+
+
 def farthest_from(points: np.ndarray, others: np.ndarray, share: float, count: int) -> np.ndarray:
     """The `share` of points (n, 3) farthest from others (m, 3), then `count` of those by farthest-point sampling."""
     apart = cKDTree(others).query(points)[0]

@@ -111,16 +111,16 @@ def mirror_intrinsics(K: np.ndarray, width: int) -> np.ndarray:
     return flip @ K
 
 
-def stack_observations(observations: list[Observation], size: int, device: torch.device
-                       | str = "cpu") -> dict:
+def stack_observations(observations: list[Observation], size: int, device: torch.device | str = "cpu",
+                       views: int | None = None) -> dict:
     """Observations -> tensors at `size` px: images (B, V, 3, H, W) in [0, 1], depth (B, V, H, W) [m], K (B,
     V, 3, 3), T_base_cam (B, V, 4, 4), state (B, S), and texts. Instance masks are not read: they are training
     labels."""
     fields: dict[str, list] = {k: [] for k in ("images", "depth", "K", "T_base_cam", "state")}
     for o in observations:
-        check_observation(o)
+        o = o._replace(K=check_observation(o).K[:views], T_base_cam=o.T_base_cam[:views])  # the first views
         H, W = o.images.shape[1:3]
-        images, depth = o.images, o.depth
+        images, depth = o.images[:views], o.depth[:views]
         if (H, W) != (size, size):
             how = cv2.INTER_AREA if H > size else cv2.INTER_LINEAR
             images = np.stack([cv2.resize(i, (size, size), interpolation=how) for i in images])

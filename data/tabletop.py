@@ -25,6 +25,7 @@ CONTACT       Kinematic: nothing has a mass or a speed.
 PERTURBATIONS  LIBERO-Plus's seven, each at levels 1..5: camera (agent view only), robot (start pose), language
     (held-out paraphrases), light, background, noise (agent view only; motion, Gaussian and zoom blur, fog, glass),
     layout (more things, wider places, from level 3 a carton between camera and target). Their magnitudes are ours.
+    `occluded` is ours: a carton hides 40 to 90 % of the target from the agent view at the start.
     `hard` is in the style of RoboTwin 2.0's randomised setting: background, light, clutter, table height +-3 cm,
     unseen words, at once.
 
@@ -297,10 +298,11 @@ ROLES = {name: tuple(tuple(dict.fromkeys(things[role] for things in named if len
 EXTRAS = ("orange cube", "purple block", "red can", "green ball", "green bottle", "yellow mug", "white cube",
           "grey can")
 PERTURBATIONS = ("camera", "robot", "language", "light", "background", "noise", "layout")
+KINDS_OF_EPISODE = (*PERTURBATIONS, "hard", "occluded")
 
 
 class Perturbation(NamedTuple):
-    """kind: one of PERTURBATIONS, or "hard" (all of RoboTwin's at once; level is then ignored). level 1..5."""
+    """kind: one of PERTURBATIONS, "hard" (all of RoboTwin's at once) or "occluded"; these two have no level 1..5."""
 
     kind: str
     level: int = 3
@@ -432,15 +434,15 @@ class Tabletop:
         or perturbation."""
         if task not in TASKS:
             raise InputError(f"task '{task}': one of {', '.join(TASKS)}")
-        if perturbation is not None and (perturbation.kind not in (*PERTURBATIONS, "hard")
+        if perturbation is not None and (perturbation.kind not in KINDS_OF_EPISODE
                                          or not 1 <= perturbation.level <= 5):
             raise InputError(f"perturbation {perturbation.kind} level {perturbation.level}: one of "
-                             f"{', '.join(PERTURBATIONS)}, hard; level 1 to 5")
+                             f"{', '.join(KINDS_OF_EPISODE)}; level 1 to 5")
         self.task, self.name, self.seed = TASKS[task], task, seed
         number = list(TASKS).index(task)
         rng = np.random.default_rng([seed, number])
         kind, level = perturbation or ("", 0)
-        twist = np.random.default_rng([seed, number, 1 + (*PERTURBATIONS, "hard").index(kind), level]) if kind else rng
+        twist = np.random.default_rng([seed, number, 1 + KINDS_OF_EPISODE.index(kind), level]) if kind else rng
         self.steps, self.done, self.aborted, self.held = 0, False, "", None
         self.opening, self.drawer = OPEN, DRAWER if task in ("close_drawer", "cube_in_drawer") else 0.0
         self.height = TABLE + (twist.uniform(-0.03, 0.03) if kind == "hard" else 0.0)
@@ -469,6 +471,8 @@ class Tabletop:
             self.blur = int(twist.integers(5)), 2 * level - int(twist.integers(2))
         if kind == "hard":
             self.instruction = self.task.held_out[int(twist.integers(2, 5))]
+        if kind == "occluded":
+            self._hide_target(twist)
         self.start = {t.name: t.position.copy() for t in self.things}
         self._build()
 
@@ -534,6 +538,23 @@ class Tabletop:
             if all(np.hypot(*(t.position[:2] - xy)) > max(t.kind.half) * 0.9 + 0.055 for t in self.things):
                 self.things.append(carton)
                 return
+
+    def _hide_target(self, twist) -> None:
+        """Of some cartons before the target, keep the first that hides it by 40 to 90 %; where none does, none."""
+        if self.target == "white drawer":
+            return
+        target, things = self.thing(self.target), self.things
+        toward = agentview_pose()[:2, 3] - target.position[:2]
+        for _ in range(40):
+            xy = target.position[:2] + toward / np.linalg.norm(toward) * twist.uniform(0.065, 0.16) \
+                + [0, twist.uniform(-0.08, 0.08)]
+            carton = Thing("orange carton", xy, twist.uniform(-0.2, 0.2))
+            if all(np.hypot(*(t.position[:2] - xy)) > max(t.kind.half) * 0.9 + 0.035 for t in things):
+                self.things = [*things, carton]
+                self._build()
+                if 0.1 <= self.visible_share() <= 0.6:
+                    return
+        self.things = things
 
     def _orbit(self, twist, level: int) -> np.ndarray:
         """LIBERO-Plus's camera: around a pivot by a horizontal and a vertical angle, farther or nearer, then turned."""

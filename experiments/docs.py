@@ -103,7 +103,8 @@ def steps_of(cfg: Any) -> tuple[int, float, str]:
         return sum(each), passes, "stages 1 to 3, a keyframe a pass"
     if hasattr(cfg, "base_steps"):
         steps = cfg.base_steps + cfg.stage1_steps + cfg.stage2_steps
-        return steps, steps * cfg.batch, "one plan a sample: ten passes of the expert, so an upper bound"
+        passes = (cfg.base_steps + cfg.stage1_steps) * cfg.batch + cfg.stage2_steps * cfg.head_batch
+        return steps, passes, "one plan a sample: ten passes of the expert, so an upper bound"
     steps = cfg.steps or round(cfg.epochs * FRAMES / cfg.batch)
     return steps, steps, f"{cfg.epochs} epochs" if not cfg.steps else ""
 

@@ -469,6 +469,13 @@ def unmet(record: dict[str, Any], row: dict[str, Any]) -> str:
     every = [value for arm in arms for value in scores_of(record, arm, metric).values()]
     ends = [end for end in (0, 1) if all(abs(value - end) < 5e-4 for value in every)]
     reasons += [f"both arms at {show(end, metric)}" for end in ends]
+    reasons += [line for line, met in gates_of(record, arms) if not met]
+    return "; ".join(dict.fromkeys(reasons))
+
+
+def gates_of(record: dict[str, Any], arms: tuple[str, ...]) -> list[tuple[str, bool]]:
+    """The claim's own gates for these arms: a line with figures, and whether it is met."""
+    lines = []
     for name, subject, rule, than in record["gates"]:
         arm, _, of = subject.rpartition(":")
         for which in (arm,) if arm else arms:
@@ -476,10 +483,11 @@ def unmet(record: dict[str, Any], row: dict[str, Any]) -> str:
             if isinstance(than, str):
                 other, _, what = than.rpartition(":")
                 limit = mean_of(record, other or which, what)
-            if figure is None or limit is None or not (figure > limit if rule == ">" else figure < limit):
-                shown = [NOT_RUN if v is None else show(v, of) for v in (figure, limit)]
-                reasons.append(f"{name}: {which} {shown[0]}, needs {rule} {shown[1]}")
-    return "; ".join(dict.fromkeys(reasons))
+            shown = [NOT_RUN if v is None else show(v, of) for v in (figure, limit)]
+            known = figure is not None and limit is not None
+            met = known and (figure > limit if rule == ">" else figure < limit)
+            lines.append((f"{name}: {which} {shown[0]}, needs {rule} {shown[1]}", met))
+    return lines
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -510,6 +518,8 @@ def print_verdict(v: dict[str, Any]) -> None:
             print(f"  {arm:24}", " ".join(show(x, m) for x in scores_of(v, arm, m).values()) or NOT_RUN)
         if m in v["constants"]:
             print(f"  {'constant predictor':24} {show(v['constants'][m], m)}")
+    for line, met in dict.fromkeys(gates_of(v, tuple(v["arms"]))):
+        print(f"gate {'met' if met else 'NOT met'}: {line}")
     for c in v["comparisons"]:
         effect = ""
         if c["seeds"]:

@@ -145,8 +145,8 @@ def reliability_part(r: dict[str, Any]) -> list[str]:
              ", ".join(f"{name} {n:,}" for name, n in x["counts"].items()), str(x["findings"])]
             for x in r["runs"]]
     head = ["command", "date", "commit", "cases", "of these", "findings"]
-    return [r["sentence"], "", *grid(head, rows), "", *(f"* {one}" for one in r["also"]), "", "Found before, and mended:",
-            "", *(f"* {one}" for one in r["mended"])]
+    found = f"* Found, and mended: {'; '.join(r['mended'])}."
+    return [r["sentence"], "", *grid(head, rows), "", *(f"* {one}" for one in r["also"]), found]
 
 
 def comparison_rows(name: str, r: dict[str, Any], results: Path, protocols: Protocols) -> list[list[str]]:

@@ -14,8 +14,8 @@ pi0.SIZES["small"] = pi0.SIZES["tiny"]._replace(
 pointattn.POINTS["small"] = 32
 V.Config.__annotations__["sizes"] = 'Literal["tiny", "libero", "paper", "small"]'  # a run's config.json may name it
 SIZES = pi0.SIZES["small"]
-SMALL = V.replace(V.PRESETS["tiny"], sizes="small", flow_draws=2, width=48, heads=2, fusion_layers=1,
-                  probes=12, mask_width=8, sample_heads=2, batch=4, base_steps=2, stage1_steps=2,
+SMALL = V.replace(V.PRESETS["tiny"], sizes="small", head="flow", width=48, heads=2, fusion_layers=1,
+                  probes=12, mask_width=8, sample_heads=2, batch=4, head_batch=6, base_steps=2, stage1_steps=2,
                   stage2_steps=2)
 
 
@@ -54,5 +54,5 @@ def train_batch(observations: list, cfg: V.Config, step: int = 0, targets: bool 
     for o in observations:
         b = V.observe([o], cfg)
         scene = (x[0].numpy() for x in (b.depth, b.K, b.T_base_cam))
-        found.append(V.pseudo_targets(V.instance_masks(o), *scene, cells=4 * size.grid))
+        found.append(V.Targets(*V.pseudo_targets(V.instance_masks(o), *scene, cells=4 * size.grid)))
     return batch._replace(targets=V.Targets(*(V.pad_sequence(x, True) for x in zip(*found))))

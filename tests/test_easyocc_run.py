@@ -155,6 +155,20 @@ def test_killed_training_goes_on_bit_equal(data, trained, tmp_path):
 # --- eval, pictures, claims, describe ----------------------------------------------------------------------------------
 
 
+def test_eval_of_a_tree_without_training_scenes_and_without_a_visible_voxel(data, trained, tmp_path, capsys):
+    """Validation alone needs no training split, and a score of nothing is undefined."""
+    tree, out = (Path(shutil.copytree(*pair)) for pair in ((data[0][1], tmp_path / "tree"), (trained, tmp_path / "run")))
+    (tree / "v1.0-mini/splits.json").write_text('{"mini_train": ["scene-9999"]}')
+    for path in tree.glob("gts/*/*/labels.npz"):
+        arrays = dict(np.load(path))
+        np.savez(path, **arrays | {"mask_camera": np.zeros_like(arrays["mask_camera"])})
+    run("eval", "--ckpt", out, "--data-root", tree, "--cache", tmp_path / "c", "--split", "mini_val", "--pictures", "0",
+        "--no-rayiou")
+    said, metrics = capsys.readouterr().out, json.loads((out / "result.json").read_text())["metrics"]
+    assert "no constant predictor: " in said and "mini_train" in said and "undefined" in said
+    assert "miou_none" in metrics and not {"miou_camera", "constant_miou_camera"} & set(metrics)
+
+
 def test_two_processes_share_labels_and_eval(data, trained, tmp_path, one_thread):
     """Each makes its scenes' labels and scores its frames; the files are one process's, and one line tells of bad input."""
     flags, labels = data

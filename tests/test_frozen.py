@@ -1,13 +1,16 @@
 """Cached features of a frozen encoder: what a network makes of them is what it makes of the images."""
 
+from typing import NamedTuple
+
 import numpy as np
+import pytest
 import torch
 
 import easyocc
 from common import verbs
 from common.backbones import ImageEncoder
 from common.engine import stack
-from common.frozen import frozen_views, weights_key
+from common.frozen import digest, frozen_rows, frozen_views, weights_key
 from common.nuscenes import NuScenesOccupancy
 
 CFG = easyocc.Config(backbone="street-depth+frozen", channels=8, cnn3d="unet", cnn_channels=(8, 16), gates=True,
@@ -44,3 +47,30 @@ def test_a_step_reads_features_in_place_of_images(tiny_world, tmp_path):
     assert items(0, np.random.default_rng(0))["images"].shape == (6, 3, 56, 100)
     items.views = frozen_views(encoder, dataset, tmp_path)
     assert items(0, np.random.default_rng(0))["images"].shape == (6, 82, 14, 25)
+
+
+def test_frozen_rows_are_made_once_and_whole(tmp_path):
+    """Rows of nested tuples come back; a run killed on the way leaves no folder."""
+    Inner = NamedTuple("Inner", [("wide", torch.Tensor), ("none", None)])
+    Outer = NamedTuple("Outer", [("inner", Inner), ("flag", torch.Tensor)])
+    asked = []
+
+    def make(index: list[int]) -> Outer:
+        asked.append(index)
+        if dies and index[0] >= 4:
+            raise KeyboardInterrupt
+        x = torch.tensor(index, dtype=torch.float32)[:, None]
+        return Outer(Inner(x.expand(-1, 300) / 8, None), x[:, 0] > 3)
+
+    dies = True
+    with pytest.raises(KeyboardInterrupt):
+        frozen_rows(tmp_path / "rows", 9, make, size=4)
+    assert not list(tmp_path.iterdir())
+    dies = False
+    for _ in range(2):
+        rows = frozen_rows(tmp_path / "rows", 9, make, size=4)([8, 1])
+        assert rows.flag.tolist() == [True, False] and rows.inner.none is None
+        assert torch.equal(rows.inner.wide, torch.tensor([[1.0], [0.125]]).expand(-1, 300))
+    assert asked.count([4, 5, 6, 7]) == 2  # killed, then made
+    net = torch.nn.Linear(2, 2)
+    assert digest(net, "a") != digest(net, "b") == digest(net, "b") != digest(torch.nn.Linear(2, 2), "b")

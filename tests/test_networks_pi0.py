@@ -59,16 +59,20 @@ def test_a_frozen_vlm_still_teaches_the_tokens(observations, policy):
     assert all(p.grad is None for p in agent.policy.vlm().parameters())
 
 
-def test_draws_that_share_a_prefix_cost_the_same_loss(observations):
-    agent = agent_of(variant="base")
-    batch = V.observe(observations[:1], SMALL)
-    prefix, state = agent.prefix(batch)[0], agent.state(batch)
-    actions, noise, time = torch.randn(3, 4, 7), torch.randn(3, 4, 7), torch.tensor([0.1, 0.5, 0.9])
+def test_one_step_answers_with_the_actions(observations):
+    """--head l1: the velocity from nothing is the actions, negated; squares for the gripper alone."""
+    out, true = torch.zeros(1, 1, 3), torch.tensor([[[2.0, -3.0, 0.5]]])
+    assert pi0.one_step_error(out, true, 1).tolist() == [[[2.0, 18.0, 0.5]]]
+    agent = agent_of(variant="base", head="l1")
+    batch, policy = V.observe(observations, SMALL), agent.policy
+    zero, one = torch.zeros(3, 4, 7), torch.ones(3)
     with torch.no_grad():
-        together = agent.policy.loss(prefix, state.expand(3, -1), actions, noise, time)
-        apart = [agent.policy.loss(prefix, state, *(x[k : k + 1] for x in (actions, noise, time))) for k
-                 in range(3)]
-    assert torch.allclose(together, torch.cat(apart), atol=1e-5)
+        prefix, state = agent.prefix(batch)[0], agent.state(batch)
+        velocity = policy.velocity(policy.read_all(prefix), state, zero, one)
+        assert torch.allclose(policy.act(prefix, state, zero), -velocity)
+        assert policy.loss(prefix, state, -velocity, zero, one).abs().max() < 1e-6
+    step = V.draw_step(V.replace(SMALL, head="l1"), 3, 0, 1)
+    assert not step["noise"].any() and (step["time"] == 1).all()
 
 
 def test_padded_action_channels_learn_to_be_zero(observations):
@@ -78,36 +82,6 @@ def test_padded_action_channels_learn_to_be_zero(observations):
     policy.loss(prefix, batch.state, torch.zeros(3, 4, 7), torch.randn(3, 4, 10),
                 torch.rand(3)).mean().backward()
     assert (policy.net.action_out_proj.weight.grad.abs().sum(1) > 0).all()
-
-
-@pytest.mark.parametrize("policy", ["pi0", "xvla"])
-def test_the_finder_learns_a_place_from_the_words(policy):
-    """One picture with a red and a blue square: the words decide which one the tokens encode."""
-    agent, images = agent_of(policy=policy, variant="base"), torch.zeros(1, 2, 3, 64, 64)
-    images[:, :, 0, 8:20, 8:20], images[:, :, 2, 40:52, 32:44] = 1, 1
-    places = torch.zeros(2, 2, 16, 16)  # (words, role, ...): role 0 is asked for, role 1 is the other square
-    places[0, 0, 2:5, 2:5] = places[1, 1, 2:5, 2:5] = places[1, 0, 10:13, 8:11] = places[0, 1, 10:13,
-                                                                                         8:11] = 1
-    ids, mask = tokenize(["lift the red cube", "lift the blue cube"], SIZES)
-    finder = agent.policy.finder.train()
-    optimizer = torch.optim.Adam(finder.parameters(), 1e-2)
-    for _ in range(60):
-        heat, _ = finder(images.expand(2, -1, -1, -1, -1) * 2 - 1, ids, mask)
-        loss = F.binary_cross_entropy_with_logits(heat, places[:, None].expand_as(heat))
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-    heat, tokens = finder(images.expand(2, -1, -1, -1, -1) * 2 - 1, ids, mask)
-    best = heat.flatten(-2).argmax(-1)  # (2, V, 2)
-    rows = [[(b // 16 in range(2, 5), b // 16 in range(10, 13)) for b in row[0].tolist()] for row in best]
-    assert rows == [[(True, False), (False, True)], [(False, True), (True, False)]]
-    assert tokens.shape == (2, 4, agent.policy.width) and not torch.allclose(tokens[0], tokens[1], atol=1e-2)
-
-
-def test_a_finder_does_not_read_the_state(observations):
-    agent = agent_of(policy="pi05", variant="base")
-    batch = V.observe(observations, SMALL)
-    with torch.no_grad():
-        a, b = (agent.policy.encode(batch.images, batch.texts, agent.state(batch) + s) for s in (0, 0.7))
-    assert torch.equal(a.heat, b.heat) and not torch.equal(a.tokens, b.tokens)
 
 
 def test_pi05_puts_the_state_into_words_and_time_into_norms():
@@ -147,7 +121,7 @@ def test_no_two_words_of_the_world_are_one():
 def test_saved_weights_load_or_say_what_does_not_fit(tmp_path):
     folder, sizes = str(tmp_path / "pi0"), SIZES._replace(stem="patch")
     pi0.Pi0(sizes).net.save_pretrained(folder)
-    assert pi0.Pi0(sizes, vlm=folder, finder=True).finder is None
+    assert pi0.Pi0(sizes, vlm=folder).weights == folder
     with pytest.raises(InputError, match=r"weights of other sizes \(chunk 4\)"):
         pi0.Pi0(sizes._replace(chunk=5), vlm=folder)
     with pytest.raises(InputError, match="no tokenizer there"):

@@ -29,7 +29,7 @@ WORDS = {  # how each is made small; what one process takes; what each of two ta
     "loc": (NET + "--network-preset small --dcl-samples 8 --image-samples 64 --clip-image 64 128", "--batch 2", "--batch 1"),
     "occvla": ("--vlm toy --vq toy --image-size 32 32 --queries 5 --occ-dim 16 --occ-heads 2 --plan-dim 16 --plan-heads 2 --questions 3 "
                "--warmup 1 --workers 1 --plan-dropout 0", "--stage-batch 2 2 2 4", "--stage-batch 1 1 1 2"),
-    "threedvla": ("--sizes small --flow-draws 2 --width 48 --heads 2 --fusion-layers 1 --probes 12 --mask-width 8 --sample-heads 2 --batch 4",
+    "threedvla": ("--sizes small --head-batch 4 --width 48 --heads 2 --fusion-layers 1 --probes 12 --mask-width 8 --sample-heads 2 --batch 4",
                   "", ""),  # its batch is that of all processes
 }  # fmt: skip
 

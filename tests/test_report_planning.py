@@ -223,5 +223,8 @@ def test_wrong_questions_are_one_line(tmp_path):
         P.read_asked(None, "What?")
     frames = {"frame-7": {"image_paths": {"CAM_FRONT": "x.jpg"}, "QA": {}}}
     write_json(tmp_path / "d.json", {"s": {"key_frames": frames}})
+    far = future_of(np.full((6, 2), np.inf))
+    with pytest.raises(InputError, match="the ego-history MLP is not finite"):
+        P.Baselines([far, far])
     with pytest.raises(InputError, match="frame-7 has no CAM_FRONT_RIGHT"):
         P.read_drivelm(tmp_path / "d.json")

@@ -311,6 +311,20 @@ def test_the_cube_next_to_the_can_is_one(world, kind, level):
         assert near < 0.1 < far
 
 
+def test_an_occluded_target_is_mostly_hidden_and_can_be_reached(world):
+    solved = []
+    for seed in range(6):
+        world.reset("mug_on_plate", seed)
+        before = {t.name: t.position.copy() for t in world.things}
+        world.reset("mug_on_plate", seed, Perturbation("occluded"))
+        assert 0.1 <= world.visible_share() <= 0.6
+        assert all((world.thing(name).position == place).all() for name, place in before.items())
+        while not world.done and world.steps < world.limit:
+            world.step(expert(world))
+        solved.append(world.success())
+    assert sum(solved) >= 5
+
+
 def test_a_carton_stands_before_most_targets_but_no_drawer(world):
     def share(task: str) -> float:
         there = []

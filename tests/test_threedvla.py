@@ -21,7 +21,7 @@ import threedvla as V
 from common import engine
 from common.files import InputError
 from common.geometry import invert, project, unproject
-from common.networks.pointattn import mirror_completion
+from common.networks.pointattn import completion_points, mirror_completion
 from common.report import episodes
 from common.robot import make_environment
 
@@ -62,27 +62,32 @@ def test_no_tokens_change_no_bit_and_masked_ones_nothing(observations, policy, f
         plugged = V.plug(prefix, tokens, torch.ones(3, 5), front)
         shown = agent.policy.act(plugged, state, noise)
     assert not torch.allclose(alone, shown, atol=1e-4)
-    own = plugged.tokens[:, 5:] if front else plugged.tokens[:, :-5]
-    assert torch.equal(own, prefix.tokens)
+    assert torch.equal(plugged.tokens[:, : prefix.tokens.shape[1]], prefix.tokens)
+    if front:  # the prefix's keys are its own, and enough
+        kept = agent.policy.read(prefix)._replace(tokens=None, front=plugged.front)
+        assert torch.equal(agent.policy.act(kept, state, noise), shown)
+        assert torch.equal(agent.policy.read_all(kept)[0][:, :, :, : prefix.mask.shape[1]], kept.keys)
 
 
-@pytest.mark.parametrize("policy, at, first", [("pi0", "end", False), ("pi0", "front", True),
+@pytest.mark.parametrize("policy, at, front", [("pi0", "end", False), ("pi0", "front", True),
                                                ("xvla", "front", False)])
-def test_tokens_lie_where_the_flag_says(observations, policy, at, first):
+def test_tokens_lie_where_the_flag_says(observations, policy, at, front):
     """--tokens-at front: before the prefix, except in X-VLA, whose slots are no distances."""
     agent = agent_of(policy=policy, variant="A", tokens_at=at)
     batch = V.observe(observations, SMALL)
     with torch.no_grad():
-        plugged, alone = agent.prefix(batch)[0].tokens, encode(agent, batch).tokens
-    T = plugged.shape[1] - alone.shape[1]
-    assert T > 0 and torch.equal(plugged[:, T:] if first else plugged[:, :-T], alone)
+        plugged, alone = agent.prefix(batch)[0], encode(agent, batch).tokens
+    assert (plugged.front is not None) == front
+    assert plugged.tokens.shape[1] == alone.shape[1] + 12 * (not front)
+    assert torch.equal(plugged.tokens[:, : alone.shape[1]], alone)
 
 
 def test_tokens_of_each_variant(observations):
     batch, lengths = V.observe(observations, SMALL), []
     with torch.no_grad():
         for variant in ("base", "A", "B", "C"):
-            lengths.append(agent_of(variant=variant).prefix(batch)[0].tokens.shape[1])
+            agent = agent_of(variant=variant, tokens_at="end")
+            lengths.append(agent.prefix(batch)[0].tokens.shape[1])
     assert [n - lengths[0] for n in lengths] == [0, 12, 12 + 30, 12 + 30]  # 12 probes are all there are here
 
 
@@ -108,6 +113,20 @@ def test_position_embedding_is_equation_1():
     out = hidden @ w2.T + b2
     expected = (out - out.mean(-1, keepdim=True)) / torch.sqrt(out.var(-1, correction=0, keepdim=True) + 1e-5)
     assert torch.allclose(net(p), expected, atol=1e-5)
+
+
+def test_a_point_starts_at_its_masks_depth():
+    """--start mask: the mean of the cells that the mask covers, without those that have no depth."""
+    net, K_T = V.InstanceModule(V.replace(SMALL, start="mask")), cameras()
+    depth = torch.full((1, 2, 64, 64), 0.8)
+    depth[0, 0, 32:36, 24:28] = 0.0
+    cells = V.cell_points(V.Batch(None, depth, *K_T, None, None), (16, 16))
+    assert cells[0, 0, 8, 6].isnan().all()
+    masks = torch.full((1, 2, 1, 16, 16), -9.0)
+    masks[0, 0, 0, 8, 6:8] = 9.0
+    net.heads.embed = lambda content, uv: torch.ones(1, 2, 1, 1)
+    point = net.mask_point(torch.zeros(1, 2, 1, 2), masks, cells, torch.zeros(1, 1, 48))
+    assert torch.allclose(point[0, 0], cells[0, 0, 8, 7], atol=1e-4)
 
 
 def test_fusion_mixes_views():
@@ -159,7 +178,7 @@ def test_refinement_is_bounded_by_alpha():
 
 
 def test_probes_start_where_they_are_learned_and_no_view_is_survived(observations):
-    agent, batch = agent_of(variant="A"), V.observe(observations, SMALL)
+    agent, batch = agent_of(variant="A", start="probe"), V.observe(observations, SMALL)
     with torch.no_grad():
         found = agent.prefix(batch)[1]
         start = agent.three.instances.point[found.index]  # the last layer starts at zero
@@ -269,7 +288,7 @@ def test_pseudo_ground_truth_is_right_and_forgets_identities(observations):
     env.reset("can_in_basket", 5)
     scene = [x[0].numpy() for x in (b.depth, b.K, b.T_base_cam)]
     renamed = o._replace(instances=np.where(o.instances > 0, 40 - o.instances, 0))
-    found, again = (V.pseudo_targets(V.instance_masks(x), *scene, cells=16) for x in (o, renamed))
+    found, again = (V.Targets(*V.pseudo_targets(V.instance_masks(x), *scene, cells=16)) for x in (o, renamed))
     assert len(found.points) == len(again.points) >= 3 and found.valid.any(1).all()
     points = [x.points.numpy()[np.lexsort(x.points.numpy().T)] for x in (found, again)]
     assert np.allclose(*points)
@@ -293,9 +312,9 @@ def test_a_thing_in_both_views_is_one_object():
         mask[max(y - 3, 0) : y + 3, max(x - 3, 0) : x + 3] = True
         depth[v][mask] = float(z)
         masks[v] = [mask]
-    found = V.pseudo_targets(masks, depth, K, T, 16)
+    found = V.Targets(*V.pseudo_targets(masks, depth, K, T, 16))
     assert found.valid.tolist() == [[True, True]] and (found.points[0] - thing).norm() < 0.03
-    assert len(V.pseudo_targets(masks, depth, K, T, 16, radius=1e-6).points) == 2
+    assert len(V.pseudo_targets(masks, depth, K, T, 16, radius=1e-6)[0]) == 2
 
 
 # --- 3.3 ----------------------------------------------------------------------------------------------------
@@ -369,7 +388,8 @@ def test_the_teacher_is_an_average_of_the_student():
             p.add_(1.0)
     three.move_teacher()
     for old, new, student in zip(before, three.teacher.parameters(), three.context.parameters()):
-        assert torch.allclose(new, 0.999 * old + 0.001 * student, atol=1e-6)
+        assert torch.allclose(new, 0.98 * old + 0.02 * student, atol=1e-6)
+    assert 0.98 ** V.PRESETS["tiny"].stage2_steps < 0.01 and V.PRESETS["paper"].ema == 0.999
     agent.set_stage(2)
     assert not any(p.requires_grad for p in three.teacher.parameters())
 
@@ -381,21 +401,38 @@ def test_completion_pipeline_takes_six_objects_least_certain_first():
     for n in range(10):
         masks[0, n, 3 * n : 3 * n + 3, 4:12] = True
     valid[9] = False
-    comp, there = V.completion_points(masks, valid, np.arange(9, -1, -1), points, eye, mirror_completion, 32)
+    comp, there = completion_points(masks, valid, np.arange(9, -1, -1), points, eye, mirror_completion, 32, 6, 5)
     assert comp.shape == (30, 3) and there.all()
     rows = [int(np.abs(cells[:, 0, 0] - comp[5 * k : 5 * k + 5, 0].mean()).argmin()) // 3 for k in range(6)]
     assert rows == [8, 7, 6, 5, 4, 3]  # 9 is not valid
-    comp, there = V.completion_points(masks & False, valid, np.arange(10), points, eye, mirror_completion, 32)
+    masks[0, :, :, 5:] = masks[0, :, :3] = False  # two cells, then none, of most; the first has three
+    masks[0, 0] = False
+    masks[0, 0, 10, 4:7] = True
+    comp, there = completion_points(masks, valid, np.arange(10), points, eye, mirror_completion, 32, 6, 5)
+    assert there[:5].all()  # a small object is completed too
+    comp, there = completion_points(masks & False, valid, np.arange(10), points, eye, mirror_completion, 32, 6, 5)
     assert not there.any()
 
 
+def test_completion_stays_above_the_table_and_near():
+    """A mirrored cloud reaches through the table, and a stray cell far away: neither is chosen."""
+    side = np.linspace(-0.3, 0.3, 32)
+    points = np.stack([*np.meshgrid(side, side, indexing="ij"), np.full((32, 32), 0.9)], -1)[None]
+    masks = np.zeros((1, 1, 32, 32), bool)
+    masks[0, 0, 14:18, 14:18] = True
+    points[0, 14:18, 14:18, 2] += np.linspace(0.0, 0.05, 16).reshape(4, 4)
+    complete = lambda cloud, eye: np.concatenate([cloud, cloud - [0, 0, 0.06], cloud + [0.4, 0, 0]])  # noqa: E731
+    comp, there = completion_points(masks, np.ones(1, bool), np.arange(1), points, np.array([[1.0, 0, 2]]),
+                                    complete, 32, 6, 5)
+    assert there[:5].all() and comp[:5, 2].min() > 0.89 and np.abs(comp[:5, :2]).max() < 0.1
+
+
 def test_completion_reads_masks_where_the_probe_is_seen(observations, monkeypatch):
-    agent, inputs, none = agent_of(variant="B"), [], (np.zeros((30, 3)), np.zeros(30, bool))
-    monkeypatch.setattr(V, "completion_points", lambda masks, *rest: (inputs.append(masks), none)[1])
+    agent, inputs, none = agent_of(variant="B", start="probe"), [], (np.zeros((30, 3)), np.zeros(30, bool))
+    monkeypatch.setattr(V.pointattn, "completion_points", lambda masks, *rest: (inputs.append(masks), none)[1])
     monkeypatch.setattr(V, "view_masks", lambda embed, cells: torch.ones(*embed.shape[:3], *cells.shape[-2:]))
     batch = V.observe(observations, SMALL)
-    found = find(agent, batch)
-    agent.three.complete(found, batch)
+    found = find(agent, batch)  # completes
     wanted = V.project_probes(found.probes.point, batch.K, batch.T_base_cam, (64, 64))[1]  # (B, V, T)
     assert np.array_equal(np.stack(inputs).any((-1, -2)), wanted.numpy()) and 0 < wanted.float().mean() < 1
 
@@ -455,14 +492,55 @@ def test_each_stage_freezes_what_the_paper_freezes():
 
     three, policy = agent.three, agent.policy
     agent.set_stage(0)
-    assert learns(policy.vlm(), policy.finder) == {True} and learns(three) == {False}
+    assert learns(policy.vlm(), agent.ground) == {True} and learns(three) == {False}
     agent.set_stage(1)
-    assert learns(policy.vlm(), policy.finder) == {False}
+    assert learns(policy.vlm(), agent.ground) == {False}
     assert learns(three.fusion, three.instances, three.relative, policy.net.model.dit) == {True}
     agent.set_stage(2)
-    assert learns(policy.vlm(), policy.finder, three.fusion, three.instances) == {False}
+    assert learns(policy.vlm(), agent.ground, three.fusion, three.instances) == {False}
     assert learns(three.predictor, three.context, three.local, three.routing, three.relative) == {True}
     assert learns(policy.net.action_out_proj) == {True}
+
+
+def test_metres_do_not_decay_and_probes_start_at_the_objects(tabletop):
+    """Points of the first stage lie around the objects, on a floor too; the expert learns by AdamW."""
+    frames, agent = V.Frames(SMALL, tabletop), V.Agent(V.replace(SMALL, variant="A"))
+    low = torch.tensor([0.2, 0.2, 0.0])  # LIBERO's floor scenes
+    frames.targets = lambda i: V.Targets(low + 0.1 * torch.rand(4, 3), None, None, None)
+    optimizer = V.prepare(agent, 1, torch.device("cpu"), frames)
+    point, groups = agent.three.instances.point, optimizer.param_groups
+    assert (point >= low - 0.06).all() and (point <= low + 0.16).all()
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert of[id(point)]["weight_decay"] == 0 < of[id(agent.three.instances.content)]["weight_decay"]
+    assert not of[id(agent.policy.net.model.dit.layers[0].mlp.up_proj.weight)]["orthogonal"]
+    assert of[id(agent.three.fusion.layers[0].ffn[0].weight)]["orthogonal"]
+
+
+def test_what_is_frozen_is_computed_once_and_learns_alike(tabletop, tmp_path, monkeypatch):
+    frames, agent = V.Frames(SMALL, tabletop), agent_of(variant="C")
+    torch.nn.init.constant_(agent.three.instances.heads.object.bias, 1.0)
+    agent.set_stage(2)
+    fresh = frames.batch([3, 7], agent)
+    frames.freeze(agent, tmp_path / "base", tmp_path / "stage1")
+    kept, drawn = frames.batch([3, 7], agent), V.draw_step(SMALL, 2, 0, 0)
+    assert fresh.images is not None and kept.images is None and kept.prefix.tokens is None
+    with torch.no_grad():
+        a, b = (agent(batch._replace(**drawn)) for batch in (fresh, kept))
+    assert all(torch.allclose(a[k], b[k], rtol=0.02) for k in a)
+    names = {p.name.split("-")[0] for p in tmp_path.glob("*/*-*")}
+    assert names == {"tokens", "found"}
+    agent.cfg = V.replace(agent.cfg, head_batch=4)  # no larger than --batch: completion points alone
+    frames.freeze(agent, tmp_path / "base", tmp_path / "alone")
+    points = frames.batch([3, 7], agent)
+    assert [p.name[:5] for p in (tmp_path / "alone").iterdir()] == ["comp-"] and points.prefix is None
+    with torch.no_grad():
+        assert torch.allclose(points.comp[0], agent.three.find(agent.encode(fresh), fresh).comp[0])
+    agent.cfg = SMALL
+    monkeypatch.setattr(V.Agent, "encode", lambda self, batch: 1 / 0)  # never called for what is there
+    again = V.Frames(SMALL, tabletop)
+    with pytest.raises(ZeroDivisionError):
+        torch.nn.init.normal_(agent.policy.vlm().get_input_embeddings().weight)  # other weights: another cache
+        again.freeze(agent, tmp_path / "base", tmp_path / "stage1")
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -494,7 +572,8 @@ def test_two_processes_draw_what_one_would():
 
 @pytest.mark.parametrize("changes, words", [
     (dict(heads=5), "--heads 5"), (dict(heads=16), "at least 6 channels"), (dict(batch=0), "--batch 0"),
-    (dict(flow_draws=0), "--flow-draws 0"), (dict(probes=-3), "--probes -3"), (dict(lr=math.nan), "--lr nan"),
+    (dict(ema=1.0), "--ema 1.0"), (dict(policy="xvla", vlm="x"), "only pi0's weights"),
+    (dict(probes=-3), "--probes -3"), (dict(lr=math.nan), "--lr nan"),
     (dict(mask_ratio=1.0), "--mask-ratio 1.0"), (dict(sample_heads=5), "--sample-heads 5")])
 def test_sizes_that_do_not_fit_are_one_line(changes, words):
     with pytest.raises(InputError, match=words):
@@ -626,10 +705,21 @@ def test_killed_stages_go_on_bit_equal(small, tabletop, tmp_path, monkeypatch):
     assert train("killed") == whole
 
 
+def test_resume_begins_what_is_not_begun(small, tabletop, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = "train", "--data-root", tabletop, "--device", "cpu", "--out", out
+    assert "drop --resume" in fails(capsys, *words, "--resume")
+    run(*words)
+    for stage in ("stage1", "stage2"):
+        shutil.rmtree(out / stage)
+    run(*words, "--resume")
+    assert (out / "stage2" / "latest.json").is_file()
+
+
 def test_another_base_policy_is_refused(small, tabletop, tmp_path):
     run("train", "--data-root", tabletop, "--out", tmp_path / "run", "--device", "cpu", "--steps", "1")
     base = tmp_path / "run" / "stage0"
-    for other in (dict(sizes="tiny"), dict(w_ground=0.0), dict(policy="pi05")):
+    for other in (dict(sizes="tiny"), dict(w_ground=0.0), dict(policy="pi05"), dict(head="l1")):
         with pytest.raises(InputError, match=f"another base policy .*{next(iter(other))}"):
             V.inherit(agent_of(**other), base, 0)
     agent = agent_of(probes=8)

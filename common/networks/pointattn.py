@@ -5,6 +5,7 @@ from it, and offsets around a subset of both. Clouds are centred and scaled by t
 Letters: B batch, n m points.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from common.demonstrations import Demonstrations
 from common.engine import Session
 from common.files import InputError
-from common.geometry import farthest_point_sample
+from common.geometry import farthest_from, farthest_point_sample, largest_cluster
 from common.networks.transformer import Attention, Block, mlp
 
 # points of a partial cloud and of its completion, by common.networks.pi0.SIZES; PointAttN: 2048
@@ -120,3 +121,32 @@ def mirror_completion(points: np.ndarray, eye: np.ndarray) -> np.ndarray:
     lateral = np.linalg.norm((points - center) - along[:, None] * ray, axis=1)
     plane = np.quantile(along, 0.05) + np.quantile(lateral, 0.9)
     return np.concatenate([points, points + 2 * (plane - along)[:, None] * ray])
+
+
+def completion_points(masks: np.ndarray, valid: np.ndarray, order: np.ndarray, points: np.ndarray,
+                      eyes: np.ndarray, complete: Callable, most: int, objects: int,
+                      queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """3DVLA 3.3: P_comp (objects queries, 3), valid: back-project, cluster, complete, keep the farthest.
+
+    masks (V, n, h4, w4) bool of n objects, valid (n,), order (n,): least certain first, points (V, h4, w4, 3)
+    [m] of the cells (NaN: no depth), eyes (V, 3): cameras. complete(cloud, eye) -> dense cloud; most: points.
+    What lies below all that is measured around the object, or far outside it, is not chosen (ours).
+    """
+    around = points[np.isfinite(points).all(-1)]  # (m, 3)
+    out, keep, slot = np.zeros((objects * queries, 3), np.float32), np.zeros(objects * queries, bool), 0
+    for n in order:
+        clouds = [points[v][masks[v, n]] for v in range(len(masks))]
+        clouds = [c[np.isfinite(c).all(1)] for c in clouds]
+        cloud, v = np.concatenate(clouds), int(np.argmax([len(c) for c in clouds]))
+        if valid[n] and slot < objects and len(cloud) >= 3:
+            cloud = largest_cluster(cloud[:: max(1, len(cloud) // most)].astype(np.float64))
+            span = slice(slot * queries, (slot + 1) * queries)
+            dense, middle = complete(cloud, eyes[v].astype(np.float64)), np.median(cloud, 0)
+            near = around[np.linalg.norm(around[:, :2] - middle[:2], axis=1) < 0.15, 2]  # [m] heights
+            near = near if len(near) else cloud[:, 2]
+            apart, reach = (np.linalg.norm(x - middle, axis=1) for x in (dense, cloud))
+            kept = dense[(dense[:, 2] >= np.quantile(near, 0.02) - 0.005) & (apart <= 2.5 * np.median(reach))]
+            dense = kept if len(kept) >= queries else dense[np.argsort(apart)[:queries]]
+            out[span] = farthest_from(dense, cloud, 0.4, queries)  # share: assumption
+            keep[span], slot = True, slot + 1
+    return out, keep

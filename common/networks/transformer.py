@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.geometry import fourier
 from common.kernels.ms_deform_attn import ms_deform_attn
 
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # queries, keys (B, M, N, C / M) -> rotated
@@ -90,3 +91,29 @@ class DeformableAttention(nn.Module):
         weight = weight[:, None].expand(-1, V, *[-1] * 4).flatten(0, 1)  # (B V, Q, M, L, K)
         where = (uv[..., None, None, None, :] + offset[:, None]).flatten(0, 1)  # (B V, Q, M, L, K, 2)
         return self.out(ms_deform_attn(value, shapes, where, weight)).unflatten(0, (B, V))
+
+
+class PlaceCode(nn.Module):
+    """Fourier features of coordinates [m], plus a vector per view; the last is no view."""
+
+    def __init__(self, width: int, views: int, frequencies: int = 10):
+        super().__init__()
+        self.frequencies, self.linear = frequencies, nn.Linear(3 + 6 * frequencies, width)
+        self.views = nn.Embedding(views + 1, width)
+        nn.init.normal_(self.views.weight, std=0.02)
+
+    def forward(self, points: Tensor, view: Tensor) -> Tensor:
+        """points (B, N, 3), view (B, N) or (N,) long -> (B, N, d)."""
+        return self.linear(fourier(points, self.frequencies)) + self.views(view)
+
+
+class TokenOut(nn.Module):
+    """Tokens (B, T, d) -> (B, T, C) in the policy's token space: linear, layer norm, one learned gain."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(width, out), nn.LayerNorm(out)
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.norm(self.linear(tokens)) * self.gain

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.networks.pi0 import (ConvStem, Finder, Prefix, Sizes, pad, pi0_flow, pi0_time_embedding, tokenize,
-                                 with_found)
+from common.networks.pi0 import ConvStem, Prefix, Sizes, pad, pi0_flow, pi0_time_embedding, tokenize
 from common.networks.transformer import Block
 
 
@@ -24,7 +23,7 @@ class XVLA(nn.Module):
     gripper: index of the action channel that is open or closed. added: slots for a plug-in's tokens.
     """
 
-    def __init__(self, sizes: Sizes, views: int = 2, gripper: int = 6, added: int = 0, finder: bool = False):
+    def __init__(self, sizes: Sizes, views: int = 2, gripper: int = 6, added: int = 0, l1: int | None = None):
         super().__init__()
         d, e, c = sizes.lm_width, sizes.expert_width, sizes.vision_width
         self.sizes, self.gripper, self.width, self.map_width = sizes, gripper, d, d
@@ -41,8 +40,8 @@ class XVLA(nn.Module):
         self.backbone.register_parameter("order", nn.Parameter(0.02 * torch.randn(sizes.text_tokens, d)))
         self.action_in = nn.Linear(self.action_dim + self.state_dim + e, e)
         self.from_encoder, self.from_views = nn.Linear(d, e), nn.Linear(d, e)
-        self.finder = Finder(sizes, d, views) if finder else None
-        slots = self.chunk + (self.grid**2 + 2) * views + sizes.text_tokens + added
+        self.error, self.steps = (F.mse_loss, sizes.flow_steps) if l1 is None else (F.l1_loss, 1)
+        slots = self.chunk + self.grid**2 * views + sizes.text_tokens + added
         self.slots = nn.Parameter(0.02 * torch.randn(slots, e))
         self.prompts = nn.Parameter(0.02 * torch.randn(sizes.soft_prompts, e))
         self.layers = nn.ModuleList(Block(e, sizes.heads) for _ in range(sizes.lm_layers))
@@ -57,7 +56,7 @@ class XVLA(nn.Module):
         return float(self.backbone["words"].weight.detach().float().square().mean().sqrt())
 
     def encode(self, images: Tensor, texts: list[str], state: Tensor) -> Prefix:
-        """Images and words -> encoder tokens of view 0 and text, the other views', the finder's."""
+        """Images and words -> encoder tokens of view 0 and text, then the other views'."""
         net, (B, V) = self.backbone, images.shape[:2]
         x = net["stem"](images.flatten(0, 1) * 2 - 1).flatten(2).mT + net.places  # (B V, h w, C)
         for block in net["vision"]:
@@ -71,7 +70,13 @@ class XVLA(nn.Module):
         maps = x.mT.unflatten(-1, (self.grid, self.grid))  # (B, V, d, h, w)
         tokens = torch.cat([tokens, x[:, 1:].flatten(1, 2)], 1)
         mask = torch.cat([mask, mask.new_ones(B, (V - 1) * self.grid**2)], 1)
-        return with_found(Prefix(tokens, mask, maps), self.finder, images, ids, known)
+        return Prefix(tokens, mask, maps)
+
+    def read(self, prefix: Prefix) -> Prefix:
+        """The prefix with the image tokens behind the encoder (view 0) or beside it (the other views)."""
+        n = self.grid**2
+        first, _, others = prefix.tokens.tensor_split([n, n + self.sizes.text_tokens], 1)
+        return prefix._replace(last=torch.cat([first, others], 1))
 
     def clean(self, prefix: Prefix, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x_t (B, A, D) at time t (B,) -> the actions it comes from (B, A, D)."""
@@ -88,19 +93,17 @@ class XVLA(nn.Module):
         return self.out(x[:, :A])
 
     def loss(self, prefix: Prefix, state: Tensor, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Error (B k, A, D) of the clean actions: squares, and cross-entropy for the gripper's channel."""
-        actions = pad(actions, self.action_dim)
-        x_t, k, g = pi0_flow(actions, noise, time)[0], len(actions) // len(prefix.tokens), self.gripper
-        tokens, mask = (x.repeat_interleave(k, 0) for x in (prefix.tokens, prefix.mask))
-        out = self.clean(prefix._replace(tokens=tokens, mask=mask), state, x_t, time)
+        """Error (B, A, D) of the clean actions, and cross-entropy for the gripper's channel."""
+        actions, g = pad(actions, self.action_dim), self.gripper
+        out = self.clean(prefix, state, pi0_flow(actions, noise, time)[0], time)
         closed = (actions[..., g] > 0).to(out)
         grip = F.binary_cross_entropy_with_logits(out[..., g], closed, reduction="none")
-        error = F.mse_loss(out, actions, reduction="none")
+        error = self.error(out, actions, reduction="none")
         return torch.cat([error[..., :g], grip[..., None], error[..., g + 1 :]], -1)
 
     def act(self, prefix: Prefix, state: Tensor, noise: Tensor) -> Tensor:
         """-> (B, A, D): from t = 1 on the clean actions are predicted, and noised a little less each time."""
-        x, steps, g = noise, self.sizes.flow_steps, self.gripper
+        x, steps, g = noise, self.steps, self.gripper
         for i in range(steps):
             out = self.clean(prefix, state, x, x.new_full(x.shape[:1], 1 - i / steps))
             grip = torch.tanh(out[..., g : g + 1] / 2)  # 2 sigmoid - 1

@@ -77,7 +77,7 @@ def open_environments(name: str, data_root: Path | None, size: int, count: int, 
     else:
         envs = [make_environment(name, data_root)]
     cameras, numbers = len(envs[0].cameras), envs[0].action_dim
-    if (numbers, cameras) != (actions, views):
+    if numbers != actions or cameras < views:
         raise InputError(f"--env {name}: {cameras} cameras and {numbers} numbers an action; this policy has "
                          f"{views} and {actions}")
     return envs

@@ -209,6 +209,8 @@ class Baselines:
                 optimizer.zero_grad()
                 (error.sum(1) / known.sum(1).clamp_min(1)).mean().backward()
                 optimizer.step()
+        if not all(p.isfinite().all() for p in net.parameters()):
+            raise InputError("the ego-history MLP is not finite after its fit; check the tables' poses, run it again")
         return net.requires_grad_(False)
 
     def __call__(self, future: Future) -> dict[str, np.ndarray]:
