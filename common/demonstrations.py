@@ -84,7 +84,7 @@ def read_episode(folder: Path, cameras: list[str]) -> dict:
     wanted |= {"instruction": (1,), "task": (1,), "things": (n,)}
     if not T or any(np.atleast_1d(e[k]).shape != shape for k, shape in wanted.items()):
         raise InputError(f"{path}: arrays of different lengths; cut short? remove the folder, make it again")
-    bad = [k for k in shapes if not np.isfinite(e[k]).all()]
+    bad = [k for k in shapes if k != "poses" and not np.isfinite(e[k]).all()]  # poses: LIBERO's are unknown
     if bad or any(e[k].dtype.kind != "S" for k in ("instruction", "task", "things")):
         why = f"{bad[0]} that are not finite" if bad else "names that are no bytes"
         raise InputError(f"{path}: {why}; remove the folder and make it again")
@@ -196,6 +196,8 @@ class Demonstrations:
             if V < views or D != actions or S > state_dim or S != self.demos[0]["states"].shape[1]:
                 raise InputError(f"{folder}: {V} cameras, {D} numbers an action, {S} a state; --views "
                                  f"{views} --actions {actions}, states of one length up to {state_dim} here")
+            if self.known_shapes and not np.isfinite(demo["poses"]).all():
+                raise InputError(f"{folder}: poses that are not finite; remove the folder and make it again")
             roles = self.roles.get(demo["task"])
             if roles is None or len(roles) != 2 or not {*roles[0], *roles[1]} <= {*demo["things"]}:
                 raise InputError(f"{folder}: a task whose roles in world.json are not its things ({demo['task']})")

@@ -76,7 +76,7 @@ def test_an_episode_comes_back_as_it_was_written(tmp_path):
     path.write_bytes(whole[:200])
     with pytest.raises(InputError, match="episode.npz"):
         read_episode(tmp_path / "e", ["a", "b"])
-    for name in ("actions", "states", "poses", "K", "T_base_cam"):
+    for name in ("actions", "states", "K", "T_base_cam"):
         write_npz(path, **arrays | {name: np.full_like(arrays[name], np.inf)})
         with pytest.raises(InputError, match=f"episode.npz: {name} that are not finite"):
             read_episode(tmp_path / "e", ["a", "b"])
