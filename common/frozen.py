@@ -96,8 +96,7 @@ class FrozenViews:
             for i in tqdm(todo, "frozen features", unit="keyframe", leave=False):
                 images = torch.as_tensor(dataset[i].images).to(device)
                 write_npz(self.path(i), features=encoder.see(images).half().cpu().numpy())
-        if run.world > 1:
-            torch.distributed.barrier()  # a rank reads what the others made
+        barrier(run)  # a rank reads what the others made
         if run.is_main:
             size = sum(path.stat().st_size for path in self.folder.glob("*.npz")) / 1e6
             print(f"frozen features: {len(dataset)} keyframes, {size:.0f} MB -> {self.folder}")

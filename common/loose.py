@@ -77,9 +77,8 @@ class LooseImages:
 
     def calibration(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """-> K (N, 3, 3) float32 for `image_size`, T_ego_cam (N, 4, 4) float32, identity (4, 4) float64."""
-        width = [size[0] if size is not None else own[1] for size, own in zip(self.sizes, self.native(i))]
-        height = [size[1] if size is not None else own[0] for size, own in zip(self.sizes, self.native(i))]
-        scale = [(self.image_size[1] / w, self.image_size[0] / h, 1) for w, h in zip(width, height)]
+        sizes = [own[::-1] if size is None else size for size, own in zip(self.sizes, self.native(i))]
+        scale = [(self.image_size[1] / w, self.image_size[0] / h, 1) for w, h in sizes]
         return (self.K * np.array(scale)[..., None]).astype(np.float32), self.T.astype(np.float32), np.eye(4)
 
     def images(self, i: int) -> np.ndarray:
