@@ -595,7 +595,10 @@ class Keyframes:
 
     def target(self, i: int) -> np.ndarray:
         """(200, 200, 16) uint8: 0..K-1 known, K free, 254 occupied without a class, 255 ignored."""
-        semantics, seen = self.truth(i)
+        return self.taught(i, *self.truth(i))
+
+    def taught(self, i: int, semantics: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """The target of keyframe i from its truth."""
         target = self.rank[semantics]
         target[(target == self.free) & ~surely_free(seen)] = IGNORE
         if self.named is not None:
@@ -709,9 +712,9 @@ def prepare_scene(job: tuple[Keyframes, list[int]]) -> tuple[np.ndarray, np.ndar
         name_heldout(keyframes, indices)
     cells, named = np.zeros(256), np.zeros((18, 256))
     for i in indices:
-        target = keyframes.target(i)
+        semantics, seen = keyframes.truth(i)
+        target = keyframes.taught(i, semantics, seen)
         cells += np.bincount(keyframes.occupancy(target).flatten().numpy(), minlength=256)
-        semantics = keyframes.truth(i)[0]
         held = np.isin(semantics, keyframes.prompts.words.novel)
         np.add.at(named, (semantics[held], target[held]), 1)
     return cells, named
