@@ -1,6 +1,6 @@
 # minocc: every recipe is the real command; run it yourself to change a flag.
 .DEFAULT_GOAL := help
-.PHONY: foundation help setup setup-libero libero demo occvla test test-gpu world smoke bench bench-gpu fuzz faults table docs
+.PHONY: show foundation help setup setup-libero libero demo occvla test test-gpu world smoke bench bench-gpu fuzz faults table docs
 
 # An active virtual environment (or PYTHON=...) is used as it is; otherwise .venv is made from requirements.lock.
 ifdef VIRTUAL_ENV
@@ -43,6 +43,9 @@ demo: $(READY)  ## write a synthetic world, train and evaluate EasyOcc on it, dr
 	$(PYTHON) easyocc.py eval --ckpt runs/demo
 	@echo "next: open runs/demo/viewer.html in a browser; read easyocc.py and docs/easyocc.md; your own six images:"
 	@echo "      $(PYTHON) easyocc.py predict --ckpt runs/demo --images ... --calibration c.json --out P (common/loose.py)"
+
+show: $(READY)  ## what the checkpoints in ready/ see on new streets: five viewers or pictures (a minute, one CPU core)
+	$(PYTHON) -m experiments.ready show
 
 occvla: $(READY)  ## OccVLA on the world whose plans and answers can be read off its images; prints the gates (hours)
 	$(PYTHON) occvla.py train --preset tiny --world-size questions --out runs/occvla
