@@ -71,8 +71,10 @@ smoke: $(READY)  ## 20 steps of each method on a world of three scenes
 foundation: $(READY)  ## draw photographs of other streets and remake the encoders of common/weights (minutes)
 	$(PYTHON) -m data.foundation --out data/worlds/foundation --ship common/weights
 
-bench: $(READY)  ## kernels and CPU paths against references and peers, as ratios
+bench: $(READY)  ## kernels and CPU paths against references and peers: ratios, a table in RESULTS.md
 	$(PYTHON) -m tests.bench --out runs/bench.json
+	$(PYTHON) -m experiments.runner publish runs/bench.json bench
+	$(PYTHON) -m experiments.runner table
 
 bench-gpu: $(READY)  ## on a CUDA device: kernels against floors and peers, a training step of each paper preset
 	$(PYTHON) -m tests.bench.gpu --out runs/bench-gpu.json

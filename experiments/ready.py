@@ -1,11 +1,11 @@
 """Small trained checkpoints that come with the repository, and what they show.
 
     python -m experiments.ready runs/demo        # pack a finished, evaluated run into ready/<method>
-    python -m experiments.ready show             # `make show`: a small world, five viewers or pictures, their paths
+    python -m experiments.ready show             # `make show`: a small world, five viewers or pictures
     python -m experiments.ready show loc         # of these methods
 
-ready/<method> is a run folder as `train` writes it, without optimiser: every verb's --ckpt takes it. card.json
-says what it is: command, commit, scores of the run before packing, bytes and checksum, what is left out.
+ready/<method> is a run folder as `train` writes it, without optimiser: every verb's --ckpt takes it. card.json says
+what it is: command, commit, scores of the run before packing, bytes and checksum, what is left out.
 """
 
 import hashlib
@@ -29,10 +29,11 @@ READY, WORLD = ROOT / "ready", Path("data/worlds/show")
 STREETS = {"size": "mini", "seed": 7, "scenes": 2, "keyframes": 5}
 QUERY = "a tall yellow vehicle with an arm"
 EPISODE = ("--episodes", "0", "--clean", "1", "--pictures", "1")
-LEFT_OUT = {"occle": ("teacher.",), "occvla": ("tokenizer.encoder.",), "threedvla": ("three.teacher.",)}  # training's
+LEFT_OUT = {  # what training alone reads
+    "occle": ("teacher.",), "occvla": ("tokenizer.encoder.",), "threedvla": ("three.teacher.",)}
 SCORES = ("miou_camera", "constant_miou_camera", "shuffled_miou_camera", "iou_camera", "constant_iou_camera",
-          "unknown_miou", "unknown_miou_chance", "auroc", "qa_balanced", "qa_balanced_shuffled", "l2_avg", "success",
-          "random_success")
+          "unknown_miou", "unknown_miou_chance", "auroc", "qa_balanced", "qa_balanced_shuffled", "l2_avg",
+          "success", "random_success")
 LIMIT = 10_000_000  # [bytes] of the folder
 
 
@@ -120,7 +121,8 @@ def draw_beside_truth(method: str, folder: Path) -> None:
     """Sheets and the viewer of saved predictions, with the truth of the world beside them."""
     dataset = open_split(WORLD, None, "all", (112, 200), None)
     made = [i for i, token in enumerate(dataset.tokens) if (folder / f"{token}.npz").is_file()]
-    draw(lambda frame: read_npz(folder / f"{frame.token}.npz", {"pred": (OCC3D.shape, None)})["pred"], dataset, made, folder,
+    saved = lambda frame: read_npz(folder / f"{frame.token}.npz", {"pred": (OCC3D.shape, None)})["pred"]  # noqa: E731
+    draw(saved, dataset, made, folder,
          title=f"{method}, a ready checkpoint on streets it never saw", truth=dataset.labels)
 
 
