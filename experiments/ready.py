@@ -30,7 +30,7 @@ STREETS = {"size": "mini", "seed": 7, "scenes": 2, "keyframes": 5}
 QUERY = "a tall yellow vehicle with an arm"
 EPISODE = ("--episodes", "0", "--clean", "1", "--pictures", "1")
 LEFT_OUT = {  # what training alone reads
-    "occle": ("teacher.",), "occvla": ("tokenizer.encoder.",), "threedvla": ("three.teacher.",)}
+    "occle": ("teacher.",), "occvla": ("tokenizer.encoder.", "vlm.net.lm_head."), "threedvla": ("three.teacher.",)}
 SCORES = ("miou_camera", "constant_miou_camera", "shuffled_miou_camera", "iou_camera", "constant_iou_camera",
           "unknown_miou", "unknown_miou_chance", "auroc", "qa_balanced", "qa_balanced_shuffled", "l2_avg",
           "success", "random_success")
@@ -65,7 +65,8 @@ def pack(folder: Path, out: Path = READY) -> Path:
         "command": shorten(run.get("command", "")), "commit": run.get("commit", "unknown"), "scores": scores,
         "scored_on": f"{scored['dataset']['name']}, {scored['dataset']['split']}; before packing",
         "weights": weights.relative_to(home).as_posix(), "bytes": size, "sha256": checksum(weights),
-        "form": "int8 matrices with a float16 scale for each row, the rest float16", "left_out": list(left_out),
+        "form": "int8 matrices with a float16 scale for each row, the rest float16; a frozen encoder is common/weights'",
+        "left_out": list(left_out),
         "learned_from": "a synthetic world of this repository; nothing of a real dataset", "licence": "Apache-2.0"})
     return home
 

@@ -58,7 +58,7 @@ def test_packed_weights_are_read_as_any_others(tmp_path, seeded):
     check_architecture(out, other)  # left out, so it may be absent here, too
     with pytest.raises(InputError, match="another architecture"):
         check_architecture(out, nn.ModuleDict({"a": nn.Linear(64, 9)}))
-    _save(out / "step_000007" / "model.safetensors", {"a.weight:rows": torch.ones(8)}, {LEFT_OUT: "a b c"})
+    _save(out / "step_000007" / "model.safetensors", {"a.weight:rows": torch.ones(8)}, {LEFT_OUT: '["a", "b", "c"]'})
     with pytest.raises(InputError, match="not a readable safetensors file"):  # scales of nothing
         load_checkpoint(out, other)
 
