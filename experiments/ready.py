@@ -104,7 +104,7 @@ def show(out: Path = Path("runs/show"), ready: Path = READY, methods: tuple[str,
         frames = ["--ckpt", str(home), "--data-root", str(WORLD), "--split", "all", "--eval-frames", "10"]
         if method == "threedvla":
             verb(method, "eval", "--ckpt", str(home), *EPISODE)
-            paths += sorted(home.glob("**/own*.gif"))[:1]
+            paths += sorted(home.glob("**/pictures/episode_*.gif"))[:1]
         elif method == "loc":
             verb(method, "query", *frames, "--text", QUERY)
             paths += home.glob("query/*.html")

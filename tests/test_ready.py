@@ -70,3 +70,14 @@ def test_a_run_that_was_not_scored_is_not_packed(tmp_path):
         ready.pack(tmp_path / "x", tmp_path / "ready")
     with pytest.raises(InputError, match="no easyocc, occle, loc, occvla, threedvla there"):
         ready.show(tmp_path / "show", tmp_path / "nothing")
+
+
+def test_a_run_without_its_world_names_the_way_out(tmp_path, monkeypatch, capsys):
+    import commands
+
+    import easyocc
+
+    monkeypatch.chdir(tmp_path)
+    _, fails = commands.of(easyocc)
+    ckpt = ready.READY / "easyocc"
+    assert "run: python easyocc.py world" in fails(capsys, "predict", "--ckpt", ckpt, "--out", "P")
