@@ -30,7 +30,8 @@ STREETS = {"size": "mini", "seed": 7, "scenes": 2, "keyframes": 5}
 QUERY = "a tall yellow vehicle with an arm"
 EPISODE = ("--episodes", "0", "--clean", "1", "--pictures", "1")
 LEFT_OUT = {  # what training alone reads
-    "occle": ("teacher.",), "occvla": ("tokenizer.encoder.", "vlm.net.lm_head."), "threedvla": ("three.teacher.",)}
+    "occle": ("teacher.",), "occvla": ("tokenizer.encoder.", "vlm.net.lm_head.", "planner."),  # lm_head: tied
+    "threedvla": ("three.teacher.",)}
 SCORES = ("miou_camera", "constant_miou_camera", "shuffled_miou_camera", "iou_camera", "constant_iou_camera",
           "unknown_miou", "unknown_miou_chance", "auroc", "qa_balanced", "qa_balanced_shuffled", "l2_avg",
           "success", "random_success")
