@@ -162,7 +162,7 @@ def bench_part(r: dict[str, Any]) -> list[str]:
     """Ratios of one run: how many times ours a contestant takes."""
     rows = [[name, row["shapes"], f"{next(iter(row['ms'].values())):.3g}",
              ", ".join(f"{who} {ratio:.2f}" for who, ratio in row["ratio"].items())]
-            for name, row in r["rows"].items()]
+            for name, row in r["rows"].items() if row["ratio"]]
     return [f"`{r['command']}` on {r['machine']}, {r['threads']} thread(s), load {r['load']:.1f}, torch "
             f"{r['torch']}, {r['date']}. Contestants take turns; a ratio above 1 means that ours is faster.", "",
             *grid(["what", "shapes", "ours [ms]", "times ours"], rows)]
