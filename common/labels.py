@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -196,6 +197,19 @@ def labels_note(folder: Path) -> str:
     path = Path(folder) / "labels.json"
     record = read_json(path, {"data?": {"note?": str}}) if path.is_file() else {}
     return record.get("data", {}).get("note", "")
+
+
+def under_ground(target: Tensor, ground: tuple[int, ...] = (11, 12, 13, 14), reach: int = 5) -> Tensor:
+    """Voxels below the lowest `ground` voxel that is at most `reach` voxels away along x and y. Ours.
+
+    target (X, Y, Z) ids of Occ3D, z upwards -> bool; False where no ground is near. One depth error lifts the ground
+    of a column, so its neighbours are asked too.
+    """
+    level = torch.arange(target.shape[2])
+    flat = torch.isin(target, torch.tensor(ground, dtype=target.dtype))
+    lowest = torch.where(flat, level, len(level)).amin(2)  # (X, Y)
+    lowest = -F.max_pool2d(-lowest[None].float(), 2 * reach + 1, 1, reach)[0]
+    return (level < lowest[..., None]) & (lowest < len(level))[..., None]
 
 
 def class_weights(targets: Iterable[Tensor | np.ndarray], classes: int = 18, rule: str = "sqrt") -> Tensor:

@@ -130,7 +130,7 @@ def test_pseudo_loss_by_hand():
     """(9) is the weighted mean of -log p plus Lovasz; (8)'s affinity terms come in by their weight alone."""
     logits, target = torch.randn(2, 18, 3, 4, 2), torch.randint(0, 18, (2, 3, 4, 2), dtype=torch.uint8)
     target[0, 0, 0] = 255
-    weight, tiny = torch.rand(18) + 0.1, replace(E.PRESETS["tiny"], l_lov=1.0, l_free=0.0)
+    weight, tiny = torch.rand(18) + 0.1, replace(E.PRESETS["tiny"], l_lov=1.0, l_free=0.0, l_scal=0.0)
     terms = E.pseudo_loss(logits, {"target": target}, weight, tiny)
     assert terms.keys() == {"ce", "lov"}
     one = [F.cross_entropy(x[None], y[None].long(), weight, ignore_index=255) for x, y in zip(logits, target)]
@@ -167,15 +167,17 @@ def test_known_depth_marks_the_cell_that_it_hits():
 
 def test_unseen_voxels_are_free_ignored_or_drawn(monkeypatch):
     label, seen = np.full((200, 200, 16), FREE, np.uint8), np.zeros((200, 200, 16), np.uint8)
-    label[:100], seen[100:150] = 4, 1
+    label[:100], label[150:, :, 5], seen[100:150] = 4, 11, 1
     monkeypatch.setattr(E, "read_label", lambda *args: (label, seen))
     unhit, carved, drawn = (E.Keyframes(None, None, replace(E.Config(), free_unseen=u)).target(7)
-                            for u in (1.0, 0.0, 0.1))
+                            for u in ((1.0, 1.0), (0.0, 0.0), (0.3, 0.1)))
     for target in (unhit, carved, drawn):
-        assert (target[:100] == 4).all() and (target[100:150] == FREE).all()
-    assert (unhit[150:] == FREE).all() and (carved[150:] == 255).all()
-    assert (drawn[150:] == FREE).float().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert torch.equal(drawn, E.Keyframes(None, None, replace(E.Config(), free_unseen=0.1)).target(7))
+        assert (target[:100] == 4).all() and (target[105:150] == FREE).all() and (target[150:, :, 5] == 11).all()
+    assert (unhit[150:, :, 6:] == FREE).all() and (carved[150:, :, 6:] == 255).all()
+    free = (drawn[150:] == FREE).float()
+    assert free[..., :5].mean().item() == pytest.approx(0.3, abs=0.01)  # under the ground
+    assert free[..., 6:].mean().item() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(drawn, E.Keyframes(None, None, replace(E.Config(), free_unseen=(0.3, 0.1))).target(7))
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -184,7 +186,7 @@ def test_voxels_interpolate_logits_and_classes_may_stand_together(monkeypatch, a
     logits[0, FREE, 0], logits[0, FREE, 1] = 2.0, 4.0  # 17 classes at 0: together log 17 = 2.8
     monkeypatch.setattr(E, "stack", lambda items, device: None)
     monkeypatch.setattr(E.verbs, "inputs", lambda frame: None)
-    net = type("Net", (), {"position": torch.zeros(1), "apart": apart, "__call__": lambda self, batch: logits})()
+    net = type("Net", (), {"position": torch.zeros(1), "apart": apart, "margin": 0.0, "__call__": lambda self, batch: logits})()
     ids = E.predict(net, None)
     taken = torch.from_numpy(ids)[:, 0, 0] != FREE
     assert ids.shape == (200, 200, 16) and taken.sum() == (92 if apart else 0)
