@@ -80,7 +80,7 @@ DEVIATIONS
     * the tiny policies are random, trained whole on the demonstrations (stage 0 stands in for pre-training),
       then frozen, and every frame's tokens kept on disk: stage 2 learns from batches of --head-batch frames.
       What a pre-trained VLM can do, see what the words name, the image tokens learn in stage 0 from the
-      simulator's masks (--w-ground). They carry names, but no ready-made points.
+      simulator's masks (--w-ground): their keys carry names, their values places in the picture, no points.
     * tiny: actions in one step (--head l1); 3D tokens that read the prefix, unread (--tokens-at front); (4)
       moves probes from their masks' depth (--start mask); mirror images complete objects (--completion).
     * VL-SAM-V2 is not public: --pseudo has the simulator's masks without identities, or GroundingDINO + SAM.
@@ -120,7 +120,7 @@ from common.geometry import exact, fourier, hide_blocks, invert, rope_3d, unproj
 from common.losses import (cxcywh_to_xyxy, dice_loss, focal_cost, generalized_box_iou, mask_cross_entropy,
                            sigmoid_focal_loss)
 from common.networks import pointattn
-from common.networks.pi0 import SIZES, Pi0, Prefix, pi0_time_quantile
+from common.networks.pi0 import SIZES, Pi0, Prefix, ground_loss, pi0_time_quantile
 from common.networks.transformer import (Attention, Block, DeformableAttention, PlaceCode, Rotate, TokenOut,
                                          mlp)
 from common.networks.xvla import XVLA
@@ -178,7 +178,7 @@ PRESETS = {
     "tiny": Config(  # two CPU cores
         sizes="tiny", head="l1", tokens_at="front", width=96, heads=4, fusion_layers=2, rope_scale=20.0,
         probes=40, mask_width=48, sample_heads=4, start="mask", completion="mirror", ema=0.98, amp="off",
-        optimizer="muon", batch=16, head_batch=256, base_steps=2400, base_lr=1e-2, w_ground=1.0, warmup=50,
+        optimizer="muon", batch=16, head_batch=256, base_steps=1200, base_lr=1e-2, w_ground=1.0, warmup=50,
         stage1_steps=600, stage2_steps=1500, lr=1e-3, lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05),
     "base": Config(sizes="libero", batch=8, head_batch=8),  # ours: one 24 GB GPU
     "paper": Config(),
@@ -792,6 +792,7 @@ class Agent(nn.Module):
             self.policy = Pi0(sizes, cfg.policy == "pi05", cfg.vlm, l1)
         cells = 2 * (sizes.patch // 4) ** 2  # of 4 px, for the object to move and for its destination
         self.ground = nn.Linear(self.policy.width, cells) if cfg.w_ground and not cfg.vlm else None
+        self.named, self.placed = (nn.Linear(sizes.head_dim, 2) for _ in range(2))  # of a key, of a value
         self.front = cfg.tokens_at == "front" and cfg.policy != "xvla"  # X-VLA's slots are no distances
         self.three = three(cfg, self.policy.map_width, self.policy.width) if cfg.variant != "base" else None
         for name, size in (("action", cfg.actions), ("state", self.policy.state_dim)):
@@ -808,7 +809,7 @@ class Agent(nn.Module):
 
     def frozen(self) -> list[nn.Module]:
         """What gives the prefix."""
-        return [self.policy.vlm()] + [self.ground] * (self.ground is not None)
+        return [self.policy.vlm(), self.named, self.placed] + [self.ground] * (self.ground is not None)
 
     def state(self, batch: Batch) -> Tensor:
         """(B, S) normalised."""
@@ -843,9 +844,8 @@ class Agent(nn.Module):
         terms = {"action": (error * batch.valid).sum() / over_ranks(batch.valid.sum().to(error), 1)}
         terms |= found.terms if found is not None else {}
         if batch.ground is not None:  # stage 0
-            weight = batch.ground.new_tensor(10.0)  # an object covers few cells
-            heat = F.binary_cross_entropy_with_logits(prefix.heat, batch.ground, pos_weight=weight)
-            terms["ground"] = self.cfg.w_ground * heat
+            named = ground_loss(prefix, batch.ground, self.named, self.placed)
+            terms |= {name: self.cfg.w_ground * value for name, value in named.items()}
         return terms
 
     @torch.no_grad()
