@@ -179,7 +179,7 @@ PRESETS = {
         sizes="tiny", head="l1", tokens_at="front", width=96, heads=4, fusion_layers=2, rope_scale=20.0,
         probes=40, mask_width=48, sample_heads=4, start="mask", completion="mirror", ema=0.98, amp="off",
         optimizer="muon", batch=16, head_batch=256, base_steps=1200, base_lr=1e-2, w_ground=1.0, warmup=50,
-        stage1_steps=600, stage2_steps=1500, lr=1e-3, lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05),
+        stage1_steps=600, stage2_steps=600, lr=1e-3, lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05),
     "base": Config(sizes="libero", batch=8, head_batch=8),  # ours: one 24 GB GPU
     "paper": Config(),
 }

@@ -564,7 +564,7 @@ def run_arm(cfg: V.Config, args: SimpleNamespace) -> Path:
     if args.plug.startswith("told"):
         return run_told(cfg, args, frames)
     three = PLUGS[args.plug]
-    bare = replace(preset, **{name: getattr(cfg, name) for name in BASE}, variant="base")
+    bare = replace(V.Config(), **{name: getattr(cfg, name) for name in BASE}, variant="base")
     key = short_hash([cli.to_dict(bare), str(args.data_root)])
     base = args.pool / f"base-{cfg.policy}-{key}" / f"seed{args.seed}"
     V.train_stage(0, bare, args, frames, base)
