@@ -1,6 +1,6 @@
 # minocc: every recipe is the real command; run it yourself to change a flag.
 .DEFAULT_GOAL := help
-.PHONY: foundation help setup setup-libero libero demo occvla test test-gpu world smoke bench bench-gpu fuzz faults table docs
+.PHONY: show foundation help setup setup-libero libero demo occvla test test-gpu world smoke bench bench-gpu fuzz faults table docs
 
 # An active virtual environment (or PYTHON=...) is used as it is; otherwise .venv is made from requirements.lock.
 ifdef VIRTUAL_ENV
@@ -44,6 +44,9 @@ demo: $(READY)  ## write a synthetic world, train and evaluate EasyOcc on it, dr
 	@echo "next: open runs/demo/viewer.html in a browser; read easyocc.py and docs/easyocc.md; your own six images:"
 	@echo "      $(PYTHON) easyocc.py predict --ckpt runs/demo --images ... --calibration c.json --out P (common/loose.py)"
 
+show: $(READY)  ## what the checkpoints in ready/ see on new streets: five viewers or pictures (a minute, one CPU core)
+	$(PYTHON) -m experiments.ready show
+
 occvla: $(READY)  ## OccVLA on the world whose plans and answers can be read off its images; prints the gates (hours)
 	$(PYTHON) occvla.py train --preset tiny --world-size questions --out runs/occvla
 	$(PYTHON) occvla.py eval --ckpt runs/occvla --eval-frames 120
@@ -68,8 +71,10 @@ smoke: $(READY)  ## 20 steps of each method on a world of three scenes
 foundation: $(READY)  ## draw photographs of other streets and remake the encoders of common/weights (minutes)
 	$(PYTHON) -m data.foundation --out data/worlds/foundation --ship common/weights
 
-bench: $(READY)  ## kernels and CPU paths against references and peers, as ratios
+bench: $(READY)  ## kernels and CPU paths against references and peers: ratios, a table in RESULTS.md
 	$(PYTHON) -m tests.bench --out runs/bench.json
+	$(PYTHON) -m experiments.runner publish runs/bench.json bench
+	$(PYTHON) -m experiments.runner table
 
 bench-gpu: $(READY)  ## on a CUDA device: kernels against floors and peers, a training step of each paper preset
 	$(PYTHON) -m tests.bench.gpu --out runs/bench-gpu.json

@@ -51,12 +51,14 @@ def _pairs(first: Tensor, second: Tensor, classes: int, code: Tensor | None = No
 
     Neighbours, which mostly hold the same, count in different banks: increments of one number wait for each other.
     """
-    cells, banks = codes * classes * classes, 8
+    cells, banks, row = codes * classes * classes, 8, 1600  # a short inner loop is slow
     narrow = torch.int16 if banks * cells < 2**15 else torch.int64  # half the time is memory traffic
-    pair = first.flatten().to(narrow).mul_(classes).add_(second.flatten())
+    pair = first.flatten()
     if code is not None:
-        pair += code.flatten().to(narrow).mul_(classes * classes)
-    row = 1600  # of voxels at once: a short inner loop is slow
+        small = pair.dtype == torch.uint8 and codes * classes <= 256
+        pair = (torch.add(pair, code.flatten().view(torch.uint8), alpha=classes) if small else
+                pair + code.flatten().to(narrow) * classes)
+    pair = second.flatten().to(narrow).add_(pair.to(narrow), alpha=classes)
     whole = len(pair) // row * row
     pair[:whole].view(-1, row).add_(torch.arange(row, dtype=narrow, device=pair.device) % banks * cells)
     return torch.bincount(pair, minlength=banks * cells).view(banks, codes, classes, classes).sum(0)

@@ -692,8 +692,9 @@ def check_architecture(out: Path, net: nn.Module) -> None:
     device: their headers are read, nothing is allocated."""
     path = out / _latest(out / "latest.json")["folder"] / "model.safetensors"
     with reading(path, *_DAMAGED), safe_open(path, framework="pt", device="cpu") as file:
-        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    here = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if not name.endswith(_ROWS)}
+        absent = tuple(_note(file, LEFT_OUT, ["-"])) + tuple(_note(file, _SHIPPED, {}))
+    here = {name: tuple(value.shape) for name, value in net.state_dict().items() if not name.startswith(absent)}
     if there != here:
         name = next(k for k in here | there if here.get(k) != there.get(k))
         detail = f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
@@ -788,12 +789,12 @@ def _sync(folder: Path) -> None:
     os.close(handle)
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Tensors that share memory (tied weights) are written once per name."""
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
         try:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # a full disk, as text alone
             problem = f"the checkpoint cannot be written ({reason(error)})"
             raise InputError(f"{path.parent.parent}: {problem}; free space and run the same command again") from error
@@ -804,7 +805,50 @@ _DAMAGED = "not a readable safetensors file", "truncated? copy the whole run fol
 
 def _read(path: Path) -> dict[str, Tensor]:
     with reading(path, *_DAMAGED), safe_open(path, framework="pt", device="cpu") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        for name in [name for name in tensors if name.endswith(_ROWS)]:
+            whole, rows = name.removesuffix(_ROWS), tensors.pop(name).float()
+            tensors[whole] = tensors[whole] * rows.view(-1, *[1] * (tensors[whole].dim() - 1))
+        for name, (weights, there) in _note(file, _SHIPPED, {}).items():
+            with safe_open(WEIGHTS / weights, framework="pt", device="cpu") as shipped:
+                tensors[name] = shipped.get_tensor(there).float()
+    return tensors
+
+
+WEIGHTS = Path(__file__).parent / "weights"
+_ROWS = ":rows"  # suffix of a packed checkpoint's scales
+LEFT_OUT, _SHIPPED = "left_out", "shipped"  # its metadata: prefixes it lacks; names -> file and name in common/weights
+
+
+def _note(file: Any, name: str, none: Any) -> Any:
+    """An entry of a safetensors file's metadata, as JSON; `none` where it has none."""
+    return json.loads((file.metadata() or {}).get(name, "null")) or none
+
+
+def pack_weights(path: Path, out: Path, left_out: tuple[str, ...] = ()) -> int:
+    """Write a checkpoint's weights in a quarter of their size; -> bytes. `load_checkpoint` reads them as any others.
+
+    A matrix becomes int8 with a float16 scale for each row, the rest float16. What equals a tensor of common/weights (a
+    frozen encoder) is named only. left_out: prefixes of what no prediction reads; it keeps the network's own start.
+    """
+    packed, shipped = {}, {}
+    known = [(file.name, name, value.float()) for file in sorted(WEIGHTS.glob("*.safetensors"))
+             for name, value in _read(file).items()]
+    for name, value in _read(path).items():
+        if name.startswith(left_out):
+            continue
+        same = [[file, there] for file, there, other in known if other.shape == value.shape and torch.equal(other, value)]
+        if same:
+            shipped[name] = same[0]
+        elif value.is_floating_point() and value.dim() > 1 and value[0].numel() >= 16:
+            value = value.float()
+            scale = (value.flatten(1).abs().amax(1).clamp_min(1e-6) / 127).half()
+            packed[name + _ROWS] = scale
+            packed[name] = (value / scale.float().view(-1, *[1] * (value.dim() - 1))).round().clamp(-127, 127).to(torch.int8)
+        else:
+            packed[name] = value.half() if value.is_floating_point() else value
+    _save(out, packed, {LEFT_OUT: json.dumps(left_out), _SHIPPED: json.dumps(shipped)})
+    return out.stat().st_size
 
 
 def _pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

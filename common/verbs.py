@@ -253,7 +253,11 @@ def open_eval(cfg: Any, args: Any, open_data: Callable = open_split) -> Any:
             raise InputError("--images: they need --calibration FILE (common/loose.py), no --data-root, and "
                              "a run that learned on nuScenes' grid")
         return LooseImages(args.images, args.calibration, cfg.image_size, args.points)
-    return open_data(*run_data(args), args.split, cfg.image_size, args.cache, train=False)
+    root, version = run_data(args)
+    if not args.data_root and not root.is_dir():
+        raise InputError(f"{root}: not here, the data that this run learned from; give --data-root, or for a "
+                         f"synthetic world run: python {args.method}.py world")
+    return open_data(root, version, args.split, cfg.image_size, args.cache, train=False)
 
 
 def open_train(cfg: Any, args: Any, open_data: Callable = open_split) -> Any:

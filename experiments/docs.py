@@ -2,6 +2,7 @@
 
     python -m experiments.docs                  # everything (`make docs`; describes 15 presets: minutes)
     python -m experiments.docs --quick          # what `make table` does too: anchors, claims, figures
+    python -m experiments.docs --pictures       # docs/show-<method>: what the ready checkpoints show (`make show`)
 
 A page is written by hand but for the part between `<!-- claims -->` and `<!-- end -->`, and for the numbers
 of lines: [easyocc.py:0](../easyocc.py#L0) `code` gets the line that holds this code. It must be in the file
@@ -13,16 +14,19 @@ import importlib
 import io
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.files import InputError, atomic, exit_on_input_error, read_text, write_bytes
 from common.train import duration
+from experiments import ready
 from experiments.runner import NOT_RUN, show
 from experiments.table import METHODS, comparison_rows, grid, load, Protocols
 
 ROOT = Path(__file__).parents[1]
 ANCHOR = re.compile(r"\[([\w/]+\.py):(\d+)\]\(\.\./\1#L(\d+)\) `([^`]+)`")
+WIDE, SHEET = 900, {"easyocc": 0, "occle": 1, "loc": 0, "occvla": 0}  # [px]; which sheet of a method is shown
 FRAMES = 28_130  # nuScenes' training keyframes: a step count where a preset counts epochs
 GPUS = {"hours of one 24 GB GPU": (1, 40e12), "hours of 8 GPUs": (8, 120e12)}  # how many, FLOP/s reached of each
 
@@ -189,6 +193,26 @@ def draw_flow(path: Path, title: str, flow: list[list[tuple[str, str, str]]]) ->
     plt.close(figure)
 
 
+def pictures(out: Path = ROOT / "docs", folder: Path = Path("runs/show"),
+             made: Sequence[str] = METHODS) -> list[Path]:
+    """The README's pictures, at most 300 kB each, of the ready checkpoints; -> their paths."""
+    from PIL import Image
+
+    paths = []
+    for method, found in zip(made, ready.show(folder, methods=tuple(made))):
+        paths.append(out / f"show-{method}{found.suffix.replace('.html', '.jpg')}")
+        if found.suffix == ".gif":
+            write_bytes(paths[-1], found.read_bytes())
+            continue
+        sheets = sorted([*found.parent.glob("*.png"), *found.parent.glob("pictures/*.png")])
+        with Image.open(sheets[SHEET[method]]) as sheet, atomic(paths[-1]) as temporary:
+            size = WIDE, round(sheet.height * WIDE / sheet.width)
+            sheet.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(temporary, "JPEG", quality=85)
+    for path in paths:
+        print(f"  {path}: {path.stat().st_size / 1e3:.0f} kB")
+    return paths
+
+
 def write(results: Path = Path("experiments/results"), out: Path = ROOT / "docs", quick: bool = True) -> None:
     """Anchors, claims and figures of every page of `out`; not quick: docs/cost.md too."""
     records = load(results)
@@ -205,7 +229,7 @@ def write(results: Path = Path("experiments/results"), out: Path = ROOT / "docs"
 
 @exit_on_input_error
 def main() -> None:
-    write(quick="--quick" in sys.argv[1:])
+    pictures() if "--pictures" in sys.argv[1:] else write(quick="--quick" in sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ blindly.
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,3 +128,16 @@ def test_a_pool_keeps_some_of_each_class_and_never_more():
     features, classes = pool.all()
     assert classes.bincount().tolist() == [0, 2000, 2000]
     assert (features[:, 0].long().bincount() > 1000).all()  # each of three scenes has about a third
+
+
+def test_a_query_ranks_what_a_camera_sees():
+    """A wall of voxels hides the second one behind it, and itself beyond the picture's edge."""
+    occupied = np.zeros(OCC3D.shape, bool)
+    occupied[150, :, :] = occupied[160, :, :] = True
+    T = torch.eye(4)
+    T[:3, :3] = torch.tensor([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])  # looks along x
+    T[2, 3] = 1.0
+    K = torch.tensor([[40.0, 0.0, 20.0], [0.0, 40.0, 15.0], [0.0, 0.0, 1.0]])
+    frame = SimpleNamespace(images=torch.zeros(1, 3, 30, 40), K=K[None], T_ego_cam=T[None])
+    seen = O.in_sight(occupied, frame)
+    assert seen[150, 100].any() and not seen[160].any() and not seen[150, :50].any() and not (seen & ~occupied).any()

@@ -380,7 +380,7 @@ def test_label_ratios_are_drawn_as_a_curve(tmp_path):
 def test_the_committed_page_is_made_of_the_committed_files():
     results = Path("experiments/results")
     made = table.page(table.load(results), results, {True: results / "forest.png"}, table.Protocols())
-    assert made == Path("RESULTS.md").read_text() and made.count("\n") <= 250, "run make table"
+    assert made == Path("RESULTS.md").read_text() and made.count("\n") <= 300, "run make table"
     assert sum(path.stat().st_size for path in results.glob("*.json")) <= 600_000
 
 

@@ -357,21 +357,23 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def title_after_check(path: Path, folder: Path) -> str:
-    """The page's title after its self-check in a headless browser with a software GPU."""
+    """The page's title after its self-check in a headless browser with a software GPU; the console must be empty."""
     for attempt in range(2):  # a browser on an overloaded machine may hang as it starts; a page that hangs, hangs twice
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--use-gl=angle", "--use-angle=swiftshader",
                    "--enable-unsafe-swiftshader", "--disable-background-networking", "--no-first-run",
                    f"--user-data-dir={folder}{attempt}", "--window-size=900,640", "--virtual-time-budget=20000",
-                   "--dump-dom", f"file://{path}#check"]
-        with open(f"{folder}{attempt}.html", "w+") as dom:
-            browser = subprocess.Popen(command, stdout=dom, stderr=subprocess.DEVNULL, start_new_session=True)
+                   "--enable-logging=stderr", "--dump-dom", f"file://{path}#check"]
+        with open(f"{folder}{attempt}.html", "w+") as dom, open(f"{folder}{attempt}.log", "w+") as log:
+            browser = subprocess.Popen(command, stdout=dom, stderr=log, start_new_session=True)
             try:
                 browser.wait(timeout=90)
             except subprocess.TimeoutExpired:
                 os.killpg(browser.pid, signal.SIGKILL)  # the browser and its helpers, no other
                 browser.wait()
                 continue
-            dom.seek(0)
+            dom.seek(0), log.seek(0)
+            said = [line for line in log if ":CONSOLE" in line and "GL Driver Message" not in line]
+            assert not said, said
             return re.search(r"<title>(.*?)</title>", dom.read()).group(1)
     raise AssertionError(f"{path.name}: the browser did not finish, twice")
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from common import viz
 from common.files import read_json, write_json, write_npz
+from common.geometry import OCC3D, cast_rays, pixel_centers, unproject
 from common.metrics import occupancy_confusion, openset_scores, shown
 from common.nuscenes import FREE, OCC3D_CLASSES, Frame, NuScenesOccupancy
 from common.train import joined, share_out
@@ -404,20 +405,35 @@ def draw(read: Read, dataset: NuScenesOccupancy, indices: list[int], out: Path) 
     return paths
 
 
+def in_sight(occupied: np.ndarray, frame: Frame) -> np.ndarray:
+    """(X, Y, Z) bool: the first occupied voxel along the ray of a pixel."""
+    there, seen = torch.from_numpy(occupied), torch.zeros(occupied.shape, dtype=torch.bool)
+    pixels = pixel_centers(*frame.images.shape[-2:]).flatten(0, 1)
+    for K, T in zip(torch.as_tensor(frame.K), torch.as_tensor(frame.T_ego_cam)):
+        ends = unproject(pixels, torch.ones(len(pixels)), K, T)
+        index, _, hit = cast_rays(there, T[:3, 3], ends - T[:3, 3], OCC3D)
+        seen[tuple(index[hit].T)] = True
+    return seen.numpy()
+
+
 def query(find: Callable[[Frame], np.ndarray], text: str, *, dataset: Any, indices: list[int],
           out: Path) -> list[Path]:
-    """Rank the occupied voxels of all keyframes by their likeness to a text: PNG sheets, HTML; -> paths.
+    """Rank the voxels that a camera sees in all keyframes by their likeness to a text: PNG sheets, HTML; -> paths.
 
-    Ranks, not probabilities: a text that nobody trained on is likelier than no known prompt.
+    Ranks, not probabilities: a text that nobody trained on is likelier than no known prompt. What stands behind
+    other voxels is not ranked: it would inherit the look of what hides it.
     """
-    found = [(dataset[i], find(dataset[i])) for i in tqdm(indices, "query", unit="keyframe", leave=False)]
-    alike = np.concatenate([values[~np.isnan(values)] for _, values in found])
+    found = []
+    for i in tqdm(indices, "query", unit="keyframe", leave=False):
+        frame, values = dataset[i], find(dataset[i])
+        found.append((frame, np.where(np.isnan(values) | in_sight(~np.isnan(values), frame), values, -np.inf)))
+    alike = np.concatenate([values[np.isfinite(values)] for _, values in found])
     edges = np.quantile(alike, 1 - np.array(TOP) / 100) if len(alike) else np.zeros(len(TOP))
     frames = [viz.ViewerFrame(f"{frame.scene} {frame.token[:8]}", {text: levels(values, edges)},
                               frame.images.numpy()) for frame, values in found]
     top = [int(np.isin(frame.panels[text], range(TOP.index(1) + 1, 8)).sum()) for frame in frames]
     slug = "_".join("".join(c if c.isalnum() else " " for c in text.lower()).split())[:60]
-    title = (f"{text}\nwhich of {len(alike):,} occupied voxels in {len(frames)} keyframes of "
+    title = (f"{text}\nwhich of {len(alike):,} voxels in sight in {len(frames)} keyframes of "
              f"{dataset.split} are most like the text")
     look = {"classes": TOP_NAMES, "palette": PALETTE, "free": IGNORE}
     paths = [out / "query" / f"{slug}.html"]

@@ -17,6 +17,7 @@ import argparse
 import importlib
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -397,7 +398,8 @@ def main() -> None:
         names = ", ".join(rows(args.device, args.data_root))
         parser.error(f"--only {' '.join(args.only)}: no such row; there are {names}")
     ceiling = ceilings(args.device, args.seconds / 2)
-    report = {"machine": machine(args.device), "device": args.device, "threads": args.threads,
+    report = {"command": shlex.join(["python", "-m", "tests.bench", *sys.argv[1:]]),
+              "machine": machine(args.device), "device": args.device, "threads": args.threads,
               "load": os.getloadavg()[0], "date": str(date.today()), "torch": torch.__version__,
               "python": platform.python_version(), "ceilings": ceiling, "rows": {}}
     tqdm.write(f"{report['machine']}, {args.threads} thread(s), load {report['load']:.1f}, torch {torch.__version__}: "
