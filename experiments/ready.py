@@ -30,12 +30,13 @@ STREETS = {"size": "mini", "seed": 7, "scenes": 2, "keyframes": 5}
 QUERY = "a tall yellow vehicle with an arm"
 EPISODE = ("--episodes", "0", "--clean", "1", "--pictures", "1")
 LEFT_OUT = {  # what training alone reads
-    "occle": ("teacher.",), "occvla": ("tokenizer.encoder.", "vlm.net.lm_head.", "planner."),  # lm_head: tied
-    "threedvla": ("three.teacher.",)}
+    "occle": ("teacher.",), "threedvla": ("three.teacher.",),
+    "occvla": ("tokenizer.encoder.", "vlm.net.lm_head.", "planner.", "best.command", "best.history")}  # lm_head: tied
+KEPT = {"occvla": {"plan_inputs": ["speed+command", "none"]}}  # settings that follow: two of five planner heads
 SCORES = ("miou_camera", "constant_miou_camera", "shuffled_miou_camera", "iou_camera", "constant_iou_camera",
           "unknown_miou", "unknown_miou_chance", "auroc", "qa_balanced", "qa_balanced_shuffled", "l2_avg",
-          "success", "random_success")
-LIMIT = 10_000_000  # [bytes] of the folder
+          "success_clean", "success_hard", "random_success", "token_error_m")
+LIMIT = 10 << 20  # [bytes] of the folder
 
 
 def pack(folder: Path, out: Path = READY) -> Path:
@@ -58,7 +59,8 @@ def pack(folder: Path, out: Path = READY) -> Path:
     write_json(weights.with_name("train_state.json"), state | {"groups": {"param_groups": [], "plain": {}}})
     shutil.copy(stage / "latest.json", new / "latest.json")
     data = {name: shorten(value) for name, value in run["data"].items()}
-    write_json(new / "config.json", run | {"data": data, "command": shorten(run.get("command", ""))})
+    settings = run["config"] | KEPT.get(method, {})
+    write_json(new / "config.json", run | {"config": settings, "data": data, "command": shorten(run.get("command", ""))})
     scored = read_json(result, {"metrics": dict, "protocol": dict, "dataset": dict})
     scores = {name: round(scored["metrics"][name], 5) for name in SCORES if name in scored["metrics"]}
     write_json(home / "card.json", {
