@@ -179,7 +179,7 @@ PRESETS = {
         sizes="tiny", head="l1", tokens_at="front", width=96, heads=4, fusion_layers=2, rope_scale=20.0,
         probes=40, mask_width=48, sample_heads=4, start="mask", completion="mirror", ema=0.98, amp="off",
         optimizer="muon", batch=16, head_batch=256, base_steps=1200, base_lr=1e-2, w_ground=1.0, warmup=50,
-        stage1_steps=600, stage2_steps=600, lr=1e-3, lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05),
+        stage1_steps=1200, stage2_steps=600, lr=1e-3, lr_3d=2e-3, lr_floor=0.05, weight_decay=0.05),
     "base": Config(sizes="libero", batch=8, head_batch=8),  # ours: one 24 GB GPU
     "paper": Config(),
 }
@@ -205,16 +205,16 @@ class SpatialFusion(nn.Module):
     def __init__(self, c_in: int, width: int, heads: int, layers: int):
         super().__init__()
         self.project = nn.Sequential(nn.LayerNorm(c_in), nn.Linear(c_in, width))
-        self.position = PositionEmbedding(width)
+        self.position, self.norm = PositionEmbedding(width), nn.LayerNorm(width)
         self.layers = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
     def forward(self, maps: Tensor, points: Tensor) -> Tensor:
         """maps (B, V, C, h, w), points (B, V, h, w, 3) -> memory (B, V, h, w, d)."""
         x = self.project(maps.permute(0, 1, 3, 4, 2)) + self.position(points)  # (B, V, h, w, d)
-        shape, x = x.shape[1:4], x.flatten(1, 3)  # (B, N, d)
+        y = x.flatten(1, 3)  # (B, N, d)
         for layer in self.layers:
-            x = layer(x)
-        return x.unflatten(1, shape)
+            y = layer(y)
+        return self.norm(y).view_as(x)
 
 
 @exact
@@ -359,19 +359,20 @@ class InstanceModule(nn.Module):
         content, at = self.content + self.where(point), project_probes(point, *cameras)
         cells = cell_points(batch, mask_map.shape[-2:]) if self.from_masks else None
         for layer in self.layers:
-            start = partial(self.mask_point, at[0], mask_map, cells) if self.from_masks else None
+            start = partial(self.mask_point, point, at[0], mask_map, cells) if self.from_masks else None
             content, point = layer(content, point, levels, *at, start)
             at = project_probes(point, *cameras)
             out.append(self.heads(content, point, at[0]))
         return out, mask_map
 
     @exact
-    def mask_point(self, uv: Tensor, mask_map: Tensor, cells: Tensor, content: Tensor) -> Tensor:
-        """Mean of the cells' points (B, V, h4, w4, 3), NaN without depth, by the probes' masks: (B, Q, 3)."""
+    def mask_point(self, point: Tensor, uv: Tensor, mask_map: Tensor, cells: Tensor, content: Tensor):
+        """Mean of the cells' points (B, V, h4, w4, 3), NaN without depth, by masks and a Gaussian of 0.1 m
+        around the probes' points (B, Q, 3), without which all start as one. -> (B, Q, 3)."""
         masks = view_masks(self.heads.embed(content, uv), mask_map).transpose(1, 2).flatten(2)
-        cells = cells.flatten(1, 3)  # (B, V h4 w4, 3)
-        masks = torch.where(cells[:, None, :, 0].isnan(), -1e4, 2 * masks.float())  # (B, Q, V h4 w4)
-        return masks.softmax(-1) @ cells.nan_to_num()
+        cells, none = cells.flatten(1, 3).nan_to_num(), cells.flatten(1, 3)[:, None, :, 0].isnan()
+        weight = 2 * masks.float() - 50 * torch.cdist(point, cells).square()  # (B, Q, V h4 w4)
+        return torch.where(none, -1e4, weight).softmax(-1) @ cells
 
 
 def cell_points(batch: Batch, size: tuple[int, int]) -> Tensor:
