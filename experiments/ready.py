@@ -96,8 +96,12 @@ def verb(method: str, *words: str) -> None:
 def show(out: Path = Path("runs/show"), ready: Path = READY, methods: tuple[str, ...] = METHODS) -> list[Path]:
     """A viewer or an episode of each ready checkpoint, on streets that none has seen; -> one path a method."""
     started = time.time()
-    if missing := [method for method in methods if not (ready / method / "card.json").is_file()]:
+    missing = [method for method in methods if not (ready / method / "card.json").is_file()]
+    if len(missing) == len(methods):
         raise InputError(f"{ready}: no {', '.join(missing)} there; pack one: python -m experiments.ready RUN")
+    for method in missing:
+        print(f"{method}: no checkpoint in {ready}; pack one: python -m experiments.ready RUN")
+    methods = tuple(method for method in methods if method not in missing)
     if {*methods} - {"threedvla"}:
         make("driving", WORLD, **STREETS)
     shutil.rmtree(out, ignore_errors=True)
