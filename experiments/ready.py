@@ -10,6 +10,7 @@ what it is: command, commit, scores of the run before packing, bytes and checksu
 
 import hashlib
 import importlib
+import shlex
 import shutil
 import sys
 import time
@@ -85,7 +86,7 @@ def checksum(path: Path) -> str:
 
 def verb(method: str, *words: str) -> None:
     """Run a verb in this process."""
-    print(f"$ python {method}.py {' '.join(words)}", flush=True)
+    print(f"$ python {method}.py {shlex.join(words)}", flush=True)
     before, sys.argv = sys.argv, [f"{method}.py", *words]
     try:
         importlib.import_module(method).main()
