@@ -36,7 +36,7 @@ LEFT_OUT = {  # what training alone reads
 KEPT = {"occvla": {"plan_inputs": ["speed+command", "none"]}}  # settings that follow: two of five planner heads
 SCORES = ("miou_camera", "constant_miou_camera", "shuffled_miou_camera", "iou_camera", "constant_iou_camera",
           "unknown_miou", "unknown_miou_chance", "auroc", "qa_balanced", "qa_balanced_shuffled", "l2_avg",
-          "success_clean", "success_hard", "random_success", "token_error_m")
+          "success", "success_clean", "success_hard", "random_success", "token_error_m")
 LIMIT = 10 << 20  # [bytes] of the folder
 
 
