@@ -10,6 +10,7 @@ what it is: command, commit, scores of the run before packing, bytes and checksu
 
 import hashlib
 import importlib
+import shlex
 import shutil
 import sys
 import time
@@ -35,7 +36,7 @@ LEFT_OUT = {  # what training alone reads
 KEPT = {"occvla": {"plan_inputs": ["speed+command", "none"]}}  # settings that follow: two of five planner heads
 SCORES = ("miou_camera", "constant_miou_camera", "shuffled_miou_camera", "iou_camera", "constant_iou_camera",
           "unknown_miou", "unknown_miou_chance", "auroc", "qa_balanced", "qa_balanced_shuffled", "l2_avg",
-          "success_clean", "success_hard", "random_success", "token_error_m")
+          "success", "success_clean", "success_hard", "random_success", "token_error_m")
 LIMIT = 10 << 20  # [bytes] of the folder
 
 
@@ -85,7 +86,7 @@ def checksum(path: Path) -> str:
 
 def verb(method: str, *words: str) -> None:
     """Run a verb in this process."""
-    print(f"$ python {method}.py {' '.join(words)}", flush=True)
+    print(f"$ python {method}.py {shlex.join(words)}", flush=True)
     before, sys.argv = sys.argv, [f"{method}.py", *words]
     try:
         importlib.import_module(method).main()
@@ -96,8 +97,12 @@ def verb(method: str, *words: str) -> None:
 def show(out: Path = Path("runs/show"), ready: Path = READY, methods: tuple[str, ...] = METHODS) -> list[Path]:
     """A viewer or an episode of each ready checkpoint, on streets that none has seen; -> one path a method."""
     started = time.time()
-    if missing := [method for method in methods if not (ready / method / "card.json").is_file()]:
+    missing = [method for method in methods if not (ready / method / "card.json").is_file()]
+    if len(missing) == len(methods):
         raise InputError(f"{ready}: no {', '.join(missing)} there; pack one: python -m experiments.ready RUN")
+    for method in missing:
+        print(f"{method}: no checkpoint in {ready}; pack one: python -m experiments.ready RUN")
+    methods = tuple(method for method in methods if method not in missing)
     if {*methods} - {"threedvla"}:
         make("driving", WORLD, **STREETS)
     shutil.rmtree(out, ignore_errors=True)

@@ -317,7 +317,7 @@ def token_gradient(agent: V.Agent, frames: list[Observation]) -> float:
     nothing = torch.zeros(len(frames), agent.policy.chunk, agent.policy.action_dim).to(tokens)
     when = zero(nothing[:, 0, 0]) + 1
     agent.policy.loss(prefix, agent.state(batch), nothing, zero(nothing), when).sum().backward()
-    sums = [float((x.grad * x).abs().sum()) for x in (tokens, own.tokens)]
+    sums = [float((x.grad * x.detach()).abs().sum()) for x in (tokens, own.tokens)]
     agent.zero_grad(set_to_none=True)
     return sums[0] / max(sum(sums), 1e-12)
 
