@@ -80,7 +80,7 @@ DEVIATIONS
     * the tiny policies are random, trained whole on the demonstrations (stage 0 stands in for pre-training),
       then frozen, and every frame's tokens kept on disk: stage 2 learns from batches of --head-batch frames.
       What a pre-trained VLM can do, see what the words name, the image tokens learn in stage 0 from the
-      simulator's masks (--w-ground). They carry names, but no ready-made points.
+      simulator's masks (--w-ground): their keys carry names, their values places in the picture, no points.
     * tiny: actions in one step (--head l1); 3D tokens that read the prefix, unread (--tokens-at front); (4)
       moves probes from their masks' depth (--start mask); mirror images complete objects (--completion).
     * VL-SAM-V2 is not public: --pseudo has the simulator's masks without identities, or GroundingDINO + SAM.
@@ -120,7 +120,7 @@ from common.geometry import exact, fourier, hide_blocks, invert, rope_3d, unproj
 from common.losses import (cxcywh_to_xyxy, dice_loss, focal_cost, generalized_box_iou, mask_cross_entropy,
                            sigmoid_focal_loss)
 from common.networks import pointattn
-from common.networks.pi0 import SIZES, Pi0, Prefix, pi0_time_quantile
+from common.networks.pi0 import SIZES, Pi0, Prefix, ground_loss, pi0_time_quantile
 from common.networks.transformer import (Attention, Block, DeformableAttention, PlaceCode, Rotate, TokenOut,
                                          mlp)
 from common.networks.xvla import XVLA
@@ -178,8 +178,8 @@ PRESETS = {
     "tiny": Config(  # two CPU cores
         sizes="tiny", head="l1", tokens_at="front", width=96, heads=4, fusion_layers=2, rope_scale=20.0,
         probes=40, mask_width=48, sample_heads=4, start="mask", completion="mirror", ema=0.98, amp="off",
-        optimizer="muon", batch=16, head_batch=256, base_steps=2400, base_lr=1e-2, w_ground=1.0, warmup=50,
-        stage1_steps=600, stage2_steps=1500, lr=1e-3, lr_3d=5e-3, lr_floor=0.05, weight_decay=0.05),
+        optimizer="muon", batch=16, head_batch=256, base_steps=1200, base_lr=1e-2, w_ground=1.0, warmup=50,
+        stage1_steps=1200, stage2_steps=600, lr=1e-3, lr_3d=2e-3, lr_floor=0.05, weight_decay=0.05),
     "base": Config(sizes="libero", batch=8, head_batch=8),  # ours: one 24 GB GPU
     "paper": Config(),
 }
@@ -205,16 +205,16 @@ class SpatialFusion(nn.Module):
     def __init__(self, c_in: int, width: int, heads: int, layers: int):
         super().__init__()
         self.project = nn.Sequential(nn.LayerNorm(c_in), nn.Linear(c_in, width))
-        self.position = PositionEmbedding(width)
+        self.position, self.norm = PositionEmbedding(width), nn.LayerNorm(width)
         self.layers = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
     def forward(self, maps: Tensor, points: Tensor) -> Tensor:
         """maps (B, V, C, h, w), points (B, V, h, w, 3) -> memory (B, V, h, w, d)."""
         x = self.project(maps.permute(0, 1, 3, 4, 2)) + self.position(points)  # (B, V, h, w, d)
-        shape, x = x.shape[1:4], x.flatten(1, 3)  # (B, N, d)
+        y = x.flatten(1, 3)  # (B, N, d)
         for layer in self.layers:
-            x = layer(x)
-        return x.unflatten(1, shape)
+            y = layer(y)
+        return self.norm(y).view_as(x)
 
 
 @exact
@@ -359,19 +359,20 @@ class InstanceModule(nn.Module):
         content, at = self.content + self.where(point), project_probes(point, *cameras)
         cells = cell_points(batch, mask_map.shape[-2:]) if self.from_masks else None
         for layer in self.layers:
-            start = partial(self.mask_point, at[0], mask_map, cells) if self.from_masks else None
+            start = partial(self.mask_point, point, at[0], mask_map, cells) if self.from_masks else None
             content, point = layer(content, point, levels, *at, start)
             at = project_probes(point, *cameras)
             out.append(self.heads(content, point, at[0]))
         return out, mask_map
 
     @exact
-    def mask_point(self, uv: Tensor, mask_map: Tensor, cells: Tensor, content: Tensor) -> Tensor:
-        """Mean of the cells' points (B, V, h4, w4, 3), NaN without depth, by the probes' masks: (B, Q, 3)."""
+    def mask_point(self, point: Tensor, uv: Tensor, mask_map: Tensor, cells: Tensor, content: Tensor):
+        """Mean of the cells' points (B, V, h4, w4, 3), NaN without depth, by masks and a Gaussian of 0.1 m
+        around the probes' points (B, Q, 3), without which all start as one. -> (B, Q, 3)."""
         masks = view_masks(self.heads.embed(content, uv), mask_map).transpose(1, 2).flatten(2)
-        cells = cells.flatten(1, 3)  # (B, V h4 w4, 3)
-        masks = torch.where(cells[:, None, :, 0].isnan(), -1e4, 2 * masks.float())  # (B, Q, V h4 w4)
-        return masks.softmax(-1) @ cells.nan_to_num()
+        cells, none = cells.flatten(1, 3).nan_to_num(), cells.flatten(1, 3)[:, None, :, 0].isnan()
+        weight = 2 * masks.float() - 50 * torch.cdist(point, cells).square()  # (B, Q, V h4 w4)
+        return torch.where(none, -1e4, weight).softmax(-1) @ cells
 
 
 def cell_points(batch: Batch, size: tuple[int, int]) -> Tensor:
@@ -792,6 +793,7 @@ class Agent(nn.Module):
             self.policy = Pi0(sizes, cfg.policy == "pi05", cfg.vlm, l1)
         cells = 2 * (sizes.patch // 4) ** 2  # of 4 px, for the object to move and for its destination
         self.ground = nn.Linear(self.policy.width, cells) if cfg.w_ground and not cfg.vlm else None
+        self.named, self.placed = (nn.Linear(sizes.head_dim, 2) for _ in range(2))  # of a key, of a value
         self.front = cfg.tokens_at == "front" and cfg.policy != "xvla"  # X-VLA's slots are no distances
         self.three = three(cfg, self.policy.map_width, self.policy.width) if cfg.variant != "base" else None
         for name, size in (("action", cfg.actions), ("state", self.policy.state_dim)):
@@ -808,7 +810,7 @@ class Agent(nn.Module):
 
     def frozen(self) -> list[nn.Module]:
         """What gives the prefix."""
-        return [self.policy.vlm()] + [self.ground] * (self.ground is not None)
+        return [self.policy.vlm(), self.named, self.placed] + [self.ground] * (self.ground is not None)
 
     def state(self, batch: Batch) -> Tensor:
         """(B, S) normalised."""
@@ -843,9 +845,8 @@ class Agent(nn.Module):
         terms = {"action": (error * batch.valid).sum() / over_ranks(batch.valid.sum().to(error), 1)}
         terms |= found.terms if found is not None else {}
         if batch.ground is not None:  # stage 0
-            weight = batch.ground.new_tensor(10.0)  # an object covers few cells
-            heat = F.binary_cross_entropy_with_logits(prefix.heat, batch.ground, pos_weight=weight)
-            terms["ground"] = self.cfg.w_ground * heat
+            named = ground_loss(prefix, batch.ground, self.named, self.placed)
+            terms |= {name: self.cfg.w_ground * value for name, value in named.items()}
         return terms
 
     @torch.no_grad()

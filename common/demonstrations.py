@@ -125,18 +125,19 @@ def lift_mask(mask: np.ndarray, depth: np.ndarray, K: np.ndarray, T_base_cam: np
               least: int = 12) -> tuple[Tensor, Tensor, Tensor] | None:
     """A view's mask -> point (3,) [m], box (4,) cx cy w h in [0, 1], mask (cells, cells); None if too small.
 
-    The point is the centre of the mask's box at the mask's median depth. mask (H', W') bool of any size,
+    The point is the mean of the mask's pixels in space. mask (H', W') bool of any size,
     depth (H, W) [m] and K of the same picture, T_base_cam (4, 4). At least `least` pixels have a depth.
     """
     H, W = depth.shape
     mask = cv2.resize(mask.astype(np.uint8), (W, H), interpolation=cv2.INTER_NEAREST_EXACT) > 0
-    z = depth[mask & (depth > 0)]
-    if len(z) < least:
+    seen = np.argwhere(mask & (depth > 0))[:, ::-1]
+    if len(seen) < least:
         return None
+    z = depth[seen[:, 1], seen[:, 0]]
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     low, high = np.array([columns[0], rows[0]]), np.array([columns[-1] + 1, rows[-1] + 1])
-    center, z, K, T = (np.asarray(x, np.float64) for x in ((low + high) / 2, np.median(z), K, T_base_cam))
-    point = unproject(*(torch.from_numpy(x) for x in (center, z, K, T)))
+    seen, z, K, T = (torch.from_numpy(np.asarray(x, np.float64)) for x in (seen + 0.5, z, K, T_base_cam))
+    point = unproject(seen, z, K, T).mean(0)
     low, high = torch.from_numpy(low / [W, H]), torch.from_numpy(high / [W, H])
     small = cv2.resize(mask.astype(np.float32), (cells, cells), interpolation=cv2.INTER_AREA)
     return point, torch.cat([(low + high) / 2, high - low]), torch.from_numpy(small)
@@ -148,7 +149,7 @@ def pseudo_targets(masks: list[list[np.ndarray]], depth: np.ndarray, K: np.ndarr
     (n, 3) [m], boxes (n, V, 4), masks (n, V, cells, cells), valid (n, V), as `lift_mask` has them. Ours.
 
     Masks of two views are one object if their points are nearest and closer than `radius` [m]. An object's
-    point is the mean over views. cells: side of the mask map.
+    point is the mean over views, weighted by their masks' areas. cells: side of the mask map.
     """
     V, objects = len(depth), []  # per object {view: (point, box, mask)}
     for v in range(V):
@@ -166,7 +167,8 @@ def pseudo_targets(masks: list[list[np.ndarray]], depth: np.ndarray, K: np.ndarr
     points, boxes = torch.zeros(n, 3), torch.full((n, V, 4), 0.5)
     shares, valid = torch.zeros(n, V, cells, cells), torch.zeros(n, V, dtype=torch.bool)
     for t, o in enumerate(objects):
-        points[t] = torch.stack([x[0] for x in o.values()]).mean(0)
+        area = torch.stack([x[2].sum() for x in o.values()])
+        points[t] = (area / area.sum()).double() @ torch.stack([x[0] for x in o.values()])
         for v, (_, boxes[t, v], shares[t, v]) in o.items():
             valid[t, v] = True
     return points, boxes, shares, valid

@@ -197,7 +197,7 @@ def predict_frames(build: Callable, predict: Callable, cfg: Any, args: Any,
     if not run.is_main:
         return
     for path in draw(partial(predict, net), dataset, chosen(len(dataset), args.pictures), args.out,
-                     title=f"{args.method}, {dataset.split}", style=style_of(dataset)):
+                     title=f"{args.method}, split {dataset.split}", style=style_of(dataset)):
         print(f"  {path}")
     print(f"{args.out}: {len(indices)} predictions")
 

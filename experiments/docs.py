@@ -199,7 +199,8 @@ def pictures(out: Path = ROOT / "docs", folder: Path = Path("runs/show"),
     from PIL import Image
 
     paths = []
-    for method, found in zip(made, ready.show(folder, methods=tuple(made))):
+    made = [method for method in made if (ready.READY / method).is_dir()]
+    for method, found in zip(made, ready.show(folder, methods=tuple(made)), strict=True):
         paths.append(out / f"show-{method}{found.suffix.replace('.html', '.jpg')}")
         if found.suffix == ".gif":
             write_bytes(paths[-1], found.read_bytes())

@@ -10,6 +10,7 @@ what it is: command, commit, scores of the run before packing, bytes and checksu
 
 import hashlib
 import importlib
+import shlex
 import shutil
 import sys
 import time
@@ -30,12 +31,13 @@ STREETS = {"size": "mini", "seed": 7, "scenes": 2, "keyframes": 5}
 QUERY = "a tall yellow vehicle with an arm"
 EPISODE = ("--episodes", "0", "--clean", "1", "--pictures", "1")
 LEFT_OUT = {  # what training alone reads
-    "occle": ("teacher.",), "occvla": ("tokenizer.encoder.", "vlm.net.lm_head.", "planner."),  # lm_head: tied
-    "threedvla": ("three.teacher.",)}
+    "occle": ("teacher.",), "threedvla": ("three.teacher.",),
+    "occvla": ("tokenizer.encoder.", "vlm.net.lm_head.", "planner.", "best.command", "best.history")}  # lm_head: tied
+KEPT = {"occvla": {"plan_inputs": ["speed+command", "none"]}}  # settings that follow: two of five planner heads
 SCORES = ("miou_camera", "constant_miou_camera", "shuffled_miou_camera", "iou_camera", "constant_iou_camera",
           "unknown_miou", "unknown_miou_chance", "auroc", "qa_balanced", "qa_balanced_shuffled", "l2_avg",
-          "success", "random_success")
-LIMIT = 10_000_000  # [bytes] of the folder
+          "success", "success_clean", "success_hard", "random_success", "token_error_m")
+LIMIT = 10 << 20  # [bytes] of the folder
 
 
 def pack(folder: Path, out: Path = READY) -> Path:
@@ -57,13 +59,15 @@ def pack(folder: Path, out: Path = READY) -> Path:
     state = read_json(stage / latest["folder"] / "train_state.json", {"state": dict})
     write_json(weights.with_name("train_state.json"), state | {"groups": {"param_groups": [], "plain": {}}})
     shutil.copy(stage / "latest.json", new / "latest.json")
-    data = {name: shorten(value) for name, value in run["data"].items()}
-    write_json(new / "config.json", run | {"data": data, "command": shorten(run.get("command", ""))})
+    data = {name: shorten(value, folder) for name, value in run["data"].items()}
+    settings = run["config"] | KEPT.get(method, {})
+    asked = shorten(run.get("command", ""), folder)
+    write_json(new / "config.json", run | {"config": settings, "data": data, "command": asked})
     scored = read_json(result, {"metrics": dict, "protocol": dict, "dataset": dict})
     scores = {name: round(scored["metrics"][name], 5) for name in SCORES if name in scored["metrics"]}
     write_json(home / "card.json", {
         "method": method, "preset": run["preset"], "seed": run["seed"], "steps": run["steps"],
-        "command": shorten(run.get("command", "")), "commit": run.get("commit", "unknown"), "scores": scores,
+        "command": asked, "commit": run.get("commit", "unknown"), "scores": scores,
         "scored_on": f"{scored['dataset']['name']}, {scored['dataset']['split']}; before packing",
         "weights": weights.relative_to(home).as_posix(), "bytes": size, "sha256": checksum(weights),
         "form": "int8 matrices with a float16 scale for each row, the rest float16; a frozen encoder is common/weights'",
@@ -72,9 +76,12 @@ def pack(folder: Path, out: Path = READY) -> Path:
     return home
 
 
-def shorten(value):
-    """A JSON value without this checkout's own path."""
-    return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
+def shorten(value, folder: Path):
+    """A JSON value without this checkout's own path; a run outside of it is called runs/<name>."""
+    if not isinstance(value, str):
+        return value
+    value = value.replace(f"{ROOT}/", "")
+    return value.replace(str(folder), f"runs/{folder.name}") if folder.is_absolute() else value
 
 
 def checksum(path: Path) -> str:
@@ -83,7 +90,7 @@ def checksum(path: Path) -> str:
 
 def verb(method: str, *words: str) -> None:
     """Run a verb in this process."""
-    print(f"$ python {method}.py {' '.join(words)}", flush=True)
+    print(f"$ python {method}.py {shlex.join(words)}", flush=True)
     before, sys.argv = sys.argv, [f"{method}.py", *words]
     try:
         importlib.import_module(method).main()
@@ -94,8 +101,12 @@ def verb(method: str, *words: str) -> None:
 def show(out: Path = Path("runs/show"), ready: Path = READY, methods: tuple[str, ...] = METHODS) -> list[Path]:
     """A viewer or an episode of each ready checkpoint, on streets that none has seen; -> one path a method."""
     started = time.time()
-    if missing := [method for method in methods if not (ready / method / "card.json").is_file()]:
+    missing = [method for method in methods if not (ready / method / "card.json").is_file()]
+    if len(missing) == len(methods):
         raise InputError(f"{ready}: no {', '.join(missing)} there; pack one: python -m experiments.ready RUN")
+    for method in missing:
+        print(f"{method}: no checkpoint in {ready}; pack one: python -m experiments.ready RUN")
+    methods = tuple(method for method in methods if method not in missing)
     if {*methods} - {"threedvla"}:
         make("driving", WORLD, **STREETS)
     shutil.rmtree(out, ignore_errors=True)

@@ -74,7 +74,9 @@ CLAIMS = {
         tuple((*pair, axis) for axis in AXES for pair in (("points", "places"), ("points", "base"))),
         metric="success", seeds=5,
         gates=(*GATES, Gate("tokens are read", "points:token_shift", ">", 0.1)),
-        note="points: also with nominal extrinsics (success_camera_nominal), the negative control."),
+        note="points: also with nominal extrinsics (success_camera_nominal), the negative control. No "
+             "demonstration has a carton: before one the detector's point in the agent view is 18 cm off "
+             "(median of 24; 3 cm without), and the wrist view sees the target whole."),
     "ceiling": Claim(
         "ceiling", "told the objects' offsets a perceptron solves the tasks, wherever the camera is; told "
                    "their places in the pictures it does not",
@@ -315,7 +317,7 @@ def token_gradient(agent: V.Agent, frames: list[Observation]) -> float:
     nothing = torch.zeros(len(frames), agent.policy.chunk, agent.policy.action_dim).to(tokens)
     when = zero(nothing[:, 0, 0]) + 1
     agent.policy.loss(prefix, agent.state(batch), nothing, zero(nothing), when).sum().backward()
-    sums = [float((x.grad * x).abs().sum()) for x in (tokens, own.tokens)]
+    sums = [float((x.grad * x.detach()).abs().sum()) for x in (tokens, own.tokens)]
     agent.zero_grad(set_to_none=True)
     return sums[0] / max(sum(sums), 1e-12)
 
@@ -508,7 +510,7 @@ def play_told(mode: str, frames: V.Frames, rules: episodes.Rules, seed: int) -> 
     """Train the regression and play the arms' episodes: outcomes, metrics."""
     plan = tell(regression(frames, mode, seed), mode, frames.sizes.chunk)
     envs = [as_played(ToldEnvironment(frames.sizes.image_size)) for _ in range(rules.eval_batch)]
-    listed = episodes.episode_list(envs[0], rules)
+    listed = listed_of(envs[0], rules)
     played = episodes.rollout(plan, envs, listed, rules, title=mode)
     return played, episodes.summarise(played) | nominal(plan, envs, listed, rules)
 
@@ -528,6 +530,20 @@ def as_played(env):
     """An environment with the claims' tasks and perturbations."""
     env.tasks, env.perturbations = TASKS, PERTURBED
     return env
+
+
+def listed_of(env, rules: episodes.Rules) -> episodes.Listed:
+    """(task, seed) of all episodes. Each perturbed one has a scene of its own: eleven scenes under twelve
+    perturbations each would be no 132 independent episodes. Drawers, before which no carton fits, are never
+    `occluded`."""
+    listed = episodes.episode_list(env, rules._replace(episodes=0))
+    hidden = [task for task in TASKS if task not in ("open_drawer", "close_drawer")]
+    for k in range(rules.episodes):
+        turn, kind = divmod(k, len(PERTURBED))
+        tasks = hidden if PERTURBED[kind] == "occluded" else TASKS
+        task, level = tasks[(turn + kind) % len(tasks)], 1 + (turn // 2 + kind) % 5
+        listed.append((f"{task}@{PERTURBED[kind]}:{level}", rules.eval_seed + 1000 + k))
+    return listed
 
 
 # --- arms ---------------------------------------------------------------------------------------------------
@@ -550,7 +566,7 @@ def run_arm(cfg: V.Config, args: SimpleNamespace) -> Path:
     if args.plug.startswith("told"):
         return run_told(cfg, args, frames)
     three = PLUGS[args.plug]
-    bare = replace(preset, **{name: getattr(cfg, name) for name in BASE}, variant="base")
+    bare = replace(V.Config(), **{name: getattr(cfg, name) for name in BASE}, variant="base")
     key = short_hash([cli.to_dict(bare), str(args.data_root)])
     base = args.pool / f"base-{cfg.policy}-{key}" / f"seed{args.seed}"
     V.train_stage(0, bare, args, frames, base)
@@ -585,7 +601,7 @@ def play(cfg: V.Config, args: SimpleNamespace, three) -> Path:
     envs = episodes.open_environments("tabletop", None, sizes.image_size, rules.eval_batch, views=cfg.views,
                                       actions=cfg.actions)
     envs = [as_played(env) for env in envs]
-    listed, name = episodes.episode_list(envs[0], rules), f"{cfg.policy} {cfg.variant}"
+    listed, name = listed_of(envs[0], rules), f"{cfg.policy} {cfg.variant}"
     plan = partial(V.predict, agent)
     played = episodes.rollout(plan, envs, listed, rules, clock=clock, title=name)
     metrics = episodes.summarise(played) | {"replan_ms": 1000 * float(np.median(clock))}
@@ -594,7 +610,8 @@ def play(cfg: V.Config, args: SimpleNamespace, three) -> Path:
 
     def shared() -> dict[str, float]:
         luck = episodes.random_plan(cfg.actions, rules.replan)
-        scores = {"random": episodes.summarise(episodes.rollout(luck, envs, listed, rules, title="random")),
+        blank = [as_played(ToldEnvironment(sizes.image_size)) for _ in envs]
+        scores = {"random": episodes.summarise(episodes.rollout(luck, blank, listed, rules, title="random")),
                   "told": play_told("told offsets", frames_of(cfg, args), rules, args.seed)[1]}
         scores = {f"random_{key}": value for key, value in scores["random"].items()} | {
             key.replace("success", "success_told"): value for key, value in scores["told"].items()}

@@ -62,7 +62,7 @@ def test_a_frozen_vlm_still_teaches_the_tokens(observations, policy):
 def test_one_step_answers_with_the_actions(observations):
     """--head l1: the velocity from nothing is the actions, negated; squares for the gripper alone."""
     out, true = torch.zeros(1, 1, 3), torch.tensor([[[2.0, -3.0, 0.5]]])
-    assert pi0.one_step_error(out, true, 1).tolist() == [[[2.0, 18.0, 0.5]]]
+    assert pi0.one_step_error(out, true, 1).tolist() == [[[6.0, 18.0, 0.75]]]
     agent = agent_of(variant="base", head="l1")
     batch, policy = V.observe(observations, SMALL), agent.policy
     zero, one = torch.zeros(3, 4, 7), torch.ones(3)

@@ -12,6 +12,13 @@ from common.train import LEFT_OUT, _save, check_architecture, load_checkpoint, p
 from experiments import ready
 from experiments.table import METHODS
 
+NETWORKS = {  # what a checkpoint of a method's last stage holds
+    "easyocc": lambda m, cfg, stage: m.build(cfg, pretrained=False),
+    "occle": lambda m, cfg, stage: m.saved_modules(cfg, pretrained=False),
+    "loc": lambda m, cfg, stage: m.Loc(cfg, pretrained=False),
+    "occvla": lambda m, cfg, stage: m.load_run(cfg, stage),
+    "threedvla": lambda m, cfg, stage: m.Agent(cfg, m.ThreeD),
+}
 CARDS = sorted(ready.READY.glob("*/card.json"))
 
 
@@ -24,7 +31,8 @@ def test_a_ready_checkpoint_is_what_its_card_says(path):
     assert card["scores"] and len(card["commit"].removesuffix("-dirty")) == 40
     stage = cli.last_stage(path.parent)
     run = read_json(stage / "config.json", cli.RUN)
-    cli.from_dict(method.Config, run["config"], stage)  # no field is gone, none is new
+    cfg = cli.from_dict(method.Config, run["config"], stage)  # no field is gone, none is new
+    load_checkpoint(stage, NETWORKS[path.parent.name](method, cfg, stage))  # else train and pack it again: ready.py
     files = [file.read_text() for file in path.parent.glob("**/*.json")]
     assert not any("/work/" in text or "/home/" in text or "/root/" in text for text in files)
 
@@ -32,6 +40,8 @@ def test_a_ready_checkpoint_is_what_its_card_says(path):
 def test_ready_checkpoints_are_small():
     assert {path.parent.name for path in CARDS} <= {*METHODS}
     assert sum(file.stat().st_size for file in ready.READY.glob("**/*") if file.is_file()) <= ready.LIMIT
+    pictures = [*ready.ROOT.glob("docs/show-*"), *ready.ROOT.glob("docs/*.png")]  # the README's and the pages'
+    assert len(pictures) >= 9 and max(file.stat().st_size for file in pictures) <= 300_000
 
 
 def test_packed_weights_are_read_as_any_others(tmp_path, seeded):

@@ -125,8 +125,13 @@ def test_a_point_starts_at_its_masks_depth():
     masks = torch.full((1, 2, 1, 16, 16), -9.0)
     masks[0, 0, 0, 8, 6:8] = 9.0
     net.heads.embed = lambda content, uv: torch.ones(1, 2, 1, 1)
-    point = net.mask_point(torch.zeros(1, 2, 1, 2), masks, cells, torch.zeros(1, 1, 48))
+    near = cells[:, 0, 8, 7][:, None] + 0.05
+    point = net.mask_point(near, torch.zeros(1, 2, 1, 2), masks, cells, torch.zeros(1, 1, 48))
     assert torch.allclose(point[0, 0], cells[0, 0, 8, 7], atol=1e-4)
+    corners, flat = cells[:, 0, [2, 12], [2, 12]], torch.zeros(1, 2, 2, 16, 16)
+    net.heads.embed = lambda content, uv: torch.ones(1, 2, 2, 1)
+    apart = net.mask_point(corners, torch.zeros(1, 2, 2, 2), flat[:, :, :1], cells, torch.zeros(1, 2, 48))
+    assert (apart - corners).norm(dim=-1).max() < 0.1  # without masks each probe starts beside its own point
 
 
 def test_fusion_mixes_views():

@@ -22,6 +22,7 @@ Letters: B batch, V views, h w patches, L tokens, C channels, A action steps, D 
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from common.backbones import conv_norm_relu
 from common.files import InputError, reason
+from common.geometry import fourier, pixel_centers
 from common.pretrained import load_pretrained
 
 
@@ -123,14 +125,36 @@ def pi0_time_embedding(time: Tensor, dim: int, min_period: float = 4e-3, max_per
 
 
 def one_step_error(out: Tensor, true: Tensor, gripper: int) -> Tensor:
-    """Absolute error (..., D), and twice the square for the gripper's channel.
+    """|e| + e^2 (..., D), and 2 e^2 for the gripper's channel; e = out - true.
 
-    A hand opens in one frame of thirty: by absolute errors alone a regression that is told where everything
-    is placed nothing (0 of 18), with this 15 of 18.
+    A hand opens in one frame of thirty, and does not move sideways in six of ten: |e| alone holds an answer
+    at the median until it is nearly right. Told where everything is, a regression by |e| alone placed nothing
+    (0 of 18), with the gripper's square 15 of 18; the other squares raised clean success from 50 to 55 of 60.
     """
     error = (out - true).abs()
-    square = 2 * error[..., gripper, None] ** 2
-    return torch.cat([error[..., :gripper], square, error[..., gripper + 1 :]], -1)
+    linear = error.clone()
+    linear[..., gripper] = error[..., gripper] ** 2
+    return linear + error**2
+
+
+def ground_loss(prefix: Prefix, ground: Tensor, named: nn.Module, placed: nn.Module) -> dict[str, Tensor]:
+    """Heat maps against ground (B, V, 2, H / 4, W / 4), the object to move and its destination; and `names`.
+
+    names is of what an expert reads of the image tokens, from the second layer on: a key learns whether its
+    patch shows either object, a value where the patch is in its picture. Else the expert, whose layer l reads
+    what goes into layer l of the language model, meets no names, and values forget the column.
+    """
+    (B, V), (h, w) = ground.shape[:2], prefix.maps.shape[-2:]
+    # few cells are objects
+    ce = partial(F.binary_cross_entropy_with_logits, pos_weight=ground.new_tensor(10.0))
+    out = {"ground": ce(prefix.heat, ground)}
+    if prefix.keys is not None:
+        keys, values = prefix.keys[:, 1:, :, : V * h * w].unbind(2)  # (B, layers - 1, V h w, D)
+        share = F.adaptive_avg_pool2d(ground.flatten(0, 1), (h, w)).unflatten(0, (B, V)).movedim(2, -1)
+        share = share.flatten(1, 3)[:, None].expand(-1, keys.shape[1], -1, -1)
+        at = pixel_centers(h, w, device=keys.device).flatten(0, 1) / keys.new_tensor([w / 2, h / 2]) - 1
+        out["names"] = ce(named(keys), share) + (placed(values) - at.repeat(V, 1)).square().mean()
+    return out
 
 
 # --- words --------------------------------------------------------------------------------------------------
@@ -189,17 +213,25 @@ def _tokenizer(name: str) -> Callable:
 
 
 class ConvStem(nn.Module):
-    """Images (B, 3, H, W) -> (B, C, H / 16, W / 16): three strided convolutions instead of one. Ours."""
+    """Images (B, 3, H, W) -> (B, C, H / 16, W / 16): three strided convolutions instead of one. Ours.
 
-    def __init__(self, width: int):
+    Each cell is normalised and a code of its place is added: trained whole, the features grew to thirty times
+    SigLIP's positions, and no column could be read from the tokens any more.
+    """
+
+    def __init__(self, width: int, octaves: int = 3):
         super().__init__()
         first = nn.Sequential(nn.Conv2d(3, width // 4, 4, 4), nn.ReLU(inplace=True))
         self.layers = nn.Sequential(first, conv_norm_relu(width // 4, width // 2, "group", stride=2),
                                     nn.Conv2d(width // 2, width, 3, 2, 1))
+        self.octaves, self.place = octaves, nn.Linear(2 + 4 * octaves, width)
         self.weight = self.layers[-1].weight  # SigLIP asks its patch embedding for a dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        x = self.layers(images).permute(0, 2, 3, 1)  # (B, h, w, C)
+        h, w = x.shape[1:3]
+        at = pixel_centers(h, w, x.dtype, x.device) / x.new_tensor([w / 2, h / 2]) - 1
+        return (F.layer_norm(x, x.shape[-1:]) + self.place(fourier(at, self.octaves))).permute(0, 3, 1, 2)
 
 
 def pad(x: Tensor, width: int) -> Tensor:

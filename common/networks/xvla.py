@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.networks.pi0 import ConvStem, Prefix, Sizes, pad, pi0_flow, pi0_time_embedding, tokenize
+from common.networks.pi0 import (ConvStem, Prefix, Sizes, one_step_error, pad, pi0_flow, pi0_time_embedding,
+                                 tokenize)
 from common.networks.transformer import Block
 
 
@@ -40,7 +41,7 @@ class XVLA(nn.Module):
         self.backbone.register_parameter("order", nn.Parameter(0.02 * torch.randn(sizes.text_tokens, d)))
         self.action_in = nn.Linear(self.action_dim + self.state_dim + e, e)
         self.from_encoder, self.from_views = nn.Linear(d, e), nn.Linear(d, e)
-        self.error, self.steps = (F.mse_loss, sizes.flow_steps) if l1 is None else (F.l1_loss, 1)
+        self.l1, self.steps = l1, sizes.flow_steps if l1 is None else 1
         slots = self.chunk + self.grid**2 * views + sizes.text_tokens + added
         self.slots = nn.Parameter(0.02 * torch.randn(slots, e))
         self.prompts = nn.Parameter(0.02 * torch.randn(sizes.soft_prompts, e))
@@ -98,7 +99,7 @@ class XVLA(nn.Module):
         out = self.clean(prefix, state, pi0_flow(actions, noise, time)[0], time)
         closed = (actions[..., g] > 0).to(out)
         grip = F.binary_cross_entropy_with_logits(out[..., g], closed, reduction="none")
-        error = self.error(out, actions, reduction="none")
+        error = (out - actions).square() if self.l1 is None else one_step_error(out, actions, g)
         return torch.cat([error[..., :g], grip[..., None], error[..., g + 1 :]], -1)
 
     def act(self, prefix: Prefix, state: Tensor, noise: Tensor) -> Tensor:

@@ -241,7 +241,7 @@ def summarise(episodes: list[Episode]) -> dict[str, float]:
     for name, (low, high) in SHARES.items():
         seen = [e for e in episodes if low <= e.share < high]
         out |= {f"success_{name}": rate(seen), f"episodes_{name}": float(len(seen))}
-    return out | {"aborted": float(np.mean([bool(e.aborted) for e in episodes]))}
+    return out | {"aborted": sum(bool(e.aborted) for e in episodes) / max(len(episodes), 1)}
 
 
 def save_episodes(path: Path, episodes: list[Episode]) -> None:

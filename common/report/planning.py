@@ -595,8 +595,8 @@ def predict_frames(drive: Drive, dataset: NuScenesOccupancy, out: Path, *,
         save_prediction(out, dataset.tokens[i], drive(i, images=i))
     if not run.is_main:
         return
-    paths = draw(drive, dataset, chosen(len(dataset), pictures), out, title=dataset.split,
-                 action_of=action_of)
+    paths = draw(drive, dataset, chosen(len(dataset), pictures), out, action_of=action_of,
+                 title=f"predictions, split {dataset.split}")
     print("\n".join([*(f"  {path}" for path in paths), f"{out}: {len(indices)} predictions"]))
 
 

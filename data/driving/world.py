@@ -383,7 +383,7 @@ def make_world(out: Path | str, seed: int = 0, size: str = "mini", scenes: int |
     building = out / "exact" / "building"
     todo = [i for i, name in enumerate(settings.scenes) if not (building / name / "rows.json").is_file()]
     workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
-    with tqdm(total=len(todo) * keyframes, unit="keyframe", desc=f"world {out.name}", disable=None) as bar:
+    with tqdm(total=len(todo) * keyframes, unit="keyframe", desc=f"world {out.name}") as bar:  # in a log: one line
         record_all(record_scene, out, settings, todo, workers, bar)
     made = len(todo) * keyframes
     recorded = time.time() - started
