@@ -59,14 +59,15 @@ def pack(folder: Path, out: Path = READY) -> Path:
     state = read_json(stage / latest["folder"] / "train_state.json", {"state": dict})
     write_json(weights.with_name("train_state.json"), state | {"groups": {"param_groups": [], "plain": {}}})
     shutil.copy(stage / "latest.json", new / "latest.json")
-    data = {name: shorten(value) for name, value in run["data"].items()}
+    data = {name: shorten(value, folder) for name, value in run["data"].items()}
     settings = run["config"] | KEPT.get(method, {})
-    write_json(new / "config.json", run | {"config": settings, "data": data, "command": shorten(run.get("command", ""))})
+    asked = shorten(run.get("command", ""), folder)
+    write_json(new / "config.json", run | {"config": settings, "data": data, "command": asked})
     scored = read_json(result, {"metrics": dict, "protocol": dict, "dataset": dict})
     scores = {name: round(scored["metrics"][name], 5) for name in SCORES if name in scored["metrics"]}
     write_json(home / "card.json", {
         "method": method, "preset": run["preset"], "seed": run["seed"], "steps": run["steps"],
-        "command": shorten(run.get("command", "")), "commit": run.get("commit", "unknown"), "scores": scores,
+        "command": asked, "commit": run.get("commit", "unknown"), "scores": scores,
         "scored_on": f"{scored['dataset']['name']}, {scored['dataset']['split']}; before packing",
         "weights": weights.relative_to(home).as_posix(), "bytes": size, "sha256": checksum(weights),
         "form": "int8 matrices with a float16 scale for each row, the rest float16; a frozen encoder is common/weights'",
@@ -75,9 +76,12 @@ def pack(folder: Path, out: Path = READY) -> Path:
     return home
 
 
-def shorten(value):
-    """A JSON value without this checkout's own path."""
-    return value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
+def shorten(value, folder: Path):
+    """A JSON value without this checkout's own path; a run outside of it is called runs/<name>."""
+    if not isinstance(value, str):
+        return value
+    value = value.replace(f"{ROOT}/", "")
+    return value.replace(str(folder), f"runs/{folder.name}") if folder.is_absolute() else value
 
 
 def checksum(path: Path) -> str:
