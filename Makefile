@@ -68,7 +68,7 @@ smoke: $(READY)  ## 20 steps of each method on a world of three scenes
 	$(PYTHON) occvla.py train --vlm tiny-random --data-root data/worlds/smoke --stage-steps 5 5 5 5 --out runs/smoke/occvla
 	$(PYTHON) threedvla.py train --steps 20 --demos 1 --out runs/smoke/threedvla
 
-foundation: $(READY)  ## draw photographs of other streets and remake the encoders of common/weights (minutes)
+foundation: $(READY)  ## draw photographs of other streets and remake the encoders of common/weights, bit for bit (25 minutes on one thread)
 	$(PYTHON) -m data.foundation --out data/worlds/foundation --ship common/weights
 
 bench: $(READY)  ## kernels and CPU paths against references and peers: ratios, a table in RESULTS.md
