@@ -63,6 +63,7 @@ DEVIATIONS
       Measured: `ablate --claim label-quality`; ten times as fast as Open3D's recipe on the same steps.
     * the language head is computed at single cells, so its norm is a LayerNorm of each cell, not LOcc's
       GroupNorm over the volume. tiny predicts coarse cells and learns by Muon: compute. Effects: unmeasured.
+    * tiny's encoder (common/networks/street.py) has learned classes, words and metric depth; MARGIN decides.
 
 CLAIMS         the paper's, without public numbers: experiments/loc.py; ours are in RESULTS.md
     a contrast > distillation (unknown mIoU, diversity)   b labels + ground truth > labels   c dense > sparse
@@ -108,6 +109,7 @@ from common.worlds import is_world, make
 TAU = 0.07  # temperature of the contrasts and of the language head's probabilities; assumption
 SURE = 0.5  # the teacher's least probability of a held-out object's known label; assumption
 UNNAMED = 254  # in targets: matter whose class training may not know
+MARGIN = 1.0  # ours: known matter outweighs free by e^MARGIN: there IoU peaks in a world of another seed
 IMAGE_WEIGHT = 0.65 / 0.35  # a of (7): F-VLM's shares of CLIP and of what learned, for unlabelled classes
 
 # --- 1  Configuration ---------------------------------------------------------------------------------------
@@ -158,10 +160,10 @@ class Config:
 
 PRESETS = {
     "tiny": Config(  # two CPU cores, minutes
-        network_preset="tiny", image_size=(112, 200), backbone="street+frozen", occ_hidden=0, lang_kernel=1,
-        clip=None, clip_dim=64, clip_image=(112, 200), dcl_samples=64, image_samples=512, lambda_dcl=0.5,
-        lambda_img=0.5, lambda_depth=0.3, l_free=1.0, optimizer="muon", steps=360, lr=1e-2, weight_decay=0.6,
-        warmup=20, jitter=1.0, amp="off"),
+        network_preset="tiny", image_size=(112, 200), backbone="street-depth+frozen", occ_hidden=0,
+        lang_kernel=1, clip=None, clip_dim=64, clip_image=(112, 200), dcl_samples=64, image_samples=512,
+        lambda_dcl=0.5, lambda_img=0.5, lambda_depth=0.3, l_free=1.0, optimizer="muon", steps=600, lr=1e-2,
+        weight_decay=0.6, warmup=20, jitter=1.0, amp="off"),
     "base": Config(network_preset="base", batch=2, steps=60_000, warmup=3000),  # one 24 GB GPU
     "paper": Config(),
 }
@@ -459,6 +461,7 @@ class Heads(NamedTuple):
 
     occupied: Tensor  # (X, Y, Z) bool, of all cells
     cells: Tensor  # (S,) flat index
+    sure: Tensor  # (S,) bool, by MARGIN
     class_share: Tensor | None  # (S, K) probabilities of known classes, given matter; None: self-supervised
     features: dict[str, Tensor]  # (S, D) unit vectors: "" norm(f + a g), "_f" the head's, "_g" CLIP's
 
@@ -471,8 +474,8 @@ def run_heads(net: Loc, frame: Frame, prompts: Prompts, how: How,
     features, _ = net.voxels(collate([item], device))
     scores = net.occupancy(features)[0]  # (K + 1, X, Y, Z)
     matter = scores[:-1].logsumexp(0) if net.apart else scores[:-1].amax(0)
-    occupied = matter > scores[-1]
-    wanted = occupied
+    gap = matter - scores[-1]
+    wanted = occupied = gap > 0
     if voxels is not None:
         asked = torch.nonzero(torch.from_numpy(voxels).to(device)) // torch.tensor(net.stride, device=device)
         wanted = occupied.index_put(tuple(asked.t()), torch.ones((), dtype=torch.bool, device=device))
@@ -483,7 +486,7 @@ def run_heads(net: Loc, frame: Frame, prompts: Prompts, how: How,
     patches = tinyclip.patch_features(prompts.clip, item["images"].to(device), how.clip_image)
     g = lift(patches, centers, item, item["images"].shape[-2:])
     named = {"": F.normalize(f + how.image_weight * g, dim=-1), "_f": f, "_g": g}
-    return Heads(occupied, cells, share, named)
+    return Heads(occupied, cells, gap.flatten()[cells] > net.apart * MARGIN, share, named)
 
 
 def unknown_score(heads: Heads, text: Tensor) -> dict[str, Tensor]:
@@ -519,9 +522,10 @@ def to_voxels(values: Tensor, heads: Heads, empty: float) -> Tensor:
 
 def to_ids(heads: Heads, prompts: Prompts, novel: bool, how: How, kind: str = "") -> np.ndarray:
     """-> (200, 200, 16) uint8 Occ3D ids, 17 free."""
-    label = to_voxels(decide(heads, prompts, novel, how, kind), heads, FREE)
-    occupied = to_voxels(heads.occupied.flatten()[heads.cells], heads, False)
-    return torch.where(occupied, label, FREE).to(torch.uint8).cpu().numpy()
+    label = decide(heads, prompts, novel, how, kind)
+    taken = heads.sure | torch.isin(label, prompts.novel_ids)  # no label taught what unknown things look like
+    label = torch.where(taken & heads.occupied.flatten()[heads.cells], label, FREE)
+    return to_voxels(label, heads, FREE).to(torch.uint8).cpu().numpy()
 
 
 def answer(net: Loc, prompts: Prompts, how: How, frame: Frame, voxels: np.ndarray) -> openset.Answer:

@@ -306,7 +306,7 @@ def test_unknown_score_and_decision_by_hand(monkeypatch):
     text, novel = torch.tensor([[1.0, 0, 0], [0, 1, 0]]), torch.tensor([[0.0, 0, 1]])
     prompts = L.Prompts(None, None, text, torch.tensor([4, 11]), novel, torch.tensor([9]), novel, "")
     f = torch.tensor([[1.0, 0, 0], [0, 0.6, 0.8]])
-    heads = L.Heads(None, torch.arange(2), torch.tensor([[0.9, 0.1], [0.5, 0.5]]),
+    heads = L.Heads(None, torch.arange(2), torch.tensor([True, False]), torch.tensor([[0.9, 0.1], [0.5, 0.5]]),
                     {"": f, "_f": f.flip(0), "_g": f})
     how = L.How((8, 8))
     p, scores = math.e / (math.e + 1), L.unknown_score(heads, text)
@@ -322,10 +322,22 @@ def test_unknown_score_and_decision_by_hand(monkeypatch):
     assert "occupancy" not in L.unknown_score(selfsup, text)
 
 
+def test_a_cell_near_free_holds_an_unknown_thing_or_nothing():
+    text, novel = torch.eye(3)[:2], torch.eye(3)[2:]
+    prompts = L.Prompts(None, None, text, torch.tensor([4, 11]), novel, torch.tensor([9]), novel, "")
+    occupied = torch.zeros(100, 100, 8, dtype=torch.bool)
+    occupied[0, 0, :3] = True
+    f = torch.eye(3)[[0, 0, 2]]  # sure of a known class, not sure of it, not sure of an unknown one
+    heads = L.Heads(occupied, torch.arange(4), torch.tensor([True, False, False, False]), None,
+                    {"": torch.cat([f, f[2:]])})  # the last cell is asked for, and free
+    at = [L.to_ids(heads, prompts, novel, L.How((8, 8)))[0, 0, ::2].tolist()[:4] for novel in (False, True)]
+    assert at == [[4, 17, 17, 17], [4, 17, 9, 17]]
+
+
 def test_cells_spread_to_their_voxels():
     occupied = torch.zeros(100, 100, 8, dtype=torch.bool)
     occupied[3, 4, 5] = True
-    heads = L.Heads(occupied, occupied.flatten().nonzero()[:, 0], None, None)
+    heads = L.Heads(occupied, occupied.flatten().nonzero()[:, 0], None, None, None)
     volume = L.to_voxels(torch.tensor([7]), heads, 17)
     assert volume.shape == (200, 200, 16) and (volume == 7).sum() == 8
     assert (volume[6:8, 8:10, 10:12] == 7).all()
