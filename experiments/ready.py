@@ -10,6 +10,7 @@ what it is: command, commit, scores of the run before packing, bytes and checksu
 
 import hashlib
 import importlib
+import re
 import shlex
 import shutil
 import sys
@@ -77,10 +78,12 @@ def pack(folder: Path, out: Path = READY) -> Path:
 
 
 def shorten(value, folder: Path):
-    """A JSON value without this checkout's own path; a run outside of it is called runs/<name>."""
+    """A JSON value without the path of this checkout, or of another that a run used the weights of; a run outside
+    is called runs/<name>.
+    """
     if not isinstance(value, str):
         return value
-    value = value.replace(f"{ROOT}/", "")
+    value = re.sub(r"/\S*/(?=common/weights/)", "", value.replace(f"{ROOT}/", ""))
     return value.replace(str(folder), f"runs/{folder.name}") if folder.is_absolute() else value
 
 
