@@ -199,17 +199,16 @@ def labels_note(folder: Path) -> str:
     return record.get("data", {}).get("note", "")
 
 
-def under_ground(target: Tensor, ground: tuple[int, ...] = (11, 12, 13, 14), reach: int = 5) -> Tensor:
-    """Voxels below the lowest `ground` voxel that is at most `reach` voxels away along x and y. Ours.
+def under_ground(target: Tensor, first: int = 11, last: int = 14, reach: int = 5) -> Tensor:
+    """Voxels below the lowest ground voxel (ids first to last) that is at most `reach` voxels away along x and y. Ours.
 
     target (X, Y, Z) ids of Occ3D, z upwards -> bool; False where no ground is near. One depth error lifts the ground
     of a column, so its neighbours are asked too.
     """
-    level = torch.arange(target.shape[2])
-    flat = torch.isin(target, torch.tensor(ground, dtype=target.dtype))
-    lowest = torch.where(flat, level, len(level)).amin(2)  # (X, Y)
-    lowest = -F.max_pool2d(-lowest[None].float(), 2 * reach + 1, 1, reach)[0]
-    return (level < lowest[..., None]) & (lowest < len(level))[..., None]
+    flat = ((target >= first) & (target <= last)).numpy()
+    lowest = np.where(flat.any(2), flat.argmax(2), flat.shape[2])  # (X, Y)
+    lowest = -F.max_pool2d(-torch.from_numpy(lowest).float()[None], 2 * reach + 1, 1, reach)[0]
+    return (torch.arange(flat.shape[2]) < lowest[..., None]) & (lowest < flat.shape[2])[..., None]
 
 
 def class_weights(targets: Iterable[Tensor | np.ndarray], classes: int = 18, rule: str = "sqrt") -> Tensor:
