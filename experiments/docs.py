@@ -76,13 +76,8 @@ def claims(method: str, records: dict[str, dict], results: Path) -> list[str]:
 
 def described(method: str, preset: str) -> str:
     """What `python <method>.py describe --preset <preset>` prints."""
-    module, before, out = importlib.import_module(method), sys.argv, io.StringIO()
-    sys.argv = [f"{method}.py", "describe", "--preset", preset]
-    try:
-        with contextlib.redirect_stdout(out):
-            module.main()
-    finally:
-        sys.argv = before
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        ready.verb(method, "describe", "--preset", preset)
     return out.getvalue()
 
 

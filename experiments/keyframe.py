@@ -16,8 +16,8 @@ import torch
 from common.files import InputError, exit_on_input_error, read_json, read_npz
 from common.geometry import OCC3D, traversed
 from common.loose import write_example
-from common.metrics import constant_prediction
 from common.nuscenes import FREE, NuScenesOccupancy
+from common.report.occupancy import constants
 from common.worlds import WORLDS
 from experiments.ready import READY, verb
 from experiments.runner import dumps, write_bytes
@@ -54,17 +54,6 @@ class Keyframe:
                 "things_named": float((named == self.wanted[things]).mean())}
 
 
-def constant(root: Path) -> np.ndarray:
-    """Each voxel's most frequent class in a world's training ground truth, where a camera saw it."""
-    world = NuScenesOccupancy(root, split="train", parts=())
-    counts = np.zeros((*OCC3D.shape, FREE + 1), np.uint16)
-    for i in range(len(world)):
-        ids, camera, _ = world.labels(i)
-        where = np.nonzero(camera & (ids <= FREE))
-        counts[(*where, ids[where])] += 1
-    return constant_prediction(counts)
-
-
 @exit_on_input_error
 def main() -> None:
     if len(sys.argv) != 2:
@@ -86,7 +75,8 @@ def main() -> None:
         commit = read_json(READY / method / "card.json")["commit"]
         rows[method] = {**frame.scores(ids), "loose_differs": differs, "commit": commit}
     if (WORLDS / "driving-demo").is_dir():
-        rows["constant of the demo world"] = frame.scores(constant(WORLDS / "driving-demo"))
+        world = NuScenesOccupancy(WORLDS / "driving-demo", split="train", parts=())
+        rows["constant of the demo world"] = frame.scores(constants(world, ["camera"])["camera"])
     notes = RESULTS / "keyframe.json"
     kept = read_json(notes).get("seen", {}) if notes.is_file() else {}
     record = {"kind": "keyframe", "method": "all", "command": "python -m experiments.keyframe DATA_ROOT",

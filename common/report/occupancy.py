@@ -11,7 +11,7 @@ protocol.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,23 +139,27 @@ class SscMeter:
         )
 
 
+def constants(train_set: NuScenesOccupancy, masks: Sequence[str] = MASKS) -> dict[str, np.ndarray]:
+    """mask -> (200, 200, 16) uint8: each voxel's most frequent class where that mask shows the training keyframes."""
+    counts = {mask: np.zeros((math.prod(OCC3D.shape), FREE + 1), np.uint16) for mask in masks}
+    for i in tqdm(range(len(train_set)), "constant predictor", unit="keyframe", leave=False):
+        semantics, camera, lidar = train_set.labels(i)
+        seen = {"camera": camera, "lidar": lidar, "both": camera & lidar, "none": np.ones_like(camera)}
+        for mask in masks:
+            index = np.flatnonzero(seen[mask].ravel() & (semantics.ravel() <= FREE))
+            counts[mask][index, semantics.ravel()[index]] += 1
+    return {mask: constant_prediction(count.reshape(*OCC3D.shape, -1)) for mask, count in counts.items()}
+
+
 def constant_scores(train_set: NuScenesOccupancy, test_set: NuScenesOccupancy, indices: list[int],
                     truth: Truth) -> dict[str, float]:
     """Occ3D scores of the constant predictor: each voxel's most frequent class in the training ground truth.
 
-    One constant is formed per mask, from what that mask shows of the training keyframes, and scored under
-    that mask: the strongest constant for each score. It is formed on the full grid.
+    One constant is formed per mask and scored under that mask: the strongest constant for each score.
     """
-    counts = {mask: np.zeros((math.prod(OCC3D.shape), FREE + 1), np.uint16) for mask in MASKS}
-    for i in tqdm(range(len(train_set)), "constant predictor", unit="keyframe", leave=False):
-        semantics, camera, lidar = train_set.labels(i)
-        seen = {"camera": camera, "lidar": lidar, "both": camera & lidar, "none": np.ones_like(camera)}
-        for mask in MASKS:
-            index = np.flatnonzero(seen[mask].ravel() & (semantics.ravel() <= FREE))
-            counts[mask][index, semantics.ravel()[index]] += 1
     scores = {}
-    for mask in MASKS:
-        constant, meter = constant_prediction(counts[mask].reshape(*OCC3D.shape, -1)), OccupancyMeter()
+    for mask, constant in constants(train_set).items():
+        meter = OccupancyMeter()
         for i in indices:
             meter.add(constant, *truth(i), group=test_set.scene_names[i])
         metrics = meter.metrics()
