@@ -246,8 +246,8 @@ def lift(features: Tensor, centers: Tensor, K: Tensor, T_ref_cam: Tensor) -> Ten
         seen = where_true((depth > 1e-3) & (uv >= 0).all(-1) & (uv < uv.new_tensor([w, h])).all(-1))  # (V_n,)
         grid = 2 * uv[seen] / uv.new_tensor([w, h]) - 1
         sampled = F.grid_sample(features[n : n + 1].float(), grid[None, None], align_corners=False)[0, :, 0]
-        volume = volume.index_add(0, seen, sampled.t().to(volume.dtype))  # sampled (C, V_n)
-        seen_by = seen_by.index_add(0, seen, torch.ones_like(seen, dtype=seen_by.dtype)[:, None])
+        volume.index_add_(0, seen, sampled.t().to(volume.dtype))  # sampled (C, V_n)
+        seen_by.index_add_(0, seen, torch.ones_like(seen, dtype=seen_by.dtype)[:, None])
     return volume / seen_by.clamp_min(1)
 
 
@@ -283,7 +283,7 @@ class OccupancyNet(nn.Module):
     def voxels(self, batch: dict) -> Tensor:
         """images (B, N, 3, H, W), K (B, N, 3, 3), T_ego_cam (B, N, 4, 4) -> features (B, C, X, Y, Z)."""
         images, K, T = batch["images"], batch["K"], batch["T_ego_cam"]
-        features, *known = self.encoder(images, known=True).split([self.position.shape[1], *self.known], 2)
+        features, *known = self.encoder.with_known(images)
         K = scale_to(K, images.shape[-2:], features.shape[-2:])
         volume = torch.stack([lift(f, self.centers, k, t) for f, k, t in zip(features, K, T, strict=True)])
         more = [lift_at_depth(features, known[-1], self.centers, K, T)] if known else []  # (B, V, C + 2)
@@ -294,7 +294,7 @@ class OccupancyNet(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> logits (B, 18, X, Y, Z); channel 17 = free."""
-        return self.logit_norm(self.classify(features.movedim(1, -1)).movedim(-1, 1)).float()
+        return self.logit_norm(self.classify(features.movedim(1, -1)).movedim(-1, 1).contiguous()).float()
 
     def forward(self, batch: dict) -> Tensor:
         return self.head(self.voxels(batch))
@@ -309,13 +309,14 @@ def pseudo_loss(logits: Tensor, batch: dict, class_weight: Tensor, cfg: Config) 
 
     logits (B, 18, X, Y, Z); batch["target"] (B, X, Y, Z), 255 ignored; class_weight (18,) -> weighted terms.
     """
-    target = batch["target"]
+    target, p = batch["target"], logits.float().softmax(1)
     entropy = partial(occupancy_cross_entropy, free=FREE, l_free=cfg.l_free) if cfg.l_free else cross_entropy
     terms = {"ce": cfg.l_ce * entropy(logits, target, class_weight, ignore=IGNORE),
-             "lov": cfg.l_lov * lovasz_softmax(logits, target, ignore=IGNORE, per_sample=True)}
+             "lov": cfg.l_lov * lovasz_softmax(p, target, per_sample=True, softmax=False)}
     if cfg.l_scal:
-        semantic = sem_scal(logits, target, per_sample=True)
-        terms["scal"] = cfg.l_scal * (semantic + geo_scal(logits, target, empty=FREE, per_sample=True))
+        semantic = sem_scal(p, target, per_sample=True, softmax=False)
+        geometric = geo_scal(p, target, empty=FREE, per_sample=True, softmax=False)
+        terms["scal"] = cfg.l_scal * (semantic + geometric)
     return terms
 
 # --- 4  Data ------------------------------------------------------------------------------------------------

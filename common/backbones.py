@@ -166,22 +166,29 @@ class ImageEncoder(nn.Module):
                 x = F.interpolate(x, whole, mode="bilinear", align_corners=False)
             return self.backbone(x).feature_maps
 
-    def forward(self, images: Tensor, known: bool = False) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """(..., 3, H, W) -> (..., C, ceil(H/4), ceil(W/4)). ViTs see the image resized to whole patches.
 
-        A street's frozen features (..., K, H/4, W/4), out of a cache, go through the neck alone. known: behind the C
-        channels come the 18 class probabilities and those of the depth bins that street-depth knows.
+        A street's frozen features (..., K, H/4, W/4), out of a cache, go through the neck alone.
+        """
+        return self.with_known(images)[0]
+
+    def with_known(self, images: Tensor) -> list[Tensor]:
+        """As forward, a list: the C channels and, of street-depth, the 18 class and the depth bins' probabilities.
+
+        They come apart: what a frozen encoder knows needs no gradient, the neck's channels do.
         """
         lead, (h, w) = images.shape[:-3], images.shape[-2:]
         x = images.flatten(0, -4)  # (B N, 3, H, W)
-        seen = self.see(x) if x.shape[1] == 3 else x
+        seen, known = self.see(x) if x.shape[1] == 3 else x, []
         if self.neck is None:
             features = seen
-        elif known and self.known:
-            features = torch.cat([self.neck(seen), seen[:, -sum(self.known) :]], 1)
+        elif isinstance(self.neck, UpNeck):
+            features = self.neck(*seen, (-(-h // 4), -(-w // 4)))
         else:
-            features = self.neck(*seen, (-(-h // 4), -(-w // 4))) if isinstance(self.neck, UpNeck) else self.neck(seen)
-        return features.unflatten(0, lead)  # (..., C, H/4, W/4)
+            features = self.neck(seen)
+            known = seen[:, -sum(self.known) :].split(self.known, 1) if self.known else []
+        return [x.unflatten(0, lead) for x in (features, *known)]  # (..., C, H/4, W/4) each
 
 
 def load_backbone(name: str, pretrained: bool = True) -> tuple[nn.Module, tuple[int, int]]:

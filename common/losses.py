@@ -7,7 +7,8 @@
     G           size             number of voxels of class c in the target                  -
 
 Dense losses take logits (B, K, ...) and target (B, ...), class ids in [0, K) of any integer dtype; `ignore` drops
-voxels. A target in which everything is ignored gives 0 with a zero gradient. `per_sample` takes the mean of the
+voxels. A target in which everything is ignored gives 0 with a zero gradient. softmax=False: Lovasz and scal losses take
+probabilities, so that several share one softmax. `per_sample` takes the mean of the
 samples' losses, so that two processes equal one with the doubled batch; without it a batch is pooled, as the peers do.
 Half-precision logits are computed in float32; sums over voxels are taken in float64.
 
@@ -64,7 +65,7 @@ def occupancy_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, free
 
 
 def lovasz_softmax(logits: Tensor, target: Tensor, ignore: int = 255, classes: str = "present",
-                   per_sample: bool = False) -> Tensor:
+                   per_sample: bool = False, softmax: bool = True) -> Tensor:
     """Lovasz-softmax: for each class the convex extension of its Jaccard loss, and the mean over classes.
 
     logits (B, K, ...) (softmax inside), target (B, ...). classes "present" averages over the classes in the target,
@@ -77,8 +78,8 @@ def lovasz_softmax(logits: Tensor, target: Tensor, ignore: int = 255, classes: s
     if classes not in ("present", "all"):
         raise ValueError(f"classes must be present or all, got {classes}")
     if per_sample:
-        return _mean_over_samples(lovasz_softmax, logits, target, ignore, classes)
-    p = _wide(logits).softmax(1).movedim(1, 0).flatten(1)                                     # (K, V)
+        return _mean_over_samples(lovasz_softmax, logits, target, ignore, classes, False, softmax)
+    p = _probability(logits, softmax).movedim(1, 0).flatten(1)                                # (K, V)
     target = target.long().flatten()
     valid = target != ignore
     if not valid.all():
@@ -125,15 +126,16 @@ def _lovasz_class(p: Tensor, foreground: Tensor, size: int, out: Tensor) -> Tens
     return weight @ errors[order].double()
 
 
-def geo_scal(logits: Tensor, target: Tensor, empty: int = 0, ignore: int = 255, per_sample: bool = False) -> Tensor:
+def geo_scal(logits: Tensor, target: Tensor, empty: int = 0, ignore: int = 255, per_sample: bool = False,
+             softmax: bool = True) -> Tensor:
     """MonoScene's geometric scene-class affinity: -log of the soft precision, recall and specificity of "occupied".
 
     logits (B, K, ...), target (B, ...); Occ3D passes empty=17. The peer raises on 0/0, so these cases are ours: without
     an empty voxel the specificity is dropped; without an occupied one precision (0, whatever is predicted) and recall.
     """
     if per_sample:
-        return _mean_over_samples(geo_scal, logits, target, empty, ignore)
-    free = _wide(logits).softmax(1)[:, empty]                                                 # (B, ...)
+        return _mean_over_samples(geo_scal, logits, target, empty, ignore, False, softmax)
+    free = _probability(logits, softmax)[:, empty]                                            # (B, ...)
     valid = target != ignore
     vacant = valid & (target == empty)
     taken = valid & (target != empty)
@@ -147,15 +149,16 @@ def geo_scal(logits: Tensor, target: Tensor, empty: int = 0, ignore: int = 255, 
     return loss.to(free.dtype)
 
 
-def sem_scal(logits: Tensor, target: Tensor, ignore: int = 255, per_sample: bool = False) -> Tensor:
+def sem_scal(logits: Tensor, target: Tensor, ignore: int = 255, per_sample: bool = False,
+             softmax: bool = True) -> Tensor:
     """MonoScene's semantic scene-class affinity: precision, recall and specificity of each class in the target, as in
     `geo_scal` (specificity dropped where the class is everywhere), and the mean over these classes, empty included.
 
     logits (B, K, ...), target (B, ...). Three sums per class in two passes over the voxels.
     """
     if per_sample:
-        return _mean_over_samples(sem_scal, logits, target, ignore)
-    p = _wide(logits).softmax(1).flatten(2)                                                   # (B, K, V)
+        return _mean_over_samples(sem_scal, logits, target, ignore, False, softmax)
+    p = _probability(logits, softmax).flatten(2)                                              # (B, K, V)
     target = target.long().flatten(1)                                                         # (B, V)
     valid = target != ignore
     target = torch.where(valid, target, 0)
@@ -174,6 +177,11 @@ def sem_scal(logits: Tensor, target: Tensor, ignore: int = 255, per_sample: bool
 def _wide(logits: Tensor) -> Tensor:
     """float16 and bfloat16 become float32."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _probability(logits: Tensor, softmax: bool) -> Tensor:
+    """(B, K, ...) -> the same: softmax over classes, unless that was taken already."""
+    return _wide(logits).softmax(1) if softmax else logits
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -74,3 +74,14 @@ def test_frozen_rows_are_made_once_and_whole(tmp_path):
     assert asked.count([4, 5, 6, 7]) == 2  # killed, then made
     net = torch.nn.Linear(2, 2)
     assert digest(net, "a") != digest(net, "b") == digest(net, "b") != digest(torch.nn.Linear(2, 2), "b")
+
+
+def test_what_a_frozen_encoder_knows_costs_no_gradient():
+    """Its probabilities come apart from the neck's channels: one tensor of both would carry gradients to all."""
+    images = torch.rand(1, 2, 3, 56, 100, generator=torch.Generator().manual_seed(0))
+    for name in ("street-depth+frozen", "street-depth"):
+        encoder = ImageEncoder(name, 8)
+        features, classes, depth = encoder.with_known(images)
+        assert [x.shape[2] for x in (features, classes, depth)] == [8, 18, 32] and features.requires_grad
+        assert classes.requires_grad == depth.requires_grad == (not encoder.frozen)
+        assert torch.equal(features, encoder(images))

@@ -12,7 +12,7 @@ from vectors import load
 
 from common import geometry
 from common.geometry import (OCC3D, SEMANTICKITTI, VoxelGrid, cast_rays, farthest_point_sample, hilbert_code,
-                             hilbert_order, invert, knn, pixel_centers, project, rope, rope_3d,
+                             hilbert_order, invert, knn, linear, pixel_centers, project, rope, rope_3d,
                              scale_intrinsics, transform, traversed, unproject, z_code)
 from common.nuscenes import pose_matrix
 from data.driving.sensors import quaternion
@@ -77,6 +77,13 @@ def test_projection_by_hand():
     uv, depth = project(torch.tensor([12.0, 1.0, 0.5], dtype=torch.float64), K, T_cam_ref)
     assert depth.item() == 10.0
     assert uv.tolist() == [320 + 500 * -1 / 10, 240 + 400 * 1 / 10]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_transposed_product_of_points_is_the_product(dtype):
+    A, points = (torch.randn(n, 3, generator=generator(), dtype=dtype) for n in (3, 10_000))
+    assert torch.equal(linear(A, points), points @ A.mT)
+    assert torch.equal(linear(A.expand(2, 3, 3), points), points @ A.mT.expand(2, 3, 3))
 
 
 def test_unproject_undoes_project():

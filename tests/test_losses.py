@@ -102,6 +102,16 @@ def test_certain_and_wrong_float32_logits_give_finite_gradients(loss):
     assert torch.isfinite(value) and torch.isfinite(logits.grad).all()
 
 
+@pytest.mark.parametrize("loss", [lovasz_softmax, geo_scal, sem_scal])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_losses_of_one_shared_softmax_are_those_of_the_logits(loss, per_sample):
+    logits, target = scene(6)
+    value, shared = (loss(x, target, per_sample=per_sample, softmax=softmax)
+                     for x, softmax in ((logits, True), (logits.softmax(1), False)))
+    assert value == shared
+    torch.testing.assert_close(*(torch.autograd.grad(v, logits)[0] for v in (value, shared)), atol=0, rtol=0)
+
+
 # --- cross-entropy ----------------------------------------------------------------------------------------------------
 
 def test_cross_entropy_by_hand():

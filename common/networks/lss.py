@@ -62,14 +62,15 @@ def lift(context: Tensor, curves: Tensor, centers: Tensor, K: Tensor, T_ref_cam:
     volume, seen_by = context.new_zeros(len(centers), C + Q).float(), context.new_zeros(len(centers), 1)
     for n in range(N):
         uv, z = project(centers, K[n], invert(T_ref_cam[n]))  # (V, 2), (V,)
-        seen = where_true((z > 0.5) & (uv >= 0).all(-1) & (uv[:, 0] < w) & (uv[:, 1] < h))  # (V_n,)
+        u, v = uv.unbind(-1)
+        seen = where_true((z > 0.5) & (u >= 0) & (v >= 0) & (u < w) & (v < h))  # (V_n,)
         at = 2 * uv[seen] / uv.new_tensor([w, h]) - 1  # (V_n, 2)
         grid = torch.cat([at, 2 * share(z[seen])[:, None] - 1], -1)[None, None, None]
         read = F.grid_sample(curves[n : n + 1], grid, padding_mode="border", align_corners=False)
         read = read[0, :, 0, 0].t()  # (V_n, Q)
         sampled = F.grid_sample(context[n : n + 1].float(), at[None, None], align_corners=False)[0, :, 0].t()
-        volume = volume.index_add(0, seen, torch.cat([read[:, :1] * sampled, read], 1))  # sampled (V_n, C)
-        seen_by = seen_by.index_add(0, seen, torch.ones_like(seen, dtype=seen_by.dtype)[:, None])
+        volume.index_add_(0, seen, torch.cat([read[:, :1] * sampled, read], 1))  # sampled (V_n, C)
+        seen_by.index_add_(0, seen, torch.ones_like(seen, dtype=seen_by.dtype)[:, None])
     return volume / seen_by.clamp_min(1)
 
 
