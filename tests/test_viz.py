@@ -395,6 +395,7 @@ def test_viewer_checks_itself_in_a_browser(tmp_path):
         on = np.pad(volumes[name] != (viz.NO_ERROR if name == "difference" else FREE), 1)
         faces += sum(int((on & ~np.roll(on, shift, axis)).sum()) for axis in range(3) for shift in (-1, 1))
     assert int(found["faces"]) == faces
+    assert title.endswith("toggles cut view mask class kind of error"), title  # each changed pixels and was undone
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: the viewer's self-check needs a browser")
@@ -402,8 +403,13 @@ def test_the_self_check_can_fail(tmp_path):
     text = page(tmp_path / "v.html")
     count = viz.viewer_data(text)["frames"][1]["counts"]["prediction"][CAR]
     broken = re.sub(r'("prediction":\[(?:\d+,){4})\d+', lambda m: f"{m.group(1)}{count + 1}", text)
-    (tmp_path / "w.html").write_text(broken)
-    assert title_after_check(tmp_path / "w.html", tmp_path / "profile").startswith("self-check failed")
+    dead = text.replace('$("cut").oninput = (e) => {', '$("cut").onclick = (e) => {')
+    for name, page_text in (("w", broken), ("x", dead)):
+        assert page_text != text
+        (tmp_path / f"{name}.html").write_text(page_text)
+        title = title_after_check(tmp_path / f"{name}.html", tmp_path / f"profile-{name}")
+        assert title.startswith("self-check failed"), title
+    assert "cut: nothing changed" in title
 
 
 # --- a real label file ----------------------------------------------------------------------------------------------
