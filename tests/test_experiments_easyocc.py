@@ -15,6 +15,7 @@ from common.labelers import make_labeler, write_maps
 from common.labels import WORLD
 from common.networks import occnerf as N
 from common.nuscenes import FREE, open_split
+from common.report.occupancy import spread
 from experiments import easyocc as X
 
 run, fails = commands.of(E)
@@ -38,7 +39,7 @@ def test_claims_share_arms_and_go_on_from_what_is_there(flags, tmp_path, capsys)
     assert row["seeds"] == [0] and "both arms below the constant predictor" in row["verdict"]
     logs = [json.loads(path.read_text().splitlines()[-1]) for path in (tmp_path / "claims").rglob("log.jsonl")]
     terms = sorted(" ".join(sorted(set(log) - {"step", "loss", "lr", "ms", "data", "gb"})) for log in logs)
-    assert terms == ["ce dist ent lov photo sem smooth", "ce lov", "depth dist ent sem", "dist ent photo sem smooth"]
+    assert terms == ["ce dist ent lov photo scal sem smooth", "ce lov scal", "depth dist ent sem", "dist ent photo sem smooth"]
     assert all(np.isfinite(log["loss"]) for log in logs)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "claims").rglob("result.json")}
     run("ablate", "--claim", "streamlined", "--seeds", "1", *flags, "--out", tmp_path / "claims" / "streamlined")
@@ -83,7 +84,7 @@ def test_the_host_answers_on_the_box_whatever_its_cells(ratio):
     cells, centers, unit = net.lifted_cells(CFG)
     assert cells == ((62, 62, 10) if ratio < 1 else (50, 50, 8)) and len(centers) == np.prod(cells)
     assert torch.allclose(N.contract(centers, net.grid, ratio), unit, atol=1e-4)
-    assert net.classify.bias[FREE] == 4.0
+    assert net.classify.bias[FREE] == X.START
     # Logits that are a coordinate of the contracted cell are read back at the grid's centres.
     x = torch.linspace(-1 + 1 / cells[0], 1 - 1 / cells[0], cells[0]).view(1, 1, -1, 1, 1).expand(1, 1, *cells)
     grid = OCC3D.coarsen((4, 4, 2))
@@ -102,3 +103,32 @@ def test_rendered_depth_is_compared_in_log_where_the_map_has_one(monkeypatch):
              "ray_depth": torch.tensor([4.0, 0.0]), "ray_weight": torch.ones(18)}  # fmt: skip
     losses = X.rendered_losses(torch.zeros(18, 2, 2, 2), frame, CFG, OCC3D, 1.0, ("sem", "depth"))
     assert losses["depth"].item() == pytest.approx(np.log(2))
+
+
+def test_coarse_images_have_a_slope_from_afar():
+    """A textured wall at 10 m, seen again 1 m further left: at 30 m fine images alone find no way to it."""
+    K, eye = torch.tensor([[[100.0, 0, 100], [0, 100, 56], [0, 0, 1]]]), torch.eye(4)[None]
+    noise = torch.rand(1, 3, 112, 240, generator=torch.Generator().manual_seed(0))
+    wall = 0.5 * noise + 0.5 * torch.nn.functional.interpolate(
+        torch.nn.functional.interpolate(noise, (7, 15), mode="area"), (112, 240), mode="bilinear")
+    moved = eye.clone()
+    moved[0, 0, 3] = 1.0  # 10 px at 10 m
+    others = [(wall[..., 30:230], moved, torch.ones(1, dtype=torch.bool))]
+    error = {d: X.photometric(wall[..., 20:220], torch.full((1, 112, 200), d), K, eye, others) for d in (10.0, 14.0, 30.0)}
+    assert error[10.0] < 0.5 * error[14.0] and error[14.0] < error[30.0]
+
+
+def test_a_host_is_read_where_its_occupancy_fits_best_in_training(tiny_world, tmp_path):
+    """Log odds of -2.75 in matter and -3.4 in the air: the best of -6, -5.5 ... 1 is -3."""
+    dataset, truth = open_split(tiny_world, None, None, (56, 100), tmp_path / "cache"), []
+
+    class Told(torch.nn.Module):
+        position = torch.zeros(1)
+
+        def forward(self, batch):
+            matter = torch.from_numpy(truth.pop(0) != FREE)
+            free = np.log(17) + torch.where(matter, 2.75, 3.4)
+            return torch.cat([torch.zeros(17, *OCC3D.shape), free[None]])[None]
+
+    truth += [dataset.labels(i)[0] for i in spread(len(dataset), 10)]
+    assert X.calibrate(Told(), dataset) == -3.0 and not truth

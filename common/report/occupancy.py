@@ -244,15 +244,15 @@ def report(predict: Predict, *, dataset: NuScenesOccupancy | SemanticKITTI, trai
            run: dict[str, Any], state: dict[str, Any], params: int, protocol: dict[str, str],
            truth: Callable[[Any], Truth] = ground_truth, against: str = "", frames: int = 0,
            rayiou: bool = True, pictures: int = 6, labels: Path | None = None, save: Path | None = None,
-           known: dict[str, float] | None = None) -> dict[str, float]:
+           known: dict[str, float] | None = None, controls: tuple[str, ...] = ()) -> dict[str, float]:
     """Score, compare with the controls, draw and print; write result.json and by_scene.npz into `out`; -> the
     metrics.
 
     run: config.json of the run. state: its checkpoint's. protocol: the method's words on training
     (mask_train, labels). train_set: what the constant predictor is formed from; None: no constant.
     truth(dataset) -> `Truth`; against: its name, if it is not the dataset's ground truth. labels: folder of
-    labels drawn beside. known: metrics known already (an arm of a claim: its constant); then neither controls
-    nor pictures are made.
+    labels drawn beside. known: metrics known already (an arm of a claim: its constant); then no pictures are
+    made, and of the controls (shuffled, black) only these.
     """
     begun, ssc = time.time(), isinstance(dataset, SemanticKITTI)
     of, indices = truth(dataset), spread(len(dataset), frames)
@@ -260,12 +260,13 @@ def report(predict: Predict, *, dataset: NuScenesOccupancy | SemanticKITTI, trai
     score = "miou" if ssc else "miou_camera"
     metrics = meter.metrics() | (known or {})
     if known is None:
-        for images in ("shuffled", "black") if len(indices) > 1 else ("black",):
-            scores = evaluate(predict, dataset, indices, of, images).metrics()
-            metrics |= {f"{images}_{name}": scores[name] for name in (score, score[1:]) if name in scores}
-        if train_set is not None and train_set.gts is not None and joined().is_main:
-            metrics |= (constant_ssc(train_set, truth(train_set), dataset, indices, of) if ssc
-                        else constant_scores(train_set, dataset, indices, of))
+        controls = ("shuffled", "black") if len(indices) > 1 else ("black",)
+    for images in controls:
+        scores = evaluate(predict, dataset, indices, of, images).metrics()
+        metrics |= {f"{images}_{name}": scores[name] for name in (score, score[1:]) if name in scores}
+    if known is None and train_set is not None and train_set.gts is not None and joined().is_main:
+        metrics |= (constant_ssc(train_set, truth(train_set), dataset, indices, of) if ssc
+                    else constant_scores(train_set, dataset, indices, of))
 
     if not joined().is_main:  # one process writes
         return metrics
