@@ -842,12 +842,8 @@ def query(cfg: Config, args) -> None:
     """The verb query: which occupied voxels of all keyframes are most like a free text: PNG and HTML."""
     net, out, _ = verbs.load(Loc, cfg, args)
     prompts, dataset, text = prompts_of(cfg, args), open_frames(cfg, args), " ".join(args.text.split())
-    if strange := tinyclip.unknown_words(prompts.clip, text):
-        if len(strange) == len(text.split()):
-            raise InputError(f"--text '{text}': {prompts.clip.name} knows none of these words; describe it "
-                             "by kind, colour, size or shape")
-        print(f"note: {prompts.clip.name} does not know {', '.join(strange)}", file=sys.stderr)
-    asked = tinyclip.ensemble(prompts.clip, [text])
+    phrases = [word for names in prompts.words.names.values() for word in names]
+    asked = tinyclip.ensemble(prompts.clip, [tinyclip.understood(prompts.clip, text, phrases)])
 
     def find(frame: Frame) -> np.ndarray:
         heads = run_heads(net, frame, prompts, How(cfg.clip_image, args.image_weight))

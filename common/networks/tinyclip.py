@@ -9,6 +9,8 @@ A patch of a CLIPModel is read as MaskCLIP reads it: in the last layer a token a
 the usual norm and projection. The tiny CLIP was taught pixel by pixel; a patch is a cell of its features.
 """
 
+import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from common.backbones import STREET
 from common.files import InputError, read_text
+from common.networks import minilm
 from common.networks.street import DIM, SIZE, STRIDE, load_street, split_words
 from common.nuscenes import OCC3D_CLASSES
 from common.pretrained import load_pretrained
@@ -73,6 +76,25 @@ def unknown_words(clip: Clip, text: str) -> list[str]:
         return []
     read = partial(clip.tokenizer, add_special_tokens=False)
     return [word for word in split_words(text) if unknown in read(word)["input_ids"]]
+
+
+def understood(clip: Clip, text: str, phrases: list[str]) -> str:
+    """A text in words that the model knows: others are read as the nearest of the phrases, if minilm is installed.
+
+    What is read otherwise than it was written is said on stderr. InputError: no word of the text is known.
+    """
+    strange = unknown_words(clip, text)
+    found = minilm.nearest(strange, phrases) if strange else {}
+    for word, (phrase, cosine) in found.items():
+        print(f"note: {clip.name} does not know {word}; read as {phrase} (cosine {cosine:.2f})", file=sys.stderr)
+        text = re.sub(rf"\b{re.escape(word)}\b", phrase, text, flags=re.IGNORECASE)
+    left = [word for word in strange if word not in found]
+    if left and len(left) == len(text.split()):
+        raise InputError(f"--text '{text}': {clip.name} knows none of these words; describe it by kind, colour, size "
+                         f"or shape, or {minilm.GET}")
+    if left:
+        print(f"note: {clip.name} does not know {', '.join(left)}", file=sys.stderr)
+    return text
 
 
 @torch.inference_mode()
