@@ -35,9 +35,9 @@ from common.report.occupancy import constant_scores, describe_dataset, ground_tr
 from common.worlds import make
 from experiments.runner import Claim, Gate, main, once, start_claim, write_quality
 
-# All arms get the host's number of steps. OccNeRF never sees metric depth, so no arm's encoder has: `street`
-# knows classes, objects and words. The class wins that has most probability, as in the paper.
-SHARED = {"steps": 300, "map_stride": (4, 4), "backbone": "street+frozen", "margin": 0.0}
+# All arms get the steps that a rendering host needs. OccNeRF never sees metric depth, so no arm's encoder has:
+# `street` knows classes, objects and words. The class wins that has most probability, as in the paper.
+SHARED = {"steps": 600, "map_stride": (4, 4), "backbone": "street+frozen", "margin": 0.0}
 RAYS, SAMPLES = (20, 36), 96  # rays a camera, samples a ray: CPU
 # OccNeRF's configs/nusc-sem.txt has photo 1, sem .05, ent and dist .01. There the classes, which fit at any
 # depth, place the surfaces before the images can: one frame, overfitted, ends at a tenth or six times its
