@@ -28,7 +28,7 @@ protocol (P1, P2 ..., at the end). Every method has a page with arms, seeds and 
 A comparison pairs two arms: same data order, same scenes. The effect is better - worse, as expected before
 the run, in percentage points, with a 95 % interval over scenes and seeds. With three seeds or more it
 **holds**, **does not hold** (the interval lies on the other side of 0) or is **not resolved**. One seed gives
-no verdict: its interval covers scenes, not seeds. Where a gate is not met, the comparison means nothing,
+no verdict: its interval covers scenes, not seeds, and its further comparisons stand on the pages alone. Where a gate is not met, the comparison means nothing,
 whatever its interval. The constant is what a predictor without any input reaches on the same frames.
 """
 
@@ -123,7 +123,7 @@ def page(records: dict[str, dict], results: Path, plots: dict[bool, Path], proto
         lines += [f"![{r['claim']} of {r['method']}]({(results / f'{name}.png').as_posix()})\n"
                   for name, r in some.items() if any(map(bool, ratios_of(r).values()))]
         claims = {n: r for n, r in some.items() if r["kind"] == "claim"}
-        rows = [row for name, r in claims.items() for row in comparison_rows(name, r, results, protocols)]
+        rows = [row for name, r in claims.items() for row in short(comparison_rows(name, r, results, protocols), r)]
         head = ["method: claim", "better > worse", "metric", "scores", "constant", "effect [95 %]", "seeds",
                 "P", "verdict"]
         lines += ["### Comparisons", ""] + (grid(head, rows) if rows else [NOT_RUN]) + [""]
@@ -176,6 +176,13 @@ def reliability_part(r: dict[str, Any]) -> list[str]:
     head = ["command", "date", "commit", "cases", "of these", "findings"]
     found = f"* Found, and mended: {'; '.join(r['mended'])}."
     return [r["sentence"], "", *grid(head, rows), "", *(f"* {one}" for one in r["also"]), found]
+
+
+def short(rows: list[list[str]], r: dict[str, Any]) -> list[list[str]]:
+    """A claim of one seed gives no verdict: its first comparison stands for it, the others are on the method's page."""
+    if len(rows) < 2 or any(len(c["seeds"]) > 1 for c in r["comparisons"]):
+        return rows
+    return [[*rows[0][:-1], f"{rows[0][-1]}; {len(rows) - 1} more on the page"]]
 
 
 def comparison_rows(name: str, r: dict[str, Any], results: Path, protocols: Protocols) -> list[list[str]]:
