@@ -8,8 +8,8 @@
 
 Dense losses take logits (B, K, ...) and target (B, ...), class ids in [0, K) of any integer dtype; `ignore` drops
 voxels. A target in which everything is ignored gives 0 with a zero gradient. softmax=False: Lovasz and scal losses take
-probabilities, so that several share one softmax. `per_sample` takes the mean of the
-samples' losses, so that two processes equal one with the doubled batch; without it a batch is pooled, as the peers do.
+probabilities, so that several share one softmax. `per_sample` takes the mean of the samples' losses, so that two
+processes equal one with the doubled batch; without it a batch is pooled, as the peers do.
 Half-precision logits are computed in float32; sums over voxels are taken in float64.
 
 Sources: Berman et al., The Lovasz-softmax loss (CVPR 2018); Cao and de Charette, MonoScene (CVPR 2022), Sec. 3.4;

@@ -28,8 +28,9 @@ protocol (P1, P2 ..., at the end). Every method has a page with arms, seeds and 
 A comparison pairs two arms: same data order, same scenes. The effect is better - worse, as expected before
 the run, in percentage points, with a 95 % interval over scenes and seeds. With three seeds or more it
 **holds**, **does not hold** (the interval lies on the other side of 0) or is **not resolved**. One seed gives
-no verdict: its interval covers scenes, not seeds, and its further comparisons stand on the pages alone. Where a gate is not met, the comparison means nothing,
-whatever its interval. The constant is what a predictor without any input reaches on the same frames.
+no verdict: its interval covers scenes, not seeds, and its further comparisons stand on the pages alone.
+Where a gate is not met, the comparison means nothing, whatever its interval. The constant is what a predictor
+without any input reaches on the same frames.
 """
 
 
@@ -179,7 +180,7 @@ def reliability_part(r: dict[str, Any]) -> list[str]:
 
 
 def short(rows: list[list[str]], r: dict[str, Any]) -> list[list[str]]:
-    """A claim of one seed gives no verdict: its first comparison stands for it, the others are on the method's page."""
+    """A claim of one seed gives no verdict: its first comparison stands for it, the others are on its page."""
     if len(rows) < 2 or any(len(c["seeds"]) > 1 for c in r["comparisons"]):
         return rows
     return [[*rows[0][:-1], f"{rows[0][-1]}; {len(rows) - 1} more on the page"]]

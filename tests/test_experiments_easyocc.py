@@ -119,7 +119,7 @@ def test_coarse_images_have_a_slope_from_afar():
 
 
 def test_a_host_is_read_where_its_occupancy_fits_best_in_training(tiny_world, tmp_path):
-    """Log odds of -2.75 in matter and -3.4 in the air: the best of -6, -5.5 ... 1 is -3."""
+    """Log odds of -2.75 in matter and -3.4 in the air: the best of -6, -5.5 ... 3 is -3."""
     dataset, truth = open_split(tiny_world, None, None, (56, 100), tmp_path / "cache"), []
 
     class Told(torch.nn.Module):
