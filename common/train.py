@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -693,6 +694,7 @@ def check_architecture(out: Path, net: nn.Module) -> None:
     path = out / _latest(out / "latest.json")["folder"] / "model.safetensors"
     with reading(path, *_DAMAGED), safe_open(path, framework="pt", device="cpu") as file:
         there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if not name.endswith(_ROWS)}
+        there |= {name: tuple(shape) for name, shape in _note(file, _DEFLATED, {}).items()}
         absent = tuple(_note(file, LEFT_OUT, ["-"])) + tuple(_note(file, _SHIPPED, {}))
     here = {name: tuple(value.shape) for name, value in net.state_dict().items() if not name.startswith(absent)}
     if there != here:
@@ -806,6 +808,9 @@ _DAMAGED = "not a readable safetensors file", "truncated? copy the whole run fol
 def _read(path: Path) -> dict[str, Tensor]:
     with reading(path, *_DAMAGED), safe_open(path, framework="pt", device="cpu") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+        for name, shape in _note(file, _DEFLATED, {}).items():
+            data = zlib.decompressobj().decompress(tensors[name].numpy().tobytes(), math.prod(shape) + 1)
+            tensors[name] = torch.frombuffer(bytearray(data), dtype=torch.int8).view(shape)
         for name in [name for name in tensors if name.endswith(_ROWS)]:
             whole, rows = name.removesuffix(_ROWS), tensors.pop(name).float()
             tensors[whole] = tensors[whole] * rows.view(-1, *[1] * (tensors[whole].dim() - 1))
@@ -817,7 +822,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 WEIGHTS = Path(__file__).parent / "weights"
 _ROWS = ":rows"  # suffix of a packed checkpoint's scales
-LEFT_OUT, _SHIPPED = "left_out", "shipped"  # its metadata: prefixes it lacks; names -> file and name in common/weights
+# Its metadata: prefixes it lacks; names -> file and name in common/weights; names of compressed matrices -> shapes.
+LEFT_OUT, _SHIPPED, _DEFLATED = "left_out", "shipped", "deflated"
+LEVELS = (127, 63, 31, 15, 11)  # of a packed matrix's entries, above and below zero
 
 
 def _note(file: Any, name: str, none: Any) -> Any:
@@ -825,13 +832,15 @@ def _note(file: Any, name: str, none: Any) -> Any:
     return json.loads((file.metadata() or {}).get(name, "null")) or none
 
 
-def pack_weights(path: Path, out: Path, left_out: tuple[str, ...] = ()) -> int:
-    """Write a checkpoint's weights in a quarter of their size; -> bytes. `load_checkpoint` reads them as any others.
+def pack_weights(path: Path, out: Path, left_out: tuple[str, ...] = (), limit: int = 2 << 20) -> int:
+    """Write a checkpoint's weights as small as wanted; -> levels. `load_checkpoint` reads them as any others.
 
-    A matrix becomes int8 with a float16 scale for each row, the rest float16. What equals a tensor of common/weights (a
-    frozen encoder) is named only. left_out: prefixes of what no prediction reads; it keeps the network's own start.
+    A matrix becomes int8 with a float16 scale for each row, compressed; the rest float16. The levels are the most of
+    LEVELS with which the file has at most `limit` bytes. What equals a tensor of common/weights (a frozen encoder) is
+    named only. left_out: prefixes of what no prediction reads; it keeps the network's own start.
+    Raises InputError if the file is larger with the fewest levels.
     """
-    packed, shipped = {}, {}
+    matrices, packed, shipped = {}, {}, {}
     known = [(file.name, name, value.float()) for file in sorted(WEIGHTS.glob("*.safetensors"))
              for name, value in _read(file).items()]
     for name, value in _read(path).items():
@@ -841,14 +850,22 @@ def pack_weights(path: Path, out: Path, left_out: tuple[str, ...] = ()) -> int:
         if same:
             shipped[name] = same[0]
         elif value.is_floating_point() and value.dim() > 1 and value[0].numel() >= 16:
-            value = value.float()
-            scale = (value.flatten(1).abs().amax(1).clamp_min(1e-6) / 127).half()
-            packed[name + _ROWS] = scale
-            packed[name] = (value / scale.float().view(-1, *[1] * (value.dim() - 1))).round().clamp(-127, 127).to(torch.int8)
+            matrices[name] = value.float()
         else:
             packed[name] = value.half() if value.is_floating_point() else value
-    _save(out, packed, {LEFT_OUT: json.dumps(left_out), _SHIPPED: json.dumps(shipped)})
-    return out.stat().st_size
+    shapes = {name: list(value.shape) for name, value in matrices.items()}
+    notes = {LEFT_OUT: json.dumps(left_out), _SHIPPED: json.dumps(shipped), _DEFLATED: json.dumps(shapes)}
+    for levels in LEVELS:
+        for name, value in matrices.items():
+            scale = (value.flatten(1).abs().amax(1).clamp_min(1e-6) / levels).half()
+            packed[name + _ROWS] = scale
+            entries = value / scale.float().view(-1, *[1] * (value.dim() - 1))
+            entries = entries.round().clamp(-levels, levels).to(torch.int8).contiguous()
+            packed[name] = torch.frombuffer(bytearray(zlib.compress(entries.numpy().tobytes(), 9)), dtype=torch.uint8)
+        _save(out, packed, notes)
+        if out.stat().st_size <= limit:
+            return levels
+    raise InputError(f"{path}: {out.stat().st_size} bytes packed with {levels} levels, more than {limit}")
 
 
 def _pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

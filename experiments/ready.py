@@ -56,7 +56,7 @@ def pack(folder: Path, out: Path = READY) -> Path:
     if (host := stage.parent / "0_host").is_dir():  # a VLM's processor
         shutil.copytree(host, home / host.name, ignore=shutil.ignore_patterns("*.safetensors"))
     left_out = LEFT_OUT.get(method, ())
-    size = pack_weights(stage / latest["folder"] / "model.safetensors", weights, left_out)
+    levels = pack_weights(stage / latest["folder"] / "model.safetensors", weights, left_out)
     state = read_json(stage / latest["folder"] / "train_state.json", {"state": dict})
     write_json(weights.with_name("train_state.json"), state | {"groups": {"param_groups": [], "plain": {}}})
     shutil.copy(stage / "latest.json", new / "latest.json")
@@ -70,8 +70,9 @@ def pack(folder: Path, out: Path = READY) -> Path:
         "method": method, "preset": run["preset"], "seed": run["seed"], "steps": run["steps"],
         "command": asked, "commit": run.get("commit", "unknown"), "scores": scores,
         "scored_on": f"{scored['dataset']['name']}, {scored['dataset']['split']}; before packing",
-        "weights": weights.relative_to(home).as_posix(), "bytes": size, "sha256": checksum(weights),
-        "form": "int8 matrices with a float16 scale for each row, the rest float16; a frozen encoder is common/weights'",
+        "weights": weights.relative_to(home).as_posix(), "bytes": weights.stat().st_size, "sha256": checksum(weights),
+        "form": f"matrices of {2 * levels + 1} levels with a float16 scale for each row, compressed; the rest float16; "
+                "a frozen encoder is common/weights'",
         "left_out": list(left_out),
         "learned_from": "a synthetic world of this repository; nothing of a real dataset", "licence": "Apache-2.0"})
     return home

@@ -572,7 +572,7 @@ def publish(source: Path | str, name: str, results: Path = RESULTS) -> Path:
             record["rows"] = {k: {"shapes": v["shapes"], "ms": {"ours": v["ms"]["ours"]}, "ratio": v["ratio"]}
                               for k, v in rows.items()}
     elif (source / "verdict.json").is_file():
-        record = read_json(source / "verdict.json")
+        record = slim(read_json(source / "verdict.json"))
     elif (source / "label_quality.json").is_file():
         record = read_json(source / "label_quality.json")
     else:
@@ -588,6 +588,17 @@ def publish(source: Path | str, name: str, results: Path = RESULTS) -> Path:
     write_bytes(path, dumps(record).encode())
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
     return path
+
+
+def slim(claim: dict[str, Any]) -> dict[str, Any]:
+    """A claim's record with the scores by class of the masks that it is judged in, and camera's.
+
+    A run's result.json has them of every mask; they would be half of the published file.
+    """
+    judged = {"camera", *(row["metric"].rpartition("_")[2] for row in claim["comparisons"])}
+    masks = {name: scores for name, scores in claim["per_class"].items()
+             if name in judged or name not in ("lidar", "both", "none")}
+    return claim | {"per_class": masks}
 
 
 def brief(record: dict[str, Any]) -> dict[str, Any]:

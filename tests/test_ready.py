@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import zlib
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def test_a_ready_checkpoint_is_what_its_card_says(path):
 
 def test_ready_checkpoints_are_small():
     assert {path.parent.name for path in CARDS} <= {*METHODS}
+    assert max(read_json(path)["bytes"] for path in CARDS) <= 2 << 20
     assert sum(file.stat().st_size for file in ready.READY.glob("**/*") if file.is_file()) <= ready.LIMIT
     pictures = [*ready.ROOT.glob("docs/show-*"), *ready.ROOT.glob("docs/*.png")]  # the README's and the pages'
     assert len(pictures) >= 9 and max(file.stat().st_size for file in pictures) <= 300_000
@@ -52,8 +54,12 @@ def test_packed_weights_are_read_as_any_others(tmp_path, seeded):
     with torch.no_grad():
         net["a"].weight[3] = 0
     _save(whole, net.state_dict())
-    size = pack_weights(whole, out / "step_000007" / "model.safetensors", ("idle.",))
-    assert size < whole.stat().st_size / 2
+    small = out / "step_000007" / "model.safetensors"
+    with pytest.raises(InputError, match="packed with 11 levels, more than 100"):
+        pack_weights(whole, small, ("idle.",), limit=100)
+    fewest = small.stat().st_size
+    assert pack_weights(whole, small, ("idle.",), limit=fewest) == 11 and small.stat().st_size == fewest
+    assert pack_weights(whole, small, ("idle.",)) == 127 and fewest < small.stat().st_size < whole.stat().st_size / 2
     write_json(out / "latest.json", {"folder": "step_000007", "step": 7})
     write_json(out / "step_000007" / "train_state.json", {"step": 7, "world": 1, "state": {"train_s": 1.0},
                                                           "groups": {"param_groups": [], "plain": {}}})
@@ -71,6 +77,11 @@ def test_packed_weights_are_read_as_any_others(tmp_path, seeded):
         check_architecture(out, nn.ModuleDict({"a": nn.Linear(64, 9)}))
     _save(out / "step_000007" / "model.safetensors", {"a.weight:rows": torch.ones(8)}, {LEFT_OUT: '["a", "b", "c"]'})
     with pytest.raises(InputError, match="not a readable safetensors file"):  # scales of nothing
+        load_checkpoint(out, other)
+    bomb = torch.frombuffer(bytearray(zlib.compress(bytes(10_000_000))), dtype=torch.uint8)  # 10 MB from 10 kB
+    _save(out / "step_000007" / "model.safetensors", {"a.weight": bomb},
+          {LEFT_OUT: '["a.bias", "b", "c"]', "deflated": '{"a.weight": [8, 64]}'})
+    with pytest.raises(InputError, match="not a readable safetensors file"):
         load_checkpoint(out, other)
 
 
