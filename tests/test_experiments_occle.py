@@ -20,7 +20,8 @@ run, fails = commands.of(O)
 
 def test_claims_cover_the_paper():
     assert sorted(claim.sentence[1] for name, claim in X.CLAIMS.items() if name != "start") == list("abcdefghijkl")
-    assert [name for name, claim in X.CLAIMS.items() if claim.seeds == 3] == ["curve", "labels", "share", "fusion", "projection"]
+    assert [name for name, claim in X.CLAIMS.items() if claim.seeds == 3] == [
+        "curve", "labels", "share", "fusion", "projection", "aligned", "semi"]
     fields = cli.to_dict(O.Config()).keys()
     for claim in X.CLAIMS.values():
         for arm in claim.arms.values():
