@@ -127,7 +127,7 @@ def page(records: dict[str, dict], results: Path, plots: dict[bool, Path], proto
         rows = [row for name, r in claims.items() for row in short(comparison_rows(name, r, results, protocols), r)]
         head = ["method: claim", "better > worse", "metric", "scores", "constant", "effect [95 %]", "seeds",
                 "P", "verdict"]
-        lines += ["### Comparisons", ""] + (grid(head, rows) if rows else [NOT_RUN]) + [""]
+        lines += ["### Comparisons", "", *grid(head, rows), ""] if rows else [f"Comparisons: {NOT_RUN}", ""]
         runs = {n: r for n, r in some.items() if r["kind"] == "run"}
         lines += ["### Runs", "", *run_tables(runs, results, protocols)]
         if missing := [m for m in METHODS if m not in {r["method"] for r in runs.values()}]:
