@@ -49,6 +49,7 @@ from scipy.special import ndtr, stdtrit
 from common import cli
 from common.files import (InputError, exit_on_input_error, read_json, read_npz, short_hash, write_bytes,
                           write_json)
+from common.metrics import MASKS
 from common.train import command, commit, duration
 
 RESULTS = Path("experiments/results")
@@ -597,7 +598,7 @@ def slim(claim: dict[str, Any]) -> dict[str, Any]:
     """
     judged = {"camera", *(row["metric"].rpartition("_")[2] for row in claim["comparisons"])}
     masks = {name: scores for name, scores in claim["per_class"].items()
-             if name in judged or name not in ("lidar", "both", "none")}
+             if name in judged or name not in MASKS}
     return claim | {"per_class": masks}
 
 
