@@ -611,10 +611,12 @@ FLAGS = {
 
 
 def on_kitti(claim: Claim) -> Claim:
-    """The claim by SemanticKITTI's scores."""
+    """The claim by SemanticKITTI's scores, in its preset's own cells: LIGHT's divide Occ3D's grid alone."""
+    cells = ("grid_stride", "cell_split", "mamba_stride")
+    arms = {name: {k: v for k, v in arm.items() if k not in cells} for name, arm in claim.arms.items()}
     named = {"miou_camera": "miou", "iou_camera": "iou"}
     pairs = tuple(tuple(named.get(word, word) for word in pair) for pair in claim.pairs)
-    return replace(claim, metric="miou", pairs=pairs)
+    return replace(claim, arms=arms, metric="miou", pairs=pairs)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,11 @@ def test_claims_cover_the_paper():
         "curve", "labels", "share", "fusion", "projection", "aligned", "semi"]
     fields = cli.to_dict(O.Config()).keys()
     for claim in X.CLAIMS.values():
-        for arm in claim.arms.values():
+        for name, arm in claim.arms.items():
             assert {k for k in arm if k not in fields} <= {"variant", "inputs"} and arm.get("variant", "occle") in X.FIRST | X.SECOND
+            for kind, given in (("occ3d", arm), ("semantickitti", X.on_kitti(claim).arms[name] | O.KITTI["tiny"])):
+                sizes = {k: v for k, v in given.items() if k in fields}
+                O.grids(replace(O.PRESETS["tiny"], format=kind, **sizes))  # raises where cells do not divide the grid
     for name in ("labels", "curve"):
         arms = X.CLAIMS[name].arms
         both = [arms[f"{who} 10 %"] for who in ("OccLE", "supervised")]
